@@ -1,0 +1,71 @@
+"""treestream: run a model far too big for its GPU, exactly. `offload.load(...)` gives an Engine; see CLI.md's Python part.
+
+Importing this package is cheap: torch and transformers are imported by `load`.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .config import EngineSettings
+from .errors import OffloadError
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+__all__ = ["OffloadError", "__version__", "load"]
+
+
+def _refuse_foreign_tree() -> None:
+    # dm-tree installs a top-level module of the same name; importing that one instead of ours fails much later and oddly.
+    ours = Path(__file__).resolve().parent.parent / "tree" / "shape.py"
+    found = importlib.util.find_spec("tree")
+    shape = Path(found.origin).resolve().with_name("shape.py") if found is not None and found.origin else None
+    if shape != ours:
+        raise ImportError(
+            f"the module `tree` that Python finds is {found.origin if found else None}, not treestream's {ours.parent}. "
+            "Run from the clone's folder, or uninstall dm-tree from this environment."
+        )
+
+
+_refuse_foreign_tree()
+
+
+def load(
+    model: str,
+    *,
+    draft_model: str | None = None,
+    tree: str = "auto",
+    verifier: str = "auto",
+    acceptance: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    gpu_memory: str | int = "auto",
+    host_memory: str | int = "auto",
+    resident_layers: str | int = "auto",
+    slots: str | int = "auto",
+    max_context: str | int = "auto",
+    emulate_link: str | float | None = None,
+    seed: int = 0,
+) -> "Engine":
+    """Load a model, and a draft model, and return an Engine that serves any number of calls. Arguments are the command
+    line's flags; sizes may be bytes. Raises the errors of `offload.errors`, all of them OffloadError."""
+    from .assemble import open_engine
+
+    settings = EngineSettings.parse(
+        model=str(model),
+        draft_model=None if draft_model is None else str(draft_model),
+        tree=str(tree),
+        verifier=verifier,
+        acceptance=acceptance,
+        device=device,
+        dtype=dtype,
+        gpu_memory=gpu_memory,
+        host_memory=host_memory,
+        resident_layers=resident_layers,
+        slots=slots,
+        max_context=max_context,
+        emulate_link=emulate_link,
+    )
+    return open_engine(settings, seed=seed)

@@ -1,0 +1,82 @@
+"""Dispatch, exit codes and errors. Everything heavy is imported by the command that needs it."""
+
+import logging
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+
+from ..errors import OffloadError, UsageError
+from .parser import build_parser, with_default_command
+
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception, so that what was generated is printed and memory is given back."""
+
+
+def main(argv: list[str]) -> int:
+    verbose = "--verbose" in argv or "-v" in argv
+    try:
+        signal.signal(signal.SIGTERM, _terminate)
+        arguments = build_parser().parse_args(with_default_command(argv))
+        _configure_logging(verbose)
+        if arguments.command == "generate":
+            from .generate import run
+        elif arguments.command == "verify":
+            from .verify import run
+        else:
+            from .version import run
+        return run(arguments)
+    except OffloadError as error:
+        if verbose:
+            traceback.print_exc()
+        print(_render(error), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Terminated:
+        return EXIT_TERMINATED
+    except BrokenPipeError:
+        # Whoever read our output has left; there is nobody to tell. Without this, flushing at exit would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        what = " ".join(str(error).split())[:300] or type(error).__name__
+        internal = OffloadError(
+            f"internal error: {type(error).__name__}: {what}",
+            where=_place_of(error),
+            cure="run again with --verbose and report the traceback",
+        )
+        print(_render(internal), file=sys.stderr)
+        return internal.exit_code
+
+
+def _render(error: OffloadError) -> str:
+    if isinstance(error, UsageError):
+        return f"error: {error.what} ({error.where}): {error.cure}"
+    return f"error: {error}"
+
+
+def _place_of(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{os.path.basename(frames[-1].filename)} line {frames[-1].lineno}" if frames else "unknown"
+
+
+def _configure_logging(verbose: bool) -> None:
+    # Read by transformers and huggingface_hub when they are imported, which has not happened yet.
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s"
+    )
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise Terminated

@@ -1,0 +1,101 @@
+"""The flags, and nothing else: importing this is cheap, so help and usage errors are instant."""
+
+import argparse
+from typing import NoReturn
+
+from ..config import DTYPES
+from ..errors import UsageError
+
+COMMANDS = ("generate", "verify", "version")
+DEMO_PROMPT = "Fellow-Citizens of the Senate and House of Representatives:"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors as ours: one line, exit code 2, raised rather than exited."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, where=self.prog, cure=f"see `{self.prog} --help`")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="run_70b.py",
+        description="Run a model far too big for its GPU: exact, streamed, many tokens per pass.",
+        epilog="Without a command: generate. Without --model: the bundled demo pair.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    generate = commands.add_parser("generate", help="generate text (the default)", allow_abbrev=False)
+    add_model_flags(generate)
+    add_request_flags(generate)
+    add_output_flags(generate)
+    verify = commands.add_parser("verify", help="check a checkpoint before a long run", allow_abbrev=False)
+    verify.add_argument("--model", required=True, metavar="PATH", help="folder or hub id")
+    verify.add_argument("--full", action="store_true", help="compare contents with the manifest, too")
+    verify.add_argument("--write-manifest", action="store_true", help="hash every file and write the manifest")
+    verify.add_argument("--manifest", metavar="FILE", help="default: treestream.manifest.json in the model folder")
+    version = commands.add_parser("version", help="versions of everything that matters", allow_abbrev=False)
+    for command in (verify, version):
+        command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        add_verbosity_flags(command)
+    return parser
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and machine")
+    group.add_argument("--model", metavar="PATH|HUB_ID", help="target model; default: the bundled demo pair")
+    group.add_argument("--draft-model", metavar="PATH|HUB_ID|none", help="draft model; none = no speculation")
+    group.add_argument("--tree", default="auto", metavar="SPEC", help="auto, none, 768x18, 4x6:kary, or a JSON file")
+    group.add_argument("--verifier", default="auto", metavar="NAME", help="auto, traversal, rejection, sample")
+    group.add_argument("--acceptance", metavar="FILE", help="acceptance profile that NxL trees are optimised for")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    group.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's on CUDA, float32 on CPU")
+    group.add_argument("--gpu-memory", default="auto", metavar="SIZE", help="device memory budget, e.g. 22GiB")
+    group.add_argument("--host-memory", default="auto", metavar="SIZE", help="what exceeds it is streamed from disk")
+    group.add_argument("--resident-layers", default="auto", metavar="N", help="layers that stay on the device")
+    group.add_argument("--slots", default="auto", metavar="N", help="device buffers for streamed layers")
+    group.add_argument("--max-context", default="auto", metavar="N", help="prompt + new tokens + tree")
+    group.add_argument("--emulate-link", metavar="RATE", help="CPU device: throttle copies, e.g. 200MB/s")
+
+
+def add_request_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("request")
+    prompt = group.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt; - reads it from stdin")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from FILE")
+    prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids; needs no tokenizer")
+    group.add_argument("--max-new-tokens", "-n", type=int, default=128, metavar="N", help="default 128")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0 (greedy)")
+    group.add_argument("--top-k", type=int, metavar="K", help="keep the K most probable tokens")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the smallest set reaching P")
+    group.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)")
+    group.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence tokens")
+    template = group.add_mutually_exclusive_group()
+    template.add_argument("--chat", action="store_true", help="apply the chat template (default if there is one)")
+    template.add_argument("--raw", action="store_true", help="do not apply the chat template")
+    group.add_argument("--system-prompt", metavar="TEXT", help="system turn for the chat template")
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
+    group.add_argument("--output", metavar="FILE", help="write the JSON object to FILE as well")
+    group.add_argument("--stats", default="line", choices=("line", "full", "none"), help="what ends the run on stderr")
+    group.add_argument("--trace", metavar="FILE", help="Chrome/Perfetto trace (.json) or timeline picture (.png)")
+    add_verbosity_flags(parser)
+
+
+def add_verbosity_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--quiet", "-q", action="store_true", help="errors only on stderr")
+    group.add_argument("--verbose", "-v", action="store_true", help="more on stderr; tracebacks")
+
+
+def with_default_command(argv: list[str]) -> list[str]:
+    """No command means generate, unless only help was asked for."""
+    if argv and (argv[0] in COMMANDS or argv[0] in ("-h", "--help")):
+        return argv
+    if argv and not argv[0].startswith("-"):
+        raise UsageError(f"unknown command {argv[0]!r}", where="run_70b.py", cure=f"one of {', '.join(COMMANDS)}; see --help")
+    return ["generate", *argv]

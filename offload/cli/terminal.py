@@ -1,0 +1,70 @@
+"""What people see on stderr: a progress bar while loading, the numbers at the end. Bars on a terminal only."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from ..planner.cost import GIB
+from ..report import Report
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class LoadProgress:
+    """Bytes, rate and time left while weights are read. Nothing is drawn when stderr is not a terminal."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._enabled = enabled and sys.stderr.isatty()
+        self._bar: Any = None
+        self._task: Any = None
+        self._drawn_s = 0.0
+
+    def __enter__(self) -> "LoadProgress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, read_bytes: int, total_bytes: int) -> None:
+        now_s = time.monotonic()
+        if not self._enabled or (now_s - self._drawn_s < 0.05 and read_bytes < total_bytes):
+            return
+        self._drawn_s = now_s
+        if self._bar is None:
+            self._start(total_bytes)
+        self._bar.update(self._task, completed=read_bytes)
+
+    def _start(self, total_bytes: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        self._bar = Progress(
+            TextColumn("loading"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task("loading", total=total_bytes)
+        self._bar.start()
+
+
+def full_statistics(report: Report) -> str:
+    """A line per pass, where the memory went, and the closing line."""
+    lines = ["pass   rows  tokens    draft     pass   verify    stall"]
+    for number, one in enumerate(report.stats.passes, start=1):
+        times = (one.draft_s, one.pass_s, one.verify_s, one.stall_s)
+        lines.append(
+            f"{number:4d} {one.num_rows:6d} {one.emitted_tokens:7d} " + " ".join(f"{seconds:7.3f}s" for seconds in times)
+        )
+    plan = report.plan
+    lines += [f"device {num_bytes / GIB:9.3f} GiB  {name}" for name, num_bytes in plan.device_ledger.items() if num_bytes]
+    lines += [f"host   {num_bytes / GIB:9.3f} GiB  {name}" for name, num_bytes in plan.host_ledger.items() if num_bytes]
+    lines.append(report.line())
+    return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""`verify`: structure always, contents against a manifest with --full; --write-manifest makes one."""
+
+import argparse
+import json
+from pathlib import Path
+
+from ..model.architecture import read_architecture
+from ..model.locate import locate_model
+from ..weights.checkpoint import check_tensors, is_rotary_buffer, open_checkpoint
+from ..weights.manifest import MANIFEST_NAME, check_manifest, write_manifest
+from .terminal import LoadProgress
+
+
+def run(arguments: argparse.Namespace) -> int:
+    folder = locate_model(arguments.model, "--model")
+    checkpoint = open_checkpoint(folder)
+    architecture = read_architecture(folder)
+    tied = bool(architecture.config.tie_word_embeddings)
+    check_tensors(
+        checkpoint,
+        architecture.expected_tensors,
+        ignore=lambda name: is_rotary_buffer(name) or (tied and name == "lm_head.weight"),
+    )
+    manifest = Path(arguments.manifest) if arguments.manifest else folder / MANIFEST_NAME
+    done, total = 0, sum(path.stat().st_size for path in checkpoint.files)
+    with LoadProgress(enabled=not arguments.quiet) as bar:
+
+        def progress(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            bar.update(done, total)
+
+        if arguments.write_manifest:
+            write_manifest(checkpoint, manifest, progress)
+        if arguments.full:
+            check_manifest(checkpoint, manifest, progress)
+    contents = "match the manifest" if arguments.full else "not compared"
+    document = {
+        "schema_version": 1,
+        "model": str(folder),
+        "architecture": architecture.config.model_type,
+        "layers": architecture.num_layers,
+        "files": len(checkpoint.files),
+        "tensors": len(checkpoint.tensors),
+        "weight_bytes": checkpoint.num_bytes,
+        "contents": contents,
+        "manifest": str(manifest) if arguments.full or arguments.write_manifest else None,
+    }
+    if arguments.json:
+        print(json.dumps(document))
+    else:
+        print(
+            f"ok: {document['architecture']} with {document['layers']} layers, {document['tensors']} tensors of "
+            f"{checkpoint.num_bytes / 2**30:.3f} GiB in {document['files']} files; structure sound, contents {contents}"
+        )
+    return 0

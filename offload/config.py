@@ -1,0 +1,120 @@
+"""Frozen settings as the user gives them, and the parsing of sizes and rates. "auto" is None here; the planner resolves it."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from .errors import UsageError
+
+_SIZE_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _SIZE_UNITS |= {f"{_letter}B": 1000**_power, f"{_letter}iB": 1024**_power, _letter: 1024**_power}
+_NUMBER_AND_UNIT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+
+DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
+
+
+def parse_size(text: str | int, *, flag: str) -> int:
+    """Bytes of "24GiB", "24GB", "512MiB", "4096" or an int. UsageError naming `flag` when it is none of these."""
+    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
+        return text
+    match = _NUMBER_AND_UNIT.fullmatch(str(text))
+    if match is None or match[2] not in _SIZE_UNITS:
+        raise UsageError(f"not a size: {text!r}", where=flag, cure="write it like 24GiB, 512MiB, 24GB or plain bytes")
+    return round(float(match[1]) * _SIZE_UNITS[match[2]])
+
+
+def parse_rate(text: str | float, *, flag: str) -> float:
+    """Bytes per second of "25GB/s", "200MB/s" or a number. UsageError when it is none of these, or zero."""
+    number = text.removesuffix("/s") if isinstance(text, str) else text
+    try:
+        rate = float(number) if not isinstance(number, str) else float(parse_size(number, flag=flag))
+    except (UsageError, TypeError, ValueError):
+        rate = math.nan
+    if not (math.isfinite(rate) and rate > 0):
+        raise UsageError(f"not a rate: {text!r}", where=flag, cure="write it like 25GB/s or 200MB/s")
+    return rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What `offload.load` and the command line accept; field names are the flags. None means auto.
+
+    `model` is a folder with config.json and safetensors, or a hub id; `draft_model` likewise, None for no speculation.
+    `tree` is a spec such as "4x6:kary", "none", "auto" or the path of a TreeShape JSON. Sizes are bytes, rates bytes/s.
+    """
+
+    model: str
+    draft_model: str | None = None
+    tree: str = "auto"
+    verifier: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    gpu_memory_bytes: int | None = None
+    host_memory_bytes: int | None = None
+    resident_layers: int | None = None
+    slots: int | None = None
+    max_context: int | None = None
+    emulate_link_bytes_per_s: float | None = None
+    acceptance: str | None = None
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        model: str,
+        draft_model: str | None = None,
+        tree: str = "auto",
+        verifier: str = "auto",
+        device: str = "auto",
+        dtype: str = "auto",
+        gpu_memory: str | int = "auto",
+        host_memory: str | int = "auto",
+        resident_layers: str | int = "auto",
+        slots: str | int = "auto",
+        max_context: str | int = "auto",
+        emulate_link: str | float | None = None,
+        acceptance: str | None = None,
+    ) -> "EngineSettings":
+        """From values as the command line has them: "auto", "24GiB", "200MB/s", "3". UsageError names the flag at fault."""
+        return cls(
+            model=model,
+            draft_model=None if draft_model in (None, "none") else draft_model,
+            tree=tree,
+            verifier=verifier,
+            device=device,
+            dtype=dtype,
+            gpu_memory_bytes=None if gpu_memory == "auto" else parse_size(gpu_memory, flag="--gpu-memory"),
+            host_memory_bytes=None if host_memory == "auto" else parse_size(host_memory, flag="--host-memory"),
+            resident_layers=_count(resident_layers, "--resident-layers"),
+            slots=_count(slots, "--slots"),
+            max_context=_count(max_context, "--max-context"),
+            emulate_link_bytes_per_s=None if emulate_link is None else parse_rate(emulate_link, flag="--emulate-link"),
+            acceptance=acceptance,
+        )
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UsageError(f"unknown dtype {self.dtype!r}", where="--dtype", cure=f"one of {', '.join(DTYPES)}")
+        for flag, value, least in (
+            ("--resident-layers", self.resident_layers, 0),
+            ("--slots", self.slots, 1),
+            ("--max-context", self.max_context, 2),
+        ):
+            if value is not None and value < least:
+                raise UsageError(f"{value} is too small", where=flag, cure=f"give at least {least}, or auto")
+        if self.emulate_link_bytes_per_s is not None and self.device.startswith("cuda"):
+            raise UsageError(
+                "an emulated link exists on the CPU device only",
+                where="--emulate-link with --device cuda",
+                cure="leave one of the two out",
+            )
+
+
+def _count(value: str | int, flag: str) -> int | None:
+    if value == "auto":
+        return None
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise UsageError(f"not a whole number: {value!r}", where=flag, cure="give a number, or auto") from None

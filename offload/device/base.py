@@ -1,0 +1,86 @@
+"""The seam between the engine and the machine: memory, ordered copies, and tickets.
+
+Tickets go both ways. A copied buffer is obtained *from* `wait(copy ticket)`, and a copy into a buffer needs the ticket of
+that buffer's last `release`; forgetting either does not type-check. Nothing here blocks the host except `drain`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """When something happened, in seconds of `time.monotonic()`."""
+
+    start_s: float
+    end_s: float
+
+
+class Ticket:
+    """A point in a device's order of work: a copy that lands, or a use that ends. Devices subclass it."""
+
+    __slots__ = ()
+
+
+class CopyTicket(Ticket):
+    """A copy under way; `Device.wait` turns it into the tensor that was written."""
+
+    __slots__ = ()
+
+
+class HostBuffer(Protocol):
+    """Host memory of exact size that the device copies from at full rate."""
+
+    tensor: torch.Tensor  # [num_bytes] uint8
+    pinned_bytes: int  # how many leading bytes are page-locked for the device
+
+    def close(self) -> None:
+        """Give the memory back. Views of `tensor` are invalid afterwards."""
+
+
+class Device(Protocol):
+    """Where the model runs. One compute order, one copy order (FIFO), overlapping each other."""
+
+    name: str
+    torch_device: torch.device
+    host_addressable: bool  # `alloc`ed memory can be written by the host directly
+
+    def alloc(self, num_bytes: int) -> torch.Tensor:
+        """[num_bytes] uint8 on the device, 256-byte aligned. FitError when there is no room."""
+
+    def pin(self, num_bytes: int, cuts: Sequence[int]) -> HostBuffer:
+        """Host memory of exactly `num_bytes`. A copy never straddles an offset in `cuts` (ascending), so memory may be
+        registered in chunks ending there."""
+
+    def upload(self, host: torch.Tensor) -> torch.Tensor:
+        """A small host tensor (indices, masks) on the device, in compute order, without a host sync."""
+
+    def copy_async(self, dst: torch.Tensor, src: torch.Tensor, after: Ticket) -> CopyTicket:
+        """Queue a copy of uint8 host memory `src` into device memory `dst`; it starts after `after`."""
+
+    def wait(self, ticket: CopyTicket) -> torch.Tensor:
+        """The copied tensor. Later compute sees the copy; an error of the copy is raised here."""
+
+    def release(self, buffer: torch.Tensor) -> Ticket:
+        """Compute issued so far is the last to use `buffer`; its contents are undefined from here on."""
+
+    def mark(self) -> Ticket:
+        """The present point in compute order, for measuring."""
+
+    def drain(self, ticket: Ticket) -> None:
+        """Block the calling thread until `ticket` has passed. Never called by the compute thread inside a pass."""
+
+    def interval(self, ticket: Ticket) -> Interval:
+        """When `ticket` happened (start == end for marks). Only after the host has synced past it."""
+
+    def free_bytes(self) -> int:
+        """Bytes that could be allocated now."""
+
+    def peak_bytes(self) -> int:
+        """Most bytes ever allocated on the device by this process."""
+
+    def close(self) -> None:
+        """Stop threads, free streams. The device is unusable afterwards."""

@@ -1,0 +1,175 @@
+"""The only file that names torch.cuda: registered host memory, one copy stream, events.
+
+Order is kept by events alone. A copy waits (on the copy stream) for the event that `release` recorded on the compute stream;
+compute waits (on the compute stream) for the event recorded behind the copy. The host waits for neither.
+"""
+
+import itertools
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import DeviceError, FitError
+from .base import CopyTicket, Interval, Ticket
+from .host import HostMapping
+
+logger = logging.getLogger(__name__)
+
+# Registered in chunks: one huge registration fails on some drivers, and a refused chunk leaves the others usable.
+REGISTER_CHUNK_BYTES = 2 * 2**30
+
+
+class CudaMark(Ticket):
+    __slots__ = ("event",)
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self.event = event
+
+
+class CudaCopy(CopyTicket):
+    __slots__ = ("dst", "ready", "started")
+
+    def __init__(self, dst: torch.Tensor, started: torch.cuda.Event, ready: torch.cuda.Event) -> None:
+        self.dst, self.started, self.ready = dst, started, ready
+
+
+class RegisteredBuffer:
+    """A HostMapping whose leading `pinned_bytes` are registered with CUDA. What the driver refused stays pageable: copies
+    from there are slower, not wrong."""
+
+    def __init__(self, num_bytes: int, cuts: Sequence[int]) -> None:
+        self._mapping = HostMapping(num_bytes)
+        self._mapping.touch()
+        self.tensor = self._mapping.tensor
+        self.pinned_bytes = 0
+        self._registered: list[int] = []
+        for start, end in _chunks(num_bytes, cuts):
+            if not _register(self.tensor.data_ptr() + start, end - start):
+                logger.warning("CUDA registered %d of %d bytes of host memory; the rest is pageable", start, num_bytes)
+                break
+            self._registered.append(self.tensor.data_ptr() + start)
+            self.pinned_bytes = end
+
+    def close(self) -> None:
+        for address in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(address)
+        self._registered.clear()
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+        self._mapping.close()
+
+
+def _chunks(num_bytes: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
+    """[start, end) chunks of at least REGISTER_CHUNK_BYTES that end at cuts, so that no copy straddles two of them."""
+    bounds = [0]
+    for cut in [*cuts, num_bytes]:
+        if cut - bounds[-1] >= REGISTER_CHUNK_BYTES or cut == num_bytes > bounds[-1]:
+            bounds.append(cut)
+    return list(itertools.pairwise(bounds))
+
+
+def _register(address: int, num_bytes: int) -> bool:
+    cudart = torch.cuda.cudart()
+    if int(cudart.cudaHostRegister(address, num_bytes, 0)) == 0:
+        return True
+    cudart.cudaGetLastError()  # or the next launch reports this refusal as its own
+    return False
+
+
+class CudaDevice:
+    host_addressable = False
+
+    def __init__(self, index: int = 0) -> None:
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            raise DeviceError(
+                f"no CUDA device {index}: {torch.cuda.device_count()} found",
+                where="--device",
+                cure="use --device cpu, or check the driver with nvidia-smi",
+            )
+        self.torch_device = torch.device("cuda", index)
+        torch.cuda.set_device(self.torch_device)
+        self.name = torch.cuda.get_device_name(index)
+        self._copy_stream = torch.cuda.Stream()
+        torch.cuda.reset_peak_memory_stats()
+        self._clock_event = torch.cuda.Event(enable_timing=True)
+        self._clock_event.record()
+        torch.cuda.synchronize()
+        self._clock_s = time.monotonic()
+
+    def alloc(self, num_bytes: int) -> torch.Tensor:
+        try:
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
+        except torch.cuda.OutOfMemoryError as error:
+            raise FitError(
+                f"the GPU has no room for {num_bytes / 2**30:.2f} GiB more, {self.free_bytes() / 2**30:.2f} GiB are free",
+                where=f"{self.name}, memory",
+                cure="lower --gpu-memory, --resident-layers or --max-context",
+            ) from error
+
+    def pin(self, num_bytes: int, cuts: Sequence[int]) -> RegisteredBuffer:
+        return RegisteredBuffer(num_bytes, cuts)
+
+    def upload(self, host: torch.Tensor) -> torch.Tensor:
+        # Small pageable sources are staged by the driver when the copy is issued: no sync, and `host` may go at once.
+        return host.to(self.torch_device, non_blocking=True)
+
+    def copy_async(self, dst: torch.Tensor, src: torch.Tensor, after: Ticket) -> CopyTicket:
+        assert isinstance(after, CudaMark)
+        started, ready = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with torch.cuda.stream(self._copy_stream):
+            self._copy_stream.wait_event(after.event)
+            started.record()
+            dst.copy_(src, non_blocking=True)
+            ready.record()
+        return CudaCopy(dst, started, ready)
+
+    def wait(self, ticket: CopyTicket) -> torch.Tensor:
+        assert isinstance(ticket, CudaCopy)
+        torch.cuda.current_stream().wait_event(ticket.ready)
+        return ticket.dst
+
+    def release(self, buffer: torch.Tensor) -> Ticket:
+        return self.mark()
+
+    def mark(self) -> Ticket:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return CudaMark(event)
+
+    def drain(self, ticket: Ticket) -> None:
+        _end_event(ticket).synchronize()
+
+    def interval(self, ticket: Ticket) -> Interval:
+        end_s = self._time_of(_end_event(ticket))
+        return Interval(self._time_of(ticket.started) if isinstance(ticket, CudaCopy) else end_s, end_s)
+
+    def free_bytes(self) -> int:
+        # What torch has cached but not in use can be given out again.
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(torch.cuda.mem_get_info()[0]) + cached
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+    def close(self) -> None:
+        torch.cuda.synchronize()
+
+    def _time_of(self, event: torch.cuda.Event) -> float:
+        return self._clock_s + float(self._clock_event.elapsed_time(event)) / 1e3
+
+
+def _end_event(ticket: Ticket) -> torch.cuda.Event:
+    if isinstance(ticket, CudaCopy):
+        return ticket.ready
+    assert isinstance(ticket, CudaMark)
+    return ticket.event
+
+
+def is_available() -> bool:
+    return torch.cuda.is_available()
+
+
+def version() -> str | None:
+    """The CUDA version torch was built for, None for a CPU build."""
+    return torch.version.cuda

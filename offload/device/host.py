@@ -1,0 +1,74 @@
+"""Host memory that is ours: one anonymous mapping of exact size, and what the machine has left.
+
+torch's pinned allocator rounds every request up to a power of two (a 1632 MiB layer takes 2048), hence a mapping of our own.
+"""
+
+import ctypes
+import mmap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import torch
+
+from ..errors import FitError
+
+_TOUCH_THREADS = 4
+_CGROUP_LIMITS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+class HostMapping:
+    """Anonymous private memory, page aligned, not rounded. Pageable; a device may register it. FitError when refused."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.pinned_bytes = 0
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+        if num_bytes:
+            try:
+                mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            except (OSError, OverflowError) as error:
+                raise FitError(
+                    f"the system refused {num_bytes / 2**30:.2f} GiB of host memory: {error}",
+                    where=f"host memory, {available_bytes() / 2**30:.2f} GiB available",
+                    cure="lower --host-memory or --max-context, or free memory",
+                ) from error
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+            # The tensor owns the mapping: the memory goes when the last view goes.
+            self.tensor = torch.frombuffer(mapping, dtype=torch.uint8)
+
+    def touch(self) -> None:
+        """Fault all pages in, by several threads: registering touched memory is several times faster."""
+        step = -(-self.tensor.numel() // _TOUCH_THREADS) if self.tensor.numel() else 1
+        starts = range(0, self.tensor.numel(), step)
+        with ThreadPoolExecutor(_TOUCH_THREADS) as pool:
+            list(pool.map(lambda start: zero(self.tensor[start : start + step]), starts))
+
+    def close(self) -> None:
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+
+
+def zero(tensor: torch.Tensor) -> None:
+    """Write zeros without the GIL."""
+    ctypes.memset(tensor.data_ptr(), 0, tensor.numel())
+
+
+def move(dst: torch.Tensor, src: torch.Tensor) -> None:
+    """Copy uint8 host memory without the GIL and on the calling thread only, so that it overlaps with compute."""
+    assert dst.numel() == src.numel()
+    ctypes.memmove(dst.data_ptr(), src.data_ptr(), src.numel())
+
+
+def available_bytes() -> int:
+    """Host memory this process may still take: the lesser of what the machine and its control group have left."""
+    available = int(psutil.virtual_memory().available)
+    for limit, usage in _CGROUP_LIMITS:
+        try:
+            left = int(Path(limit).read_text()) - int(Path(usage).read_text())
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+        available = min(available, max(left, 0))
+    return available

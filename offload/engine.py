@@ -1,0 +1,248 @@
+"""A loaded model pair that answers requests, one after another: prompts in, text and numbers out."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from types import TracebackType
+
+from tree.sampling import SamplingParams
+from tree.verify import Verdict
+
+from .decode import DecodeLoop, StepResult
+from .errors import FitError, UsageError
+from .planner.plan import Plan
+from .report import Memory, Report
+from .stats import PassStats, RunStats
+from .text import TextCodec, TextStream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What to generate. `stop` strings end the text before them; every EOS id ends it unless `ignore_eos`."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int = 128
+    params: SamplingParams = field(default_factory=SamplingParams)
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one pass added: tokens and the text that has become final with them. `finish_reason` is None but at the end."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str | None
+    verdict: Verdict
+    stats: PassStats
+
+
+class Generation:
+    """One request being answered: an iterator of Steps, one per pass. `result` may be asked for at any time, also after an
+    interruption."""
+
+    def __init__(self, engine: "Engine", request: Request) -> None:
+        self._engine, self._request = engine, request
+        self._text = TextStream(engine.codec, request.stop) if engine.codec is not None else None
+        self.token_ids: list[int] = []
+        self.finish_reason = "interrupted"
+        self.stats = RunStats(load_s=engine.load_s)
+        self._steps = self._run()
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        return next(self._steps)
+
+    @property
+    def text(self) -> str | None:
+        """The text so far; None when the model has no tokenizer."""
+        return self._text.text if self._text is not None else None
+
+    def result(self) -> Report:
+        if self._text is not None:
+            self._text.finish()
+        return Report(
+            text=self.text,
+            prompt_token_ids=self._request.prompt,
+            token_ids=tuple(self.token_ids),
+            finish_reason=self.finish_reason,
+            stats=self.stats,
+            plan=self._engine.plan,
+            verifier="greedy" if self._request.params.greedy else self._engine.method,
+            memory=self._engine.memory(),
+            emulated_link=self._engine.emulated_link,
+            device_name=self._engine.device_name,
+        )
+
+    def _run(self) -> Iterator[Step]:
+        loop, request, stats = self._engine.loop, self._request, self.stats
+        start_s = previous_s = monotonic()
+        loop.start(request.prompt, request.params, request.seed)
+        while True:
+            result = loop.run_round(request.max_new_tokens - len(self.token_ids))
+            token_ids, text, reason = self._accept(result)
+            now_s = monotonic()
+            if result.first:
+                stats.first_token_s, stats.first_tokens = now_s - start_s, len(token_ids)
+            else:
+                stats.decode_s += now_s - previous_s
+            previous_s = now_s
+            stats.num_tokens += len(token_ids)
+            stats.passes.append(result.stats)
+            if reason is not None:
+                self.finish_reason = reason
+                yield self._step(result, token_ids, text + (self._text.finish() if self._text else ""), reason)
+                return
+            yield self._step(result, token_ids, text, None)
+
+    def _accept(self, result: StepResult) -> tuple[tuple[int, ...], str, str | None]:
+        """Take tokens one by one until something ends the text, be it in the middle of the accepted path."""
+        request, text, taken = self._request, "", 0
+        reason = None
+        for token_id in result.token_ids:
+            self.token_ids.append(token_id)
+            taken += 1
+            if self._text is not None:
+                text += self._text.push(token_id)
+                if self._text.stopped:
+                    reason = "stop"
+                    break
+            if token_id in self._engine.eos_token_ids and not request.ignore_eos:
+                reason = "eos"
+                break
+            if len(self.token_ids) == request.max_new_tokens:
+                reason = "length"
+                break
+        return result.token_ids[:taken], text, reason
+
+    def _step(self, result: StepResult, token_ids: tuple[int, ...], text: str, reason: str | None) -> Step:
+        return Step(token_ids=token_ids, text=text, finish_reason=reason, verdict=result.verdict, stats=result.stats)
+
+
+class Engine:
+    """Serves any number of requests one after another; each starts from its prompt, with its own seed. Close it, or use it
+    as a context manager: it holds threads, device memory and pinned host memory."""
+
+    def __init__(
+        self,
+        *,
+        loop: DecodeLoop,
+        plan: Plan,
+        codec: TextCodec | None,
+        eos_token_ids: frozenset[int],
+        vocab_size: int,
+        load_s: float,
+        seed: int,
+        method: str,
+        emulated_link: bool,
+        device_name: str,
+        memory: Callable[[], Memory],
+        close: Callable[[], None],
+    ) -> None:
+        self.loop, self.plan, self.codec = loop, plan, codec
+        self.eos_token_ids, self.vocab_size, self.load_s = eos_token_ids, vocab_size, load_s
+        self.seed, self.method, self.emulated_link, self.device_name = seed, method, emulated_link, device_name
+        self.memory, self._close = memory, close
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._close()
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Generation:
+        """Start answering `prompt` (text, or token ids); iterate over the result, one Step per pass.
+
+        Raises UsageError or FitError for a request that could not be finished, before anything is computed.
+        """
+        try:
+            params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+        except ValueError as error:
+            raise UsageError(str(error), where="--temperature, --top-k, --top-p", cure="see `generate --help`") from error
+        request = Request(
+            prompt=tuple(self.encode(prompt) if isinstance(prompt, str) else prompt),
+            max_new_tokens=max_new_tokens,
+            params=params,
+            seed=self.seed if seed is None else seed,
+            stop=tuple(stop),
+            ignore_eos=ignore_eos,
+        )
+        self._check(request)
+        return Generation(self, request)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Report:
+        """The whole answer. Arguments and errors as in `stream`."""
+        generation = self.stream(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+        )
+        for _ in generation:
+            pass
+        return generation.result()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text. UsageError when the model has no tokenizer."""
+        if self.codec is None:
+            raise UsageError(
+                "the model folder has no tokenizer", where="--prompt", cure="give token ids with --prompt-ids 1,2,3"
+            )
+        return self.codec.encode(text)
+
+    def _check(self, request: Request) -> None:
+        plan, prompt = self.plan, request.prompt
+        if not prompt:
+            raise UsageError("the prompt has no tokens", where="--prompt", cure="give at least one token")
+        outside = [token_id for token_id in prompt if not 0 <= token_id < self.vocab_size]
+        if outside:
+            raise UsageError(
+                f"token id {outside[0]} is outside the vocabulary of {self.vocab_size} tokens",
+                where="--prompt-ids",
+                cure=f"give ids from 0 to {self.vocab_size - 1}",
+            )
+        if request.max_new_tokens < 1:
+            raise UsageError(f"{request.max_new_tokens} is too few", where="--max-new-tokens", cure="give at least 1")
+        if request.stop and self.codec is None:
+            raise UsageError("stop strings need a tokenizer", where="--stop", cure="leave --stop out")
+        if len(prompt) + request.max_new_tokens > plan.text_tokens:
+            raise FitError(
+                f"prompt {len(prompt)} + new {request.max_new_tokens} + tree {plan.tree.num_nodes - 1} tokens > "
+                f"{plan.context_rows} rows of context",
+                where="--max-new-tokens, --max-context",
+                cure=f"ask for at most {max(plan.text_tokens - len(prompt), 0)} new tokens, shorten the prompt, or raise "
+                "--max-context",
+            )

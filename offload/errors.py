@@ -1,0 +1,57 @@
+"""What can go wrong, and how the command line ends when it does.
+
+    OffloadError               1  internal failure
+      UsageError               2  a flag, a value, a combination of flags
+      ModelError               3  the model, tokenizer, tree or profile file is invalid
+        CheckpointError        3  safetensors files or their index
+      FitError                 4  something does not fit: memory budget, context
+      IntegrityError           5  contents differ from their manifest
+      NumericError             6  NaN or Inf logits
+      DeviceError              7  the device or the disk was lost
+
+Every error says three things, each on a line of its own: what is wrong (with the numbers or names), where (file or flag),
+and what to do about it.
+"""
+
+
+class OffloadError(Exception):
+    """Base of all errors that users see. `str(error)` is the three lines."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str, cure: str) -> None:
+        super().__init__(what, where, cure)
+        self.what = what
+        self.where = where
+        self.cure = cure
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  in: {self.where}\n  fix: {self.cure}"
+
+
+class UsageError(OffloadError):
+    exit_code = 2
+
+
+class ModelError(OffloadError):
+    exit_code = 3
+
+
+class CheckpointError(ModelError):
+    pass
+
+
+class FitError(OffloadError):
+    exit_code = 4
+
+
+class IntegrityError(OffloadError):
+    exit_code = 5
+
+
+class NumericError(OffloadError):
+    exit_code = 6
+
+
+class DeviceError(OffloadError):
+    exit_code = 7

@@ -1,0 +1,132 @@
+"""What a model is, read from its config: the shape of its decoder layers, and whether we can run it exactly.
+
+The model is built on the meta device, which costs no memory and asks transformers itself for names and shapes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ..errors import ModelError
+from .attention import ATTENTION, register
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A model on the meta device and the names of its tensors.
+
+    `layer_shapes` are the parameters of one decoder layer, equal for all, named without `prefix` and number;
+    `shared_shapes` are the others (embedding, final norm, head), full names, tied ones once.
+    """
+
+    config: Any
+    model: PreTrainedModel
+    prefix: str
+    num_layers: int
+    layer_shapes: Shapes
+    shared_shapes: Shapes
+
+    @property
+    def expected_tensors(self) -> Shapes:
+        layers = {
+            f"{self.prefix}.{layer}.{name}": shape
+            for layer in range(self.num_layers)
+            for name, shape in self.layer_shapes.items()
+        }
+        return {**layers, **self.shared_shapes}
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.vocab_size)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return int(self.config.num_key_value_heads)
+
+    @property
+    def head_dim(self) -> int:
+        return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads)
+
+    @property
+    def max_positions(self) -> int:
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        eos = self.config.eos_token_id
+        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """The architecture of the model in `folder`. ModelError when config.json is missing or invalid, or when the model is
+    one that we would not compute exactly."""
+    where = str(folder / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        register()
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, trust_remote_code=False)
+    except Exception as error:  # transformers raises anything here: OSError, ValueError, KeyError, StrictDataclassError
+        raise ModelError(
+            f"not a causal language model that transformers can build: {_one_line(error)}",
+            where=where,
+            cure="give the folder of a dense decoder such as Llama, Mistral, Qwen2 or Qwen3",
+        ) from error
+    _refuse_unsupported(config, model, where)
+    prefix = "model.layers"
+    layers = list(model.get_submodule(prefix).children())
+    shapes = [{name: tuple(p.shape) for name, p in layer.named_parameters()} for layer in layers]
+    shared = {name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith(f"{prefix}.")}
+    if any(shape != shapes[0] for shape in shapes):
+        raise _unsupported("its decoder layers differ from each other", config, where)
+    return Architecture(
+        config=config,
+        model=model.eval(),
+        prefix=prefix,
+        num_layers=len(layers),
+        layer_shapes=shapes[0],
+        shared_shapes=shared,
+    )
+
+
+def check_window(architecture: Architecture, max_positions: int, where: str) -> None:
+    """ModelError when a sliding attention window is shorter than the context in use: our mask would be wrong there."""
+    config = architecture.config
+    window = getattr(config, "sliding_window", None)
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    if window is not None and sliding and getattr(config, "use_sliding_window", True) and window < max_positions:
+        raise ModelError(
+            f"a sliding attention window of {window} tokens is shorter than the context of {max_positions}",
+            where=where,
+            cure=f"use --max-context {window} or less: within the window the model is exact",
+        )
+
+
+def _refuse_unsupported(config: Any, model: PreTrainedModel, where: str) -> None:
+    names = {name for name, _ in model.named_parameters()}
+    if any(getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise _unsupported("it is a mixture of experts", config, where)
+    if not any(name.startswith("model.layers.0.") for name in names):
+        raise _unsupported("its decoder layers are not at model.layers", config, where)
+    buffers = {name for name, _ in model.named_buffers()} - {name for name, _ in model.named_buffers() if "rotary_emb" in name}
+    if buffers:
+        raise _unsupported(f"it keeps buffers that are not weights ({sorted(buffers)[0]})", config, where)
+    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "num_key_value_heads", None) is None:
+        raise _unsupported("its attention is not plain grouped-query attention", config, where)
+
+
+def _unsupported(reason: str, config: Any, where: str) -> ModelError:
+    return ModelError(
+        f"{config.model_type} is not supported: {reason}",
+        where=where,
+        cure="use a dense decoder such as Llama, Mistral, Qwen2 or Qwen3",
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,99 @@
+"""A transformers model whose decoder layers are fed by a weight source, one pass at a time.
+
+The model is transformers' own code; only the memory behind its parameters is ours. A forward pre-hook on each decoder layer
+asks the source for that layer's weights and points the layer's parameters at them.
+"""
+
+from collections.abc import Generator, Iterator
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ..device import Device
+from ..streaming.stream import Weights
+from .architecture import Architecture
+from .kv_cache import KVCache
+
+
+class WeightSource(Protocol):
+    def one_pass(self) -> Iterator[Weights]:
+        """The weights of every decoder layer, in order; each is valid until the next is asked for."""
+
+
+class CausalLM:
+    """`shared` holds the tensors outside the decoder layers (device, `dtype`), by their full names."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        device: Device,
+        dtype: torch.dtype,
+        shared: Weights,
+        weights: WeightSource,
+        cache: KVCache,
+    ) -> None:
+        self.architecture, self.cache = architecture, cache
+        self._weights = weights
+        self._layers: Iterator[Weights] = iter(())
+        self._model = architecture.model
+        _materialise(self._model, device.torch_device, dtype, shared)
+        _rebuild_rotary(self._model, architecture.config, device.torch_device)
+        for layer in self._model.get_submodule(architecture.prefix).children():
+            parameters = dict(layer.named_parameters())
+            layer.register_forward_pre_hook(lambda _module, _args, parameters=parameters: self._bind(parameters))
+
+    @torch.no_grad()
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, num_logits: int) -> torch.Tensor:
+        """One pass over rows `token_ids` [N] int64 at `positions` [N] int64 under `mask` [1, 1, N, cached + N] bool.
+
+        Appends N pending rows to the cache and returns the logits of the last `num_logits` (>= 1) rows, [num_logits, V] in
+        the model's dtype. On any error the cache and the weight source are as before the pass.
+        """
+        self.cache.check_room(len(token_ids))
+        layers = self._weights.one_pass()
+        self._layers = layers
+        try:
+            output = self._model(
+                input_ids=token_ids[None],
+                position_ids=positions[None],
+                attention_mask=mask,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=num_logits,
+            )
+            leftover = next(layers, None)  # ends the last layer's use
+            assert leftover is None, "the model ran fewer layers than it has"
+        finally:
+            if isinstance(layers, Generator):
+                layers.close()
+        self.cache.appended(len(token_ids))
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _bind(self, parameters: dict[str, nn.Parameter]) -> None:
+        weights = next(self._layers)
+        for name, parameter in parameters.items():
+            parameter.data = weights[name]
+
+
+def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, shared: Weights) -> None:
+    """Replace every meta parameter: shared ones by their tensors, the layers' by empty ones that `_bind` will point
+    somewhere. A tied parameter stays one object."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = names[id(parameter)]
+            if id(parameter) not in made:
+                tensor = shared[name] if name in shared else torch.empty(0, device=device, dtype=dtype)
+                made[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+            setattr(module, key, made[id(parameter)])
+
+
+def _rebuild_rotary(model: nn.Module, config: object, device: torch.device) -> None:
+    """Rotary tables are not in checkpoints and were lost on the meta device; transformers computes them again."""
+    for name, module in list(model.named_modules()):
+        if name.rpartition(".")[2] == "rotary_emb":
+            parent = model.get_submodule(name.rpartition(".")[0])
+            parent.rotary_emb = type(module)(config).to(device)  # type: ignore[call-arg]

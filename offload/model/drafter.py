@@ -1,0 +1,79 @@
+"""The draft model as `tree.draft` sees it: something that grows a tree level by level and keeps up with what was accepted."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tree.shape import TreeShape
+
+from ..device import Device
+from .attention import pass_mask
+from .causal_lm import CausalLM
+
+# The draft reads the prompt in chunks of this many tokens: its logits are wanted for the last one only.
+PROMPT_CHUNK_TOKENS = 1024
+
+
+class ModelDrafter:
+    """Implements tree.draft.TreeModel over a CausalLM with its own cache.
+
+    `vocab_size` is the target's: draft logits are cut or padded (never proposed) to it, for families whose sizes pad one
+    vocabulary differently.
+    """
+
+    def __init__(self, model: CausalLM, device: Device, vocab_size: int) -> None:
+        self._model, self._device, self._vocab_size = model, device, vocab_size
+        self._context: list[int] = []
+        self._shape = TreeShape.root_only()
+        self._nodes: list[int] = []  # expanded nodes, in the order of their pending cache rows
+
+    def restart(self) -> None:
+        """Forget the sequence."""
+        self._context.clear()
+        self._model.cache.truncate(0)
+
+    def extend_context(self, token_ids: Sequence[int]) -> None:
+        """Committed tokens, the last of which is the next root. Host only; `begin` catches up."""
+        self._context.extend(token_ids)
+
+    def begin(self, shape: TreeShape) -> torch.Tensor:
+        """Logits [1, V] of the token after the context; drops what is left of an earlier tree."""
+        cache = self._model.cache
+        cache.truncate(cache.length)
+        self._shape, self._nodes = shape, []
+        no_nodes = torch.zeros(0, 0, dtype=torch.bool, device=self._device.torch_device)
+        logits = None
+        while missing := self._context[cache.length :][:PROMPT_CHUNK_TOKENS]:
+            positions = torch.arange(cache.length, cache.length + len(missing))
+            mask = pass_mask(cache.length, len(missing), no_nodes)
+            logits = self._forward(torch.tensor(missing), positions, mask, 1)
+            cache.commit(range(len(missing)))
+        assert logits is not None, "the context did not grow since the last round"
+        return logits
+
+    def expand(self, nodes: tuple[int, ...], token_ids: torch.Tensor) -> torch.Tensor:
+        """Logits [n, V] at `nodes` of one level, whose tokens are `token_ids` [n]; they become pending rows."""
+        columns = [*self._nodes, *nodes]
+        tree_mask = torch.from_numpy(self._shape.ancestor_mask[np.ix_(nodes, columns)])
+        positions = torch.tensor([len(self._context) - 1 + self._shape.depths[node] for node in nodes])
+        mask = pass_mask(self._model.cache.rows, 0, self._device.upload(tree_mask))
+        logits = self._forward(token_ids, positions, mask, len(nodes))
+        self._nodes = columns
+        return logits
+
+    def commit(self, path: Sequence[int]) -> None:
+        """Keep the rows of the accepted nodes (root first; the root is context). Accepted leaves have no row and are read
+        again by the next `begin`."""
+        rows = {node: row for row, node in enumerate(self._nodes)}
+        self._model.cache.commit([rows[node] for node in path[1:] if node in rows])
+        self._nodes = []
+
+    def _forward(self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, num_logits: int) -> torch.Tensor:
+        known = self._model.architecture.vocab_size
+        token_ids = self._device.upload(token_ids).clamp(max=known - 1)
+        logits = self._model.forward(token_ids, self._device.upload(positions), mask, num_logits).float()
+        if known < self._vocab_size:
+            return F.pad(logits, (0, self._vocab_size - known), value=-torch.inf)
+        return logits[:, : self._vocab_size]

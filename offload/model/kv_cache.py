@@ -1,0 +1,77 @@
+"""Preallocated keys and values of one sequence: append rows, keep the accepted ones, drop the rest.
+
+Rows [0, length) are committed, rows [length, length + pending) were appended since, and what lies behind is never read:
+
+    0 ............ length ............ length + pending ............ capacity
+      committed          pending                    undefined
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..device import Device
+from ..errors import FitError
+
+
+class KVCache:
+    """Duck-types the part of transformers' Cache that attention layers use (`update`)."""
+
+    def __init__(
+        self, device: Device, *, num_layers: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype
+    ) -> None:
+        self._device = device
+        shape = (num_layers, 2, 1, num_kv_heads, capacity, head_dim)
+        self._kv = device.alloc(num_bytes(num_layers, num_kv_heads, head_dim, capacity, dtype)).view(dtype).view(shape)
+        self.capacity = capacity
+        self.length = 0
+        self.pending = 0
+
+    @property
+    def rows(self) -> int:
+        return self.length + self.pending
+
+    def check_room(self, num_rows: int) -> None:
+        """FitError when `num_rows` more rows do not fit."""
+        if self.rows + num_rows > self.capacity:
+            raise FitError(
+                f"{self.rows} cached rows + {num_rows} new rows > {self.capacity}",
+                where="key/value cache",
+                cure="raise --max-context, or ask for fewer tokens or a smaller tree",
+            )
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, cache_kwargs: object = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write [1, K, N, C] behind the pending rows; returns [1, K, rows + N, C] views. `pending` is left alone, so that a
+        pass that fails half-way leaves the cache as it was; call `appended` when it has succeeded."""
+        end = self.rows + key.shape[2]
+        layer = self._kv[layer_idx]
+        layer[0, :, :, self.rows : end] = key
+        layer[1, :, :, self.rows : end] = value
+        return layer[0, :, :, :end], layer[1, :, :, :end]
+
+    def appended(self, num_rows: int) -> None:
+        self.pending += num_rows
+
+    def commit(self, pending_rows: Sequence[int]) -> None:
+        """Keep these pending rows (ascending, counted from the first pending one) in this order; drop the others."""
+        assert list(pending_rows) == sorted(set(pending_rows)) and max(pending_rows, default=-1) < self.pending
+        if list(pending_rows) != list(range(len(pending_rows))):
+            index = self._device.upload(torch.tensor(pending_rows) + self.length)
+            self._kv[..., self.length : self.length + len(pending_rows), :] = self._kv.index_select(-2, index)
+        self.length += len(pending_rows)
+        self.pending = 0
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from row `length` on."""
+        assert 0 <= length <= self.length
+        self.length, self.pending = length, 0
+
+    def poison_tail(self) -> None:
+        """Fill every row that must not be read with NaN (tests)."""
+        self._kv[..., self.rows :, :] = torch.nan
+
+
+def num_bytes(num_layers: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
+    return num_layers * 2 * num_kv_heads * capacity * head_dim * dtype.itemsize

@@ -1,0 +1,62 @@
+"""From what the user calls a model to a folder on disk: a path, or a hub id from the local cache or the network."""
+
+import json
+import re
+from pathlib import Path
+
+from ..errors import ModelError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+
+
+def locate_model(name: str, flag: str) -> Path:
+    """The folder of `name`. ModelError when there is none, naming `flag`."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"there is no config.json in {name}",
+                where=flag,
+                cure="give the folder that transformers' save_pretrained wrote, with config.json and *.safetensors",
+            )
+        return folder
+    if not _HUB_ID.fullmatch(name):
+        raise ModelError(f"no such folder: {name}", where=flag, cure="give an existing folder or a hub id (org/name)")
+    return _from_hub(name, flag)
+
+
+def _from_hub(name: str, flag: str) -> Path:
+    import huggingface_hub
+
+    try:
+        cached = huggingface_hub.snapshot_download(name, allow_patterns=_FILES, local_files_only=True)
+        if (Path(cached) / "config.json").is_file():
+            return Path(cached)
+    except Exception:  # not in the cache, or incomplete: the hub decides
+        pass
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES))
+    except Exception as error:  # network, authentication, no such repository: the hub's own words say which
+        raise ModelError(
+            f"{name} is neither a folder nor in the local cache, and cannot be fetched: {' '.join(str(error).split())[:200]}",
+            where=flag,
+            cure=f"check the name, or run `hf download {name}` where there is a network",
+        ) from error
+
+
+def read_eos_token_ids(folder: Path, default: tuple[int, ...]) -> frozenset[int]:
+    """Every EOS id of generation_config.json, or `default` when it names none. ModelError when the file is damaged."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return frozenset(default)
+    try:
+        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        ids = [eos] if isinstance(eos, int) else list(eos or ())
+        if not all(isinstance(token_id, int) for token_id in ids):
+            raise ValueError(f"eos_token_id is {eos!r}")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ModelError(
+            f"the generation config cannot be read: {error}", where=str(path), cure="repair or delete the file"
+        ) from error
+    return frozenset(ids or default)

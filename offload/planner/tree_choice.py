@@ -1,0 +1,77 @@
+"""From what `--tree` and `--verifier` say to a shape and a method."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from tree.acceptance import Acceptance
+from tree.shape import TreeShape
+from tree.spec import OptimalTree, parse_tree_spec
+from tree.verify import METHODS, Method
+
+from ..errors import ModelError, UsageError
+
+T = TypeVar("T")
+
+MAX_FILE_BYTES = 16 * 2**20
+# What NxL trees are optimised for when no profile is given: the vector that Sequoia publishes for a 70B and its 8B draft.
+DEFAULT_ACCEPTANCE = Path(__file__).parents[2] / "profiles/acceptance/llama-3-8b__llama-3-70b__cnn__published.json"
+
+
+def resolve_tree(spec: str, acceptance: str | None, *, has_draft: bool) -> TreeShape:
+    """The shape that `--tree` names: auto, none, WxL:kary, NxL (optimal for the `acceptance` file), or a TreeShape JSON.
+
+    Without a draft, auto is the root alone and anything larger is a UsageError. ModelError for a file that is invalid.
+    """
+    if spec == "auto":
+        return TreeShape.chains(4, 6) if has_draft else TreeShape.root_only()
+    shape = _from_file(Path(spec)) if spec.endswith(".json") or Path(spec).is_file() else _from_spec(spec, acceptance)
+    if shape.num_nodes > 1 and not has_draft:
+        raise UsageError(
+            f"a tree of {shape.num_nodes} nodes needs a draft model",
+            where=f"--tree {spec} without --draft-model",
+            cure="name a --draft-model, or use --tree none",
+        )
+    return shape
+
+
+def resolve_method(name: str) -> Method:
+    """The verifier that `--verifier` names. auto: traversal, which accepts most of a sampled tree; at temperature 0 all of
+    them are the same greedy walk. UsageError for an unknown name."""
+    if name == "auto":
+        return "traversal"
+    for method in METHODS:
+        if name == method:
+            return method
+    raise UsageError(f"unknown verifier {name!r}", where="--verifier", cure=f"one of auto, {', '.join(METHODS)}")
+
+
+def read_acceptance(path: Path) -> Acceptance:
+    """The acceptance profile in `path`. ModelError when it is not one."""
+    return _read(path, Acceptance.from_json, "an acceptance profile", "see profiles/README.md for the format")
+
+
+def _from_spec(spec: str, acceptance: str | None) -> TreeShape:
+    try:
+        parsed = parse_tree_spec(spec)
+    except ValueError as error:
+        raise UsageError(str(error), where="--tree", cure="for example 4x6:kary, 64x8, none, or a file") from error
+    if not isinstance(parsed, OptimalTree):
+        return parsed
+    from tree.optimizer import best_tree  # numpy; plain shapes need none of it
+
+    profile = read_acceptance(Path(acceptance) if acceptance is not None else DEFAULT_ACCEPTANCE)
+    return best_tree(profile, parsed.num_nodes, parsed.num_levels)
+
+
+def _from_file(path: Path) -> TreeShape:
+    return _read(path, TreeShape.from_json, "a tree", "write one with TreeShape.to_json")
+
+
+def _read(path: Path, parse: Callable[[object], T], what: str, cure: str) -> T:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes is too large")
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"not {what}: {error}", where=str(path), cure=cure) from error

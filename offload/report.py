@@ -1,0 +1,152 @@
+"""The result of a generation, as Python values, as the JSON of CLI.md, and as the line that ends a run."""
+
+import functools
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
+from pathlib import Path
+
+from .planner.plan import Plan
+from .stats import RunStats
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes, as measured at the end of a run. `device_peak_bytes` on the CPU device counts what went through the device:
+    weights, slots and caches, not activations."""
+
+    device_peak_bytes: int
+    host_weights_bytes: int
+    host_pinned_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    text: str | None
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    stats: RunStats
+    plan: Plan
+    verifier: str
+    memory: Memory
+    emulated_link: bool
+    device_name: str
+
+    @property
+    def link_utilisation(self) -> float | None:
+        """Streamed bytes over what the link, at the rate measured when the model was loaded, could have carried."""
+        rate, peak = self.stats.link_bytes_per_s, self.plan.link_bytes_per_s
+        return rate / peak if rate and peak else None
+
+    def to_json(self) -> dict[str, object]:
+        """The object that `--json` prints; field by field in docs and CLI.md."""
+        stats, plan = self.stats, self.plan
+        s_per_token = stats.s_per_token
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "text": self.text,
+            "prompt_token_ids": list(self.prompt_token_ids),
+            "token_ids": list(self.token_ids),
+            "finish_reason": self.finish_reason,
+            "timing": {
+                "load_s": stats.load_s,
+                "first_token_s": stats.first_token_s,
+                "decode_s": stats.decode_s,
+                "s_per_token": s_per_token,
+                "tokens_per_s": 1 / s_per_token if s_per_token else None,
+            },
+            "speculation": {
+                "tree_nodes": plan.tree.num_nodes,
+                "tree_levels": plan.tree.num_levels,
+                "verifier": self.verifier,
+                "passes": len(stats.passes),
+                "tokens_per_pass": stats.tokens_per_pass,
+                "accepted_per_pass": [one.emitted_tokens for one in stats.passes],
+            },
+            "streaming": {
+                "streamed_layers": len(plan.placement.streamed),
+                "resident_layers": len(plan.placement.resident),
+                "disk_layers": len(plan.placement.disk),
+                "slots": plan.num_slots,
+                "bytes_per_pass": plan.bytes_per_pass,
+                "link_bytes_per_s": stats.link_bytes_per_s,
+                "link_peak_bytes_per_s": plan.link_bytes_per_s,
+                "link_utilisation": self.link_utilisation,
+                "stall_s": stats.stall_s,
+                "emulated_link": self.emulated_link,
+            },
+            "memory": {
+                "device_peak_bytes": self.memory.device_peak_bytes,
+                "host_weights_bytes": self.memory.host_weights_bytes,
+                "host_pinned_bytes": self.memory.host_pinned_bytes,
+            },
+            "plan": plan.to_json(),
+            "environment": environment(self.device_name),
+        }
+
+    def line(self) -> str:
+        """`256 tokens in 201 s | 0.79 s/token | first token 6.1 s | 7.9 tokens/pass of 768 nodes | link 24.6 GB/s ...`"""
+        stats, plan = self.stats, self.plan
+        parts = [f"{len(self.token_ids)} tokens in {_seconds(stats.first_token_s + stats.decode_s)} s"]
+        if stats.s_per_token is not None:
+            parts.append(f"{_seconds(stats.s_per_token)} s/token{self._predicted()}")
+        parts.append(f"first token {_seconds(stats.first_token_s)} s")
+        if stats.tokens_per_pass is not None:
+            parts.append(f"{stats.tokens_per_pass:.1f} tokens/pass of {plan.tree.num_nodes} nodes")
+        parts.append(self._link())
+        parts.append(f"device {self.memory.device_peak_bytes / 2**30:.2f} GiB")
+        return " | ".join(parts)
+
+    def _predicted(self) -> str:
+        pass_s, tokens = self.plan.predicted_pass_s, self.stats.tokens_per_pass
+        return f" (streaming alone {_seconds(pass_s / tokens)})" if pass_s and tokens else ""
+
+    def _link(self) -> str:
+        rate, share = self.stats.link_bytes_per_s, self.link_utilisation
+        if not self.plan.placement.streamed:
+            return "nothing streamed, all layers resident"
+        name = "emulated link" if self.emulated_link else "link"
+        if not rate or share is None:
+            return f"{name}: one pass only"
+        return f"{name} {_rate(rate)}, {share:.0%} of peak"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}"
+
+
+def _rate(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e9:.1f} GB/s" if bytes_per_s >= 1e9 else f"{bytes_per_s / 1e6:.0f} MB/s"
+
+
+def environment(device_name: str) -> dict[str, object]:
+    return {
+        "device": device_name,
+        "torch": _version("torch"),
+        "transformers": _version("transformers"),
+        "commit": git_commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return package_version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """The commit of the clone this runs from, with "+" when it has changes; None outside a clone."""
+    folder = Path(__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None

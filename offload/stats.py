@@ -1,0 +1,57 @@
+"""Numbers of a run: per pass, and summed up as the command line reports them. Pure values; knows no device."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassStats:
+    """One round. `stall_s` is compute waiting for copies, summed over layers; `copied_s` is the time copies were under way."""
+
+    num_rows: int
+    emitted_tokens: int
+    bytes_streamed: int
+    draft_s: float
+    pass_s: float
+    verify_s: float
+    round_s: float
+    stall_s: float
+    stall_by_layer_s: tuple[float, ...]
+    copied_s: float
+
+
+@dataclass(slots=True)
+class RunStats:
+    """A run as it grows. Times in seconds; first_token_s ends with the first pass, decode_s is the rest."""
+
+    load_s: float = 0.0
+    first_token_s: float = 0.0
+    decode_s: float = 0.0
+    prompt_passes: int = 0
+    first_tokens: int = 0
+    num_tokens: int = 0
+    passes: list[PassStats] = field(default_factory=list)
+
+    @property
+    def s_per_token(self) -> float | None:
+        later = self.num_tokens - self.first_tokens
+        return self.decode_s / later if later > 0 else None
+
+    @property
+    def tokens_per_pass(self) -> float | None:
+        return sum(p.emitted_tokens for p in self.passes) / len(self.passes) if self.passes else None
+
+    @property
+    def link_bytes_per_s(self) -> float | None:
+        """Streamed bytes over wall time of the decode rounds: what the whole loop got out of the link."""
+        decode = self.passes[1:]
+        seconds = sum(p.round_s for p in decode)
+        return sum(p.bytes_streamed for p in decode) / seconds if seconds > 0 else None
+
+    @property
+    def stall_s(self) -> float:
+        return sum(p.stall_s for p in self.passes)
+
+    @property
+    def median_pass_s(self) -> float | None:
+        times = sorted(p.pass_s for p in self.passes[1:] or self.passes)
+        return times[len(times) // 2] if times else None

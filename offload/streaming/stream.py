@@ -1,0 +1,173 @@
+"""Run the schedule on a device: an iterator over the layers' weights, in order, pass after pass.
+
+Knows nothing of models or trees. A pass is a generator: asking for the next layer ends the use of the previous one, releases
+its slot and queues the slot's next copy. An abandoned or failed pass leaves the stream ready to start over.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ..device import CopyTicket, Device, Interval, Ticket
+from ..weights.disk import DiskRead
+from ..weights.store import WeightStore
+from .schedule import Fetch, first_fetches, pass_steps
+
+Weights = Mapping[str, torch.Tensor]
+
+LINK_SAMPLES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LayerUse:
+    """Tickets of one layer in one pass: its copy (None when resident) and the end of its compute."""
+
+    layer: int
+    copy: CopyTicket | None
+    done: Ticket
+
+
+@dataclass(slots=True)
+class PassLog:
+    start: Ticket
+    uses: list[LayerUse] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTiming:
+    """One layer in one pass. `stall_s` is how long compute had nothing to do but wait for the copy."""
+
+    layer: int
+    copy: Interval | None
+    compute: Interval
+    stall_s: float
+
+
+class ResidentWeights:
+    """All layers on the device: the same iterator without a stream."""
+
+    def __init__(self, layers: list[Weights]) -> None:
+        self._layers = layers
+
+    def one_pass(self) -> Iterator[Weights]:
+        return iter(self._layers)
+
+
+class LayerStream:
+    """Yields the layers of `store` in order, streaming what is not resident through `num_slots` device buffers."""
+
+    def __init__(self, device: Device, store: WeightStore, num_slots: int) -> None:
+        assert num_slots >= 1 or not store.placement.streamed
+        self.layer_bytes = store.layout.num_bytes
+        self.log: PassLog | None = None
+        self._device, self._store = device, store
+        self._num_layers = store.placement.num_layers
+        self._streamed = store.placement.streamed
+        self._resident = store.resident
+        self._slots = [device.alloc(self.layer_bytes) for _ in range(num_slots if self._streamed else 0)]
+        self._views = [store.layout.views(slot) for slot in self._slots]
+        self._free: list[Ticket] = []
+        self._queue: deque[Fetch] = deque()
+        self._flying: dict[int, CopyTicket] = {}
+        self._pass_number = -1  # no copy is under way
+
+    @property
+    def bytes_per_pass(self) -> int:
+        return self.layer_bytes * len(self._streamed)
+
+    @property
+    def num_slots(self) -> int:
+        return len(self._slots)
+
+    def take_disk_reads(self) -> list[DiskRead]:
+        """Reads finished since the last call, for the trace."""
+        reads = self._store.ring.reads if self._store.ring else deque[DiskRead]()
+        return [reads.popleft() for _ in range(len(reads))]
+
+    def measure_link(self) -> float | None:
+        """Bytes per second of the fastest of a few whole-layer copies, with nothing else under way; None when no layer is
+        streamed. Before the first pass only: it scribbles on a slot."""
+        if not self._slots:
+            return None
+        assert self._pass_number < 0
+        rates: list[float] = []
+        for _ in range(LINK_SAMPLES):
+            ticket = self._device.copy_async(self._slots[0], self._store.any_host_layer(), self._device.mark())
+            self._device.drain(ticket)
+            interval = self._device.interval(ticket)
+            rates.append(self.layer_bytes / max(interval.end_s - interval.start_s, 1e-9))
+        return max(rates)
+
+    def close(self) -> None:
+        """Let copies under way land, so that their memory may go."""
+        self._abandon()
+
+    def one_pass(self) -> Iterator[Weights]:
+        """The weights of layers 0, 1, ...; each is valid until the next is asked for. Errors of a copy are raised here."""
+        if self._pass_number < 0:
+            self._start_over()
+        self.log = PassLog(self._device.mark())
+        try:
+            yield from self._run_pass(self.log)
+            self._pass_number += 1
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _run_pass(self, log: PassLog) -> Iterator[Weights]:
+        for step in pass_steps(self._num_layers, self._streamed, len(self._slots), self._pass_number):
+            if isinstance(step, Fetch):
+                self._free[step.slot] = log.uses[-1].done
+                self._queue.append(step)
+                self._send(None)
+            elif step.slot is None:
+                yield self._resident[step.layer]
+                log.uses.append(LayerUse(step.layer, None, self._device.mark()))
+            else:
+                self._send(step.slot)
+                copy = self._flying.pop(step.slot)
+                slot = self._device.wait(copy)
+                yield self._views[step.slot]
+                log.uses.append(LayerUse(step.layer, copy, self._device.release(slot)))
+
+    def _send(self, needed_slot: int | None) -> None:
+        """Queue copies whose source is at hand; block for the disk only while `needed_slot` is among the waiting."""
+        while self._queue:
+            fetch = self._queue[0]
+            urgent = needed_slot is not None and needed_slot not in self._flying
+            if not urgent and not self._store.ready(fetch.layer):
+                return
+            source = self._store.source(fetch.layer)
+            self._queue.popleft()
+            ticket = self._device.copy_async(self._slots[fetch.slot], source, self._free[fetch.slot])
+            self._store.sent(fetch.layer, ticket)
+            self._flying[fetch.slot] = ticket
+
+    def _start_over(self) -> None:
+        self._pass_number = 0
+        self._free = [self._device.mark() for _ in self._slots]
+        self._queue.extend(first_fetches(self._streamed, len(self._slots)))
+        self._send(None)
+
+    def _abandon(self) -> None:
+        """Let copies under way land, forget the rest; the next pass begins with full slots again."""
+        for ticket in self._flying.values():
+            self._device.drain(ticket)
+        self._flying.clear()
+        self._queue.clear()
+        self._pass_number = -1
+
+
+def layer_timings(device: Device, log: PassLog) -> list[LayerTiming]:
+    """What happened in a finished pass; call it after the pass's host sync."""
+    timings: list[LayerTiming] = []
+    previous_s = device.interval(log.start).end_s
+    for use in log.uses:
+        copy = device.interval(use.copy) if use.copy is not None else None
+        stall_s = max(0.0, copy.end_s - previous_s) if copy is not None else 0.0
+        compute = Interval(previous_s + stall_s, device.interval(use.done).end_s)
+        timings.append(LayerTiming(use.layer, copy, compute, stall_s))
+        previous_s = compute.end_s
+    return timings

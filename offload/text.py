@@ -1,0 +1,147 @@
+"""Text to token ids and back. Tokens arrive a few at a time; text leaves as soon as it can no longer change.
+
+Knows nothing of models. A model folder without a tokenizer has no TextCodec; token ids still work there.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import ModelError, UsageError
+
+REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not yet a character
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+class TextCodec:
+    """A model's tokenizer and chat template."""
+
+    def __init__(self, folder: Path) -> None:
+        """ModelError when the tokenizer files are damaged."""
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # transformers and tokenizers raise anything here
+            raise ModelError(
+                f"the tokenizer cannot be read: {' '.join(str(error).split())[:300]}",
+                where=str(folder),
+                cure="download the tokenizer files again, or give token ids with --prompt-ids",
+            ) from error
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, with the special tokens that the tokenizer adds itself (such as <s>)."""
+        return list(self._tokenizer(text, verbose=False).input_ids)
+
+    def encode_chat(self, text: str, system_prompt: str | None) -> list[int]:
+        """Token ids of one user turn, laid out by the model's own chat template."""
+        if not self.has_chat_template:
+            raise UsageError(
+                "the model has no chat template", where="--chat or --system-prompt", cure="use --raw, or leave them out"
+            )
+        messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        messages.append({"role": "user", "content": text})
+        try:
+            rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program that comes with the model
+            raise ModelError(
+                f"the chat template failed: {' '.join(str(error).split())[:300]}",
+                where="chat template of the model",
+                cure="use --raw",
+            ) from error
+        return list(self._tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def vocabulary(self) -> dict[str, int]:
+        return dict(self._tokenizer.get_vocab())
+
+
+def open_codec(folder: Path) -> TextCodec | None:
+    """The folder's tokenizer, None when it has none."""
+    return TextCodec(folder) if any((folder / name).exists() for name in _TOKENIZER_FILES) else None
+
+
+def check_same_vocabulary(target: TextCodec | None, draft: TextCodec | None, sizes: tuple[int, int], where: str) -> None:
+    """ModelError naming the first token that draft and target number differently. Without two tokenizers to compare, the
+    sizes (target, draft) must be equal; with equal tokenizers they may differ by padding."""
+    cure = "use a draft model of the same family: it must share the target's tokenizer"
+    if target is None or draft is None:
+        if sizes[0] != sizes[1]:
+            raise ModelError(
+                f"the draft's vocabulary has {sizes[1]} tokens, the target's {sizes[0]}; the first that differs is token "
+                f"{min(sizes)}",
+                where=where,
+                cure=cure,
+            )
+        return
+    target_ids, draft_ids = target.vocabulary(), draft.vocabulary()
+    if target_ids != draft_ids:
+        by_id = {token_id: token for token, token_id in target_ids.items()}
+        draft_by_id = {token_id: token for token, token_id in draft_ids.items()}
+        first = min(i for i in {*by_id, *draft_by_id} if by_id.get(i) != draft_by_id.get(i))
+        raise ModelError(
+            f"the draft's vocabulary differs from the target's ({len(draft_ids)} and {len(target_ids)} tokens): token "
+            f"{first} is {draft_by_id.get(first)!r} in the draft and {by_id.get(first)!r} in the target",
+            where=where,
+            cure=cure,
+        )
+
+
+class TextStream:
+    """Incremental detokenisation with stop strings.
+
+    `push` takes one token and returns the text that has become final: characters are complete, and no suffix of what was
+    given out could still turn into a stop string. When a stop string appears, `stopped` is True and the text ends before it.
+    """
+
+    def __init__(self, codec: TextCodec, stop: Sequence[str] = ()) -> None:
+        self._codec, self._stop = codec, tuple(text for text in stop if text)
+        self._token_ids: list[int] = []
+        self._window_start = 0  # tokens from here on are decoded together, so that the cost per token stays constant
+        self._window_text = ""  # text of the window that is already in `text`
+        self.text = ""
+        self.stopped = False
+        self._given = 0
+
+    def push(self, token_id: int) -> str:
+        self._token_ids.append(token_id)
+        window = self._codec.decode(self._token_ids[self._window_start :])
+        if not window.endswith(REPLACEMENT):
+            self._take(window[len(self._window_text) :])
+            # Decoders look back one token at most (a leading space, a merged byte sequence), so the window restarts here.
+            self._window_start = len(self._token_ids) - 1
+            self._window_text = self._codec.decode(self._token_ids[self._window_start :])
+        return self._give(len(self.text) if self.stopped else len(self.text) - self._undecided())
+
+    def finish(self) -> str:
+        """The rest: what was held back, and bytes that never became a character."""
+        if not self.stopped:
+            self._take(self._codec.decode(self._token_ids[self._window_start :])[len(self._window_text) :])
+            self._window_text = ""
+            self._window_start = len(self._token_ids)
+        return self._give(len(self.text))
+
+    def _take(self, fresh: str) -> None:
+        longest = max((len(stop) for stop in self._stop), default=1)
+        search_from = max(0, len(self.text) - longest + 1)
+        self.text += fresh
+        found = [at for stop in self._stop if (at := self.text.find(stop, search_from)) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+
+    def _undecided(self) -> int:
+        """Length of the longest suffix that is a proper prefix of a stop string."""
+        return max(
+            (n for stop in self._stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])),
+            default=0,
+        )
+
+    def _give(self, end: int) -> str:
+        given, self._given = self.text[self._given : end], max(end, self._given)
+        return given

@@ -1,0 +1,198 @@
+"""The tensors of one checkpoint folder: which there are and where their bytes lie. Knows no model and reads no weight.
+
+Every check of every file runs before the first weight byte is read, and one error reports all that is wrong: a user who
+waits an hour for each of five missing shards would rather know about them together.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, NoReturn
+
+from ..errors import CheckpointError
+from .header import TensorInfo, parse_json_object, problems_error, quoted, read_small_file, scan_header
+
+logger = logging.getLogger(__name__)
+
+SINGLE_NAME: Final = "model.safetensors"
+INDEX_NAME: Final = "model.safetensors.index.json"
+MAX_INDEX_BYTES: Final = 64 * 2**20  # Llama-2-70B's index has 66,725 bytes
+MAX_MISSING_LISTED: Final = 64
+FOREIGN_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A folder whose headers and index passed every check. `files` are the weight files, sorted by name."""
+
+    folder: Path
+    tensors: Mapping[str, TensorInfo]
+    files: tuple[Path, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors, without headers."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Reads `model.safetensors`, or the shards that `model.safetensors.index.json` names, as transformers would.
+
+    Reads headers only and holds no file open afterwards. Raises CheckpointError, which names all problems of all files.
+    """
+    if os.path.lexists(folder / SINGLE_NAME):
+        if os.path.lexists(folder / INDEX_NAME):
+            logger.warning("%s has both %s and %s: reading the former", folder, SINGLE_NAME, INDEX_NAME)
+        shards, weight_map = [SINGLE_NAME], None
+    elif os.path.lexists(folder / INDEX_NAME):
+        weight_map = _read_index(folder)
+        shards = sorted(set(weight_map.values()))
+    else:
+        _refuse_folder(folder)
+    tensors, problems = _scan_shards(folder, shards, weight_map)
+    if problems:
+        raise problems_error(problems, where=str(folder), cure=_download_again(folder))
+    return Checkpoint(folder=folder, tensors=MappingProxyType(tensors), files=tuple(folder / shard for shard in shards))
+
+
+def is_rotary_buffer(name: str) -> bool:
+    """Old Llama checkpoints carry the rotary frequencies, which every implementation computes itself."""
+    return name.endswith(".rotary_emb.inv_freq")
+
+
+def check_tensors(
+    checkpoint: Checkpoint,
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    ignore: Callable[[str], bool] = is_rotary_buffer,
+) -> None:
+    """Every name of `expected` is there with that shape and nothing else is, except names for which `ignore` is true.
+    Dtypes are the reader's business. Raises CheckpointError, which names all differences."""
+    tensors = checkpoint.tensors
+    problems = [f"tensor {quoted(name)} is missing" for name in expected if name not in tensors]
+    problems += [
+        f"tensor {quoted(name)} has shape {tensors[name].shape}, the model needs {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != tuple(shape)
+    ]
+    problems += [f"tensor {quoted(name)} is unexpected" for name in tensors if name not in expected and not ignore(name)]
+    if problems:
+        cure = "use the config.json that belongs to these weights; if it does, this architecture is not supported"
+        raise problems_error(problems, where=str(checkpoint.folder), cure=cure)
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """tensor name -> shard name, every shard name safe to join to `folder`. Raises CheckpointError."""
+    try:
+        weight_map = parse_json_object(read_small_file(folder / INDEX_NAME, MAX_INDEX_BYTES)).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("has no weight_map with tensors in it")
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError("has a weight_map that does not map strings to strings")
+    except (OSError, ValueError) as error:
+        reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+        raise problems_error([f"{INDEX_NAME}: {reason}"], where=str(folder), cure=_download_again(folder)) from error
+    unsafe = [shard for shard in sorted(set(weight_map.values())) if not _is_safe_name(shard)]
+    if unsafe:
+        problems = [f"{INDEX_NAME}: {quoted(shard)} is not the name of a safetensors file" for shard in unsafe]
+        cure = "do not use this checkpoint: such names reach outside of its folder"
+        raise problems_error(problems, where=str(folder), cure=cure)
+    return weight_map
+
+
+def _is_safe_name(shard: str) -> bool:
+    """Lexically one name in the folder. It may be a symbolic link to anywhere: those of the Hugging Face cache are, and
+    who can plant a link in the folder can plant weights as well."""
+    return (
+        shard.endswith(".safetensors")
+        and len(shard) <= 255
+        and shard.isprintable()
+        and ".." not in shard
+        and not any(separator in shard for separator in "/\\:")
+    )
+
+
+def _scan_shards(
+    folder: Path, shards: Sequence[str], weight_map: Mapping[str, str] | None
+) -> tuple[dict[str, TensorInfo], list[str]]:
+    """(tensors by name, problems). Without a `weight_map` there is one shard and nothing to compare it with."""
+    problems: list[str] = []
+    missing = [shard for shard in shards if not os.path.exists(folder / shard)]
+    if missing:
+        problems.append(_describe_missing(missing, len(shards)))
+    found: dict[str, list[TensorInfo]] = {}
+    unread = set(missing)
+    for shard in shards:
+        if shard in unread:
+            continue
+        tensors, shard_problems = scan_header(folder / shard)
+        for tensor in tensors:
+            found.setdefault(tensor.name, []).append(tensor)
+        if shard_problems:
+            problems += shard_problems
+            unread.add(shard)
+    if weight_map is not None:
+        problems += _index_problems(weight_map, found, unread)
+    return {name: places[0] for name, places in found.items()}, problems
+
+
+def _index_problems(weight_map: Mapping[str, str], found: Mapping[str, Sequence[TensorInfo]], unread: set[str]) -> list[str]:
+    """At most one problem for each tensor. What should be in the shards `unread` is not held against the index."""
+    problems: list[str] = []
+    for name, places in found.items():
+        shards = [place.path.name for place in places]
+        if len(shards) > 1:
+            problems.append(f"tensor {quoted(name)} is in {len(shards)} files: {', '.join(shards[:4])}")
+        elif name not in weight_map:
+            problems.append(f"{shards[0]}: tensor {quoted(name)} is not in the index")
+        elif weight_map[name] != shards[0]:
+            problems.append(f"{shards[0]}: tensor {quoted(name)} is in {weight_map[name]} according to the index")
+    problems += [
+        f"{shard}: has no tensor {quoted(name)}, which the index places there"
+        for name, shard in weight_map.items()
+        if name not in found and shard not in unread
+    ]
+    return problems
+
+
+def _describe_missing(missing: Sequence[str], num_shards: int) -> str:
+    listed = ", ".join(missing[:MAX_MISSING_LISTED])
+    rest = f" and {len(missing) - MAX_MISSING_LISTED} more" if len(missing) > MAX_MISSING_LISTED else ""
+    return f"{len(missing)} of {num_shards} files are missing: {listed}{rest}"
+
+
+def _download_again(folder: Path) -> str:
+    cached = [part for part in folder.absolute().parts if part.startswith("models--")]
+    command = (
+        f"hf download {cached[-1].removeprefix('models--').replace('--', '/')}"
+        if cached
+        else f"hf download <repository> --local-dir {folder}"
+    )
+    return f"run `{command}` again (it skips finished files), or copy the files again"
+
+
+def _refuse_folder(folder: Path) -> NoReturn:
+    """Says why a folder without the two names that we open is no checkpoint."""
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        what = f"cannot read the checkpoint folder: {error.strerror}"
+        raise CheckpointError(what, where=str(folder), cure="give the folder that holds config.json") from error
+    shards = [name for name in names if name.endswith(".safetensors")]
+    foreign = [name for name in names if name.endswith(FOREIGN_SUFFIXES)]
+    if shards:
+        what = f"{len(shards)} safetensors files such as {quoted(shards[0])} but no {INDEX_NAME}"
+        cure = _download_again(folder)
+    elif foreign:
+        what = f"only safetensors files are read, and here are files such as {quoted(foreign[0])}"
+        cure = (
+            "take the repository's safetensors files, or convert where you trust these: transformers' "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
+        )
+    else:
+        what = f"neither {SINGLE_NAME} nor {INDEX_NAME}"
+        cure = "give the folder that holds config.json and the weights"
+    raise CheckpointError(what, where=str(folder), cure=cure)

@@ -1,0 +1,154 @@
+"""Where the decoder layers live: on the device (resident), in one pinned host arena, or on disk behind a bounce ring."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ..device import Device, Ticket
+from .checkpoint import Checkpoint
+from .disk import DiskRing
+from .layout import LayerLayout
+from .reader import ReadJob, TensorReader
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Which of `num_layers` layers live where. The rest is in host memory."""
+
+    num_layers: int
+    resident: frozenset[int]
+    disk: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        layers = frozenset(range(self.num_layers))
+        assert self.resident <= layers and self.disk <= layers and not self.resident & self.disk
+
+    @property
+    def streamed(self) -> tuple[int, ...]:
+        return tuple(layer for layer in range(self.num_layers) if layer not in self.resident)
+
+    @property
+    def host(self) -> tuple[int, ...]:
+        return tuple(layer for layer in self.streamed if layer not in self.disk)
+
+
+class WeightStore:
+    """Owns the memory of all decoder layers and fills it. Host memory held: one exact-size arena of the host layers, plus
+    the ring when some layers are on disk; peak while loading is that plus the reader's scratch (see TensorReader)."""
+
+    def __init__(self, device: Device, checkpoint: Checkpoint, layout: LayerLayout, prefix: str, placement: Placement) -> None:
+        self.layout, self.placement = layout, placement
+        self._device, self._checkpoint, self._prefix = device, checkpoint, prefix
+        self._resident = {layer: device.alloc(layout.num_bytes) for layer in sorted(placement.resident)}
+        cuts = [layout.num_bytes * (order + 1) for order in range(len(placement.host))]
+        self._arena = device.pin(layout.num_bytes * len(placement.host), cuts)
+        self._host = {
+            layer: self._arena.tensor[cut - layout.num_bytes : cut] for layer, cut in zip(placement.host, cuts, strict=True)
+        }
+        self._ring: DiskRing | None = None
+
+    @property
+    def resident(self) -> dict[int, dict[str, torch.Tensor]]:
+        """Typed views of the resident layers, used in place."""
+        return {layer: self.layout.views(buffer) for layer, buffer in self._resident.items()}
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory held for weights, the ring included."""
+        return self._arena.tensor.numel() + (self._ring.memory.tensor.numel() if self._ring else 0)
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self._arena.pinned_bytes + (self._ring.memory.pinned_bytes if self._ring else 0)
+
+    @property
+    def ring(self) -> DiskRing | None:
+        return self._ring
+
+    def load(self, progress: Progress | None = None) -> None:
+        """Read every layer that has a place in memory; start reading ahead what has none. `progress` gets bytes read."""
+        with TensorReader(self._checkpoint) as reader:
+            self._load_resident(reader, progress)
+            reader.read([job for layer, buffer in self._host.items() for job in self._jobs(layer, buffer)], progress)
+        if self.placement.disk:
+            order = tuple(sorted(self.placement.disk))
+            self._ring = DiskRing(self._device, self._checkpoint, self.layout, order, self._jobs)
+
+    def ready(self, layer: int) -> bool:
+        """Whether `source(layer)` would return at once."""
+        return layer in self._host or (self._ring is not None and self._ring.ready(layer))
+
+    def source(self, layer: int) -> torch.Tensor:
+        """[num_bytes] uint8 host memory holding `layer`; blocks while it is being read from disk."""
+        if layer in self._host:
+            return self._host[layer]
+        assert self._ring is not None, f"layer {layer} is resident"
+        return self._ring.source(layer)
+
+    def sent(self, layer: int, ticket: Ticket) -> None:
+        """The copy out of `source(layer)` is `ticket`."""
+        if self._ring is not None and layer not in self._host:
+            self._ring.sent(layer, ticket)
+
+    def any_host_layer(self) -> torch.Tensor:
+        """Some layer's worth of host memory to time copies from; its contents do not matter."""
+        if self._host:
+            return next(iter(self._host.values()))
+        assert self._ring is not None, "every layer is resident"
+        return self._ring.memory.tensor[: self.layout.num_bytes]
+
+    def close(self) -> None:
+        if self._ring is not None:
+            self._ring.close()
+        self._host.clear()
+        self._resident.clear()
+        self._arena.close()
+
+    def _jobs(self, layer: int, buffer: torch.Tensor) -> list[ReadJob]:
+        return [
+            ReadJob(tensor=self._checkpoint.tensors[f"{self._prefix}.{layer}.{name}"], destination=view)
+            for name, view in self.layout.views(buffer).items()
+        ]
+
+    def _load_resident(self, reader: TensorReader, progress: Progress | None) -> None:
+        if self._device.host_addressable:
+            jobs = [job for layer, buffer in self._resident.items() for job in self._jobs(layer, buffer)]
+            reader.read(jobs, progress)
+        elif self._resident:
+            load_through_host(
+                self._device,
+                [(buffer, partial(self._jobs, layer)) for layer, buffer in self._resident.items()],
+                list(self._host.values())[:2],
+                reader,
+                progress,
+            )
+
+
+def load_through_host(
+    device: Device,
+    buffers: list[tuple[torch.Tensor, Callable[[torch.Tensor], list[ReadJob]]]],
+    staging: list[torch.Tensor],
+    reader: TensorReader,
+    progress: Progress | None,
+) -> None:
+    """Fill device `buffers`, each by the jobs it names for a host buffer, through `staging` host buffers (arena memory
+    whose own contents come later; one is made when there is none). One copy flies while the next buffer is read."""
+    owned = None
+    if not staging:
+        owned = device.pin(max(buffer.numel() for buffer, _ in buffers), ())
+        staging = [owned.tensor]
+    flying: list[Ticket] = []
+    for number, (buffer, jobs) in enumerate(buffers):
+        if number >= len(staging):
+            device.drain(flying[number - len(staging)])
+        host = staging[number % len(staging)][: buffer.numel()]
+        reader.read(jobs(host), progress)
+        flying.append(device.copy_async(buffer, host, device.mark()))
+    for ticket in flying:
+        device.drain(ticket)
+    if owned is not None:
+        owned.close()

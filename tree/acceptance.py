@@ -1,0 +1,146 @@
+"""How often the k-th child of an accepted node is the accepted one: value, file format, counting.
+
+Knows no tree but its shape, and needs neither numpy nor torch.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .shape import TreeShape
+
+SCHEMA_VERSION = 1
+SUM_TOLERANCE = 1e-6  # files are rounded
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """Positional acceptance (Sequoia, arXiv 2402.12374, definition 3.1).
+
+    levels[l][k]: the unconditional probability that, below an accepted node of level l (the root's is 0), child k is
+    the accepted one; a vector's missing rest is rejection. The last vector holds for all deeper levels, so one vector
+    means the same acceptance everywhere. Vectors may be non-monotone, as measured ones are. ValueError for an empty
+    vector, an entry outside [0, 1], or a sum above 1.
+    """
+
+    levels: tuple[tuple[float, ...], ...]
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.levels:
+            raise ValueError("acceptance is empty: at least one probability is needed")
+        for level, vector in enumerate(self.levels):
+            _check_vector(f"acceptance of level {level}" if len(self.levels) > 1 else "acceptance", vector)
+
+    def vector(self, level: int) -> tuple[float, ...]:
+        """Acceptance of the children of a node of `level`."""
+        return self.levels[min(level, len(self.levels) - 1)]
+
+    def to_json(self) -> dict[str, object]:
+        """A document for `json.dumps`, one list if all levels share it."""
+        vectors = [list(vector) for vector in self.levels]
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "acceptance": vectors if len(vectors) > 1 else vectors[0],
+            "source": self.source,
+        }
+
+    @classmethod
+    def from_json(cls, document: object) -> "Acceptance":
+        """From a parsed document or from its text; fields it does not know are ignored. ValueError names the fault."""
+        if isinstance(document, str):
+            document = _parse_json(document)
+        if not isinstance(document, Mapping):
+            raise ValueError(f"an acceptance file holds a JSON object, not {type(document).__name__}")
+        if document.get("schema_version") != SCHEMA_VERSION:
+            found = document.get("schema_version")
+            raise ValueError(f"acceptance schema_version is {found!r}, expected {SCHEMA_VERSION}")
+        source = document.get("source", "")
+        if not isinstance(source, str):
+            raise ValueError(f'acceptance field "source" must be a string, not {type(source).__name__}')
+        return cls(_levels_from_json(document.get("acceptance")), source)
+
+
+class AcceptanceCounter:
+    """Counts what passes accepted, by level and child rank.
+
+    A child is tried when its parent was accepted and its earlier siblings were not, so a rank is estimated only from
+    nodes that had such a child: trees of any shape, and of different shapes, give the same answer in expectation.
+    """
+
+    def __init__(self) -> None:
+        self._tried: Counter[tuple[int, int]] = Counter()
+        self._accepted: Counter[tuple[int, int]] = Counter()
+
+    def add(self, shape: TreeShape, path: Sequence[int]) -> None:
+        """Count one verdict: `path` are its accepted nodes in `shape`, the root first. ValueError for another path."""
+        if not path or tuple(path) != shape.path(path[-1]):
+            raise ValueError(f"{tuple(path)} is not a path from the root of this tree of {shape.num_nodes} nodes")
+        for level, node in enumerate(path):
+            entered = shape.ranks[path[level + 1]] if level + 1 < len(path) else None
+            num_tried = shape.num_children[node] if entered is None else entered + 1
+            self._tried.update((level, rank) for rank in range(num_tried))
+            if entered is not None:
+                self._accepted[level, entered] += 1
+
+    def merge(self, other: "AcceptanceCounter") -> None:
+        """Take the counts of `other` as well."""
+        self._tried.update(other._tried)
+        self._accepted.update(other._accepted)
+
+    def to_acceptance(self, source: str, *, per_level: bool = False) -> Acceptance:
+        """Estimate, over all levels together or one vector per level; ends before the first rank or level never tried.
+
+        ValueError if nothing was tried.
+        """
+        if not per_level:
+            return Acceptance((self._vector({level for level, _ in self._tried}),), source)
+        vectors: list[tuple[float, ...]] = []
+        while self._tried[len(vectors), 0]:
+            vectors.append(self._vector({len(vectors)}))
+        return Acceptance(tuple(vectors), source)
+
+    def _vector(self, levels: Iterable[int]) -> tuple[float, ...]:
+        """p_k = h_k (1 - h_1) ... (1 - h_k-1) from the hazards h_k = accepted / tried of each rank."""
+        vector: list[float] = []
+        rejected = 1.0
+        while tried := sum(self._tried[level, len(vector)] for level in levels):
+            hazard = sum(self._accepted[level, len(vector)] for level in levels) / tried
+            vector.append(rejected * hazard)
+            rejected *= 1.0 - hazard
+        return tuple(vector)
+
+
+def _check_vector(name: str, vector: tuple[float, ...]) -> None:
+    if not vector:
+        raise ValueError(f"{name} is empty: at least one probability is needed")
+    for rank, probability in enumerate(vector):
+        if not 0 <= probability <= 1 + SUM_TOLERANCE:  # false for NaN
+            raise ValueError(f"{name}: the probability of child {rank} is {probability}, outside [0, 1]")
+    if math.fsum(vector) > 1 + SUM_TOLERANCE:
+        raise ValueError(f"{name} sums to {math.fsum(vector):.6f}: at most 1 is possible, children exclude each other")
+
+
+def _parse_json(text: str) -> object:
+    try:
+        document: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"an acceptance file must be JSON: {error}") from error
+    return document
+
+
+def _levels_from_json(value: object) -> tuple[tuple[float, ...], ...]:
+    if not isinstance(value, list):
+        raise ValueError(f'acceptance field "acceptance" must be a list, not {type(value).__name__}')
+    if value and all(isinstance(vector, list) for vector in value):
+        return tuple(_vector_from_json(vector) for vector in value)
+    return (_vector_from_json(value),)
+
+
+def _vector_from_json(vector: list[object]) -> tuple[float, ...]:
+    for rank, probability in enumerate(vector):
+        if isinstance(probability, bool) or not isinstance(probability, int | float):
+            raise ValueError(f"acceptance must be numbers, or lists of numbers: entry {rank} is {probability!r}")
+    return tuple(float(probability) for probability in vector)  # type: ignore[arg-type]  # all numbers, checked above

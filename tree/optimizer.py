@@ -1,0 +1,111 @@
+"""The best static tree for an acceptance, a number of nodes and a number of levels; expected tokens of any tree.
+
+A node is worth f(v), the product of the acceptance of the ranks on its path, and E[tokens per pass] is the sum of f
+over the tree, root included (Sequoia, arXiv 2402.12374, proposition 3.4). While acceptance does not increase with rank,
+a parent and an earlier sibling are worth at least as much as a node, so the n most valuable nodes are a tree, and the
+best one; no dynamic programme is needed, with bounded levels and branching neither (trees.md R1). Measured vectors that
+do increase are smoothed first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .acceptance import Acceptance
+from .shape import TreeShape
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Level:
+    """Candidate nodes of one level in breadth-first order: their f, and their parents' positions in the level above."""
+
+    values: Floats
+    parents: Ints
+
+
+def isotonic(vector: Sequence[float]) -> Floats:
+    """The non-increasing vector nearest to `vector` in least squares (pool adjacent violators)."""
+    blocks: list[tuple[float, int]] = []  # (sum, length), means strictly decreasing
+    for value in vector:
+        total, length = float(value), 1
+        while blocks and blocks[-1][0] * length <= total * blocks[-1][1]:
+            total, length = total + blocks[-1][0], length + blocks[-1][1]
+            blocks.pop()
+        blocks.append((total, length))
+    return np.concatenate([np.full(length, total / length) for total, length in blocks])
+
+
+def best_tree(acceptance: Acceptance, num_nodes: int, num_levels: int, *, max_branching: int | None = None) -> TreeShape:
+    """The tree of `num_nodes` nodes within `num_levels` levels, root counted in both, with the most expected tokens.
+
+    Of equally valuable nodes the shallower comes first, then the earlier in breadth-first order, so the result is
+    unique. A tree has fewer nodes where levels, branching and the ranks that the acceptance knows hold no more.
+    """
+    levels = _candidates(acceptance, num_nodes, num_levels, max_branching)
+    # Positions in the candidate levels laid end to end: ascending, they are in breadth-first order.
+    chosen = _largest(np.concatenate([level.values for level in levels]), num_nodes)
+    starts = np.cumsum([0, 0, *(len(level.values) for level in levels)])  # of the level above each level
+    parents = np.concatenate([level.parents + start for level, start in zip(levels, starts[:-2], strict=True)])
+    return TreeShape((-1, *np.searchsorted(chosen, parents[chosen[1:]]).tolist()))
+
+
+def expected_tokens(shape: TreeShape, acceptance: Acceptance) -> float:
+    """E[tokens per pass] of `shape` by `acceptance` as given, not smoothed; ranks beyond its vectors count 0."""
+    values = [1.0]
+    for node in range(1, shape.num_nodes):
+        vector, rank = acceptance.vector(shape.depths[node] - 1), shape.ranks[node]
+        values.append(values[shape.parents[node]] * vector[rank] if rank < len(vector) else 0.0)
+    return float(sum(values))
+
+
+def expected_tokens_table(
+    acceptance: Acceptance, max_nodes: int, max_levels: int, *, max_branching: int | None = None
+) -> Floats:
+    """E[tokens per pass] of the best tree of at most n nodes within at most l levels, at [n, l].
+
+    Shape [max_nodes + 1, max_levels + 1]; row and column 0 are 0. Smoothed acceptance; non-decreasing in both
+    arguments, concave in n.
+    """
+    table = np.zeros((max_nodes + 1, max_levels + 1))
+    pool = np.zeros(max_nodes)  # f of the best nodes so far, best first, padded with nodes that do not exist
+    for column, level in enumerate(_candidates(acceptance, max_nodes, max_levels, max_branching), start=1):
+        pool = np.sort(np.concatenate([pool, level.values]))[::-1][:max_nodes]
+        table[1:, column:] = np.cumsum(pool)[:, None]
+    return table
+
+
+def _candidates(acceptance: Acceptance, num_nodes: int, num_levels: int, max_branching: int | None) -> list[_Level]:
+    """Per level, the nodes that may be among the `num_nodes` best of this level and those above it."""
+    for name, value in (("nodes", num_nodes), ("levels", num_levels), ("children", max_branching)):
+        if value is not None and value < 1:
+            raise ValueError(f"a tree cannot be bounded by {value} {name}")
+    levels = [_Level(np.ones(1), np.zeros(1, dtype=np.int64))]
+    pool = levels[0].values
+    for level in range(num_levels - 1):
+        vector = isotonic(acceptance.vector(level))[:max_branching]
+        values = np.multiply.outer(levels[-1].values, vector).ravel()
+        # The n-th best so far only rises with depth: a node that does not beat it never will, nor will its descendants.
+        eligible = np.flatnonzero(values > (pool.min() if len(pool) == num_nodes else -1.0))
+        kept = eligible[_largest(values[eligible], num_nodes)]
+        pool = np.concatenate([pool, values[kept]])
+        pool = pool[_largest(pool, num_nodes)]
+        kept = kept[values[kept] >= pool.min()]
+        if not len(kept):
+            break
+        levels.append(_Level(values[kept], kept // len(vector)))
+    return levels
+
+
+def _largest(values: Floats, count: int) -> Ints:
+    """Positions, ascending, of the `count` largest values (all if there are fewer); of equals, the first."""
+    if len(values) <= count:
+        return np.arange(len(values))
+    threshold = np.partition(values, len(values) - count)[len(values) - count]
+    above = values > threshold
+    above[np.flatnonzero(values == threshold)[: count - int(above.sum())]] = True
+    return np.flatnonzero(above)

@@ -1,0 +1,130 @@
+"""From logits to a law, and from a law to tokens. The same transform serves the draft and the target.
+
+Laws are float32 (float64 logits give float64 laws). Noise is float64 everywhere: float32 noise has steps of 2**-24,
+which distorts the tail of a vocabulary where most tokens are rarer than that. No function here waits for the device.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Within these bounds neither a temperature nor its reciprocal leaves float32's range: -inf logits never become NaN.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
+
+# Rows are handled in blocks of about this many entries, which bounds temporaries (64 MiB in float32, 128 in float64).
+BLOCK_ENTRIES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """The law the user asked for: temperature (0 is greedy), then top-k, then top-p. ValueError for bad values."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        temperature = self.temperature
+        if not (temperature == 0 or MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE):
+            raise ValueError(f"temperature must be 0 (greedy) or in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}], not {temperature}")
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(f"top_k must be an integer of at least 1, or None for no limit, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
+
+    @property
+    def greedy(self) -> bool:
+        """The law is one-hot at the first largest logit."""
+        return self.temperature == 0
+
+
+def law(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Probabilities [..., V] of the next token. Rows are independent; each must hold a finite maximum.
+
+    top-k keeps exactly k tokens and top-p the smallest set whose mass within those reaches p (the crossing token is
+    kept, so at least one); equal logits are kept in order of token id. Dropped tokens have probability exactly 0.
+    """
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if params.greedy:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    scaled = (logits - logits.amax(-1, keepdim=True)) / params.temperature
+    if params.top_k is not None and params.top_k < logits.shape[-1]:
+        scaled = scaled.masked_fill(~_top_k_mask(scaled, params.top_k), -math.inf)
+    probabilities = scaled.softmax(-1)
+    return probabilities if params.top_p == 1 else _nucleus(probabilities, params.top_p)
+
+
+def row_blocks(num_rows: int, row_entries: int) -> Iterator[range]:
+    """`num_rows` rows cut into ranges of at most BLOCK_ENTRIES entries (at least one row each)."""
+    step = max(1, BLOCK_ENTRIES // row_entries)
+    for start in range(0, num_rows, step):
+        yield range(start, min(start + step, num_rows))
+
+
+def sample(laws: Tensor, generator: torch.Generator) -> Tensor:
+    """One token per row of `laws` [..., V] -> int64 [...]. A token of probability 0 never wins."""
+    return _race(laws, generator).argmax(-1)
+
+
+def sample_without_replacement(laws: Tensor, k: int, generator: torch.Generator, *, ranking: Tensor) -> Tensor:
+    """k distinct tokens per row of `laws` [n, V], in draw order -> int64 [n, k].
+
+    Draw j has the law of its row restricted to the tokens not yet drawn and renormalised, as long as that has any mass:
+    the k best of one exponential race are a sample without replacement, in order. Once a row's support is exhausted
+    (after `support_sizes(laws)` draws) the next token is certain: the undrawn one with the largest `ranking` [n, V],
+    the raw draft logits (reference: trees.md 2.6). Both rules are what `tree.residual` assumes of a sampled tree.
+    """
+    _check_enough_tokens(laws, k)
+    keys = _race(laws, generator)
+    fallback = ranking.double()
+    fallback = fallback - fallback.amax(-1, keepdim=True) - 1.0  # negative, so below every key of the support
+    return torch.where(laws > 0, keys, fallback).topk(k, dim=-1).indices
+
+
+def support_sizes(laws: Tensor) -> Tensor:
+    """Tokens of positive probability per row: int64 [...]."""
+    return (laws > 0).sum(-1)
+
+
+def top_k_tokens(logits: Tensor, k: int) -> Tensor:
+    """The k most probable tokens per row of `logits` [n, V], best first; equal logits by token id -> int64 [n, k]."""
+    _check_enough_tokens(logits, k)
+    kept = logits.masked_fill(~_top_k_mask(logits, k), -math.inf)
+    token_ids = kept.topk(k, dim=-1).indices.sort(-1).values  # topk promises no order among equals: sort by id, then
+    order = logits.gather(-1, token_ids).argsort(dim=-1, descending=True, stable=True)  # stably by logit
+    return token_ids.gather(-1, order)
+
+
+def _race(laws: Tensor, generator: torch.Generator) -> Tensor:
+    """Keys [..., V] float64, probability over Exp(1) noise: a row's largest has that row's law; 0 keys never win."""
+    noise = torch.rand(laws.shape, generator=generator, dtype=torch.float64, device=laws.device)
+    # 1 - u has 53 bits in (0, 1], so u = 0 is the only draw without noise; half a step stands in for it.
+    noise = noise.clamp_(min=2.0**-54).neg_().log1p_().neg_()
+    return laws / noise
+
+
+def _top_k_mask(values: Tensor, k: int) -> Tensor:
+    """True at the k largest of each row [..., V]; of equal values at the threshold, those with the lowest ids."""
+    threshold = values.topk(k, dim=-1).values[..., -1:]
+    above, equal = values > threshold, values == threshold
+    missing = k - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1) <= missing))
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Probabilities [..., V] restricted to the smallest set of the most probable tokens whose mass reaches top_p."""
+    ordered, token_ids = probabilities.sort(dim=-1, descending=True, stable=True)
+    # A token stays if the mass before it is short of top_p: cumulative sums, shifted by one, the first is always kept.
+    dropped = ordered.cumsum(-1)[..., :-1] >= top_p
+    ordered[..., 1:].masked_fill_(dropped, 0.0)
+    ordered /= ordered.sum(-1, keepdim=True)
+    return torch.empty_like(ordered).scatter_(-1, token_ids, ordered)
+
+
+def _check_enough_tokens(rows: Tensor, k: int) -> None:
+    if k > rows.shape[-1]:
+        raise ValueError(f"{k} distinct children cannot be drawn from a vocabulary of {rows.shape[-1]} tokens")
