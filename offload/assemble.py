@@ -71,12 +71,18 @@ class _Source:
 
 
 def open_engine(
-    settings: EngineSettings, *, seed: int = 0, progress: Progress | None = None, trace: Trace | None = None
+    settings: EngineSettings,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    trace: Trace | None = None,
+    device: Device | None = None,
 ) -> Engine:
-    """Load what `settings` name. Raises the errors of errors.py; nothing stays allocated after one."""
+    """Load what `settings` name. Raises the errors of errors.py; nothing stays allocated after one. `device` takes the
+    place of the one that the settings name; the engine closes it."""
     start_s = time.monotonic()
     with ExitStack() as stack:
-        device = open_device(settings.device, settings.emulate_link_bytes_per_s)
+        device = device or open_device(settings.device, settings.emulate_link_bytes_per_s)
         stack.callback(device.close)
         target = _check_source(settings.model, "--model", settings, device)
         draft = None

@@ -12,6 +12,8 @@ for _power, _letter in enumerate("KMGT", start=1):
 _NUMBER_AND_UNIT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
+VERIFIERS = ("auto", "sample", "traversal", "rejection")
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 
 
 def parse_size(text: str | int, *, flag: str) -> int:
@@ -19,9 +21,10 @@ def parse_size(text: str | int, *, flag: str) -> int:
     if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
         return text
     match = _NUMBER_AND_UNIT.fullmatch(str(text))
-    if match is None or match[2] not in _SIZE_UNITS:
+    size = float(match[1]) * _SIZE_UNITS.get(match[2], math.inf) if match is not None else math.inf
+    if size >= 2**63:
         raise UsageError(f"not a size: {text!r}", where=flag, cure="write it like 24GiB, 512MiB, 24GB or plain bytes")
-    return round(float(match[1]) * _SIZE_UNITS[match[2]])
+    return round(size)
 
 
 def parse_rate(text: str | float, *, flag: str) -> float:
@@ -96,6 +99,10 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}", where="--dtype", cure=f"one of {', '.join(DTYPES)}")
+        if self.verifier not in VERIFIERS:
+            raise UsageError(f"unknown verifier {self.verifier!r}", where="--verifier", cure=f"one of {', '.join(VERIFIERS)}")
+        if not _DEVICE.fullmatch(self.device):
+            raise UsageError(f"unknown device {self.device!r}", where="--device", cure="one of auto, cpu, cuda, cuda:N")
         for flag, value, least in (
             ("--resident-layers", self.resident_layers, 0),
             ("--slots", self.slots, 1),
@@ -115,6 +122,6 @@ def _count(value: str | int, flag: str) -> int | None:
     if value == "auto":
         return None
     try:
-        return int(value)
-    except (TypeError, ValueError):
+        return int(str(value))  # by way of its text: int(2.7) would be 2
+    except ValueError:
         raise UsageError(f"not a whole number: {value!r}", where=flag, cure="give a number, or auto") from None

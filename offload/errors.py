@@ -21,9 +21,9 @@ class OffloadError(Exception):
 
     def __init__(self, what: str, *, where: str, cure: str) -> None:
         super().__init__(what, where, cure)
-        self.what = what
-        self.where = where
-        self.cure = cure
+        self.what = _one_line(what)
+        self.where = _one_line(where)
+        self.cure = _one_line(cure)
 
     def __str__(self) -> str:
         return f"{self.what}\n  in: {self.where}\n  fix: {self.cure}"
@@ -55,3 +55,11 @@ class NumericError(OffloadError):
 
 class DeviceError(OffloadError):
     exit_code = 7
+
+
+def _one_line(text: str) -> str:
+    # Names come from files and from strangers: a line break in one would break the three lines, an escape the terminal.
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in " ".join(text.split("\n"))
+    )

@@ -1,9 +1,11 @@
 """The flags, and nothing else: importing this is cheap, so help and usage errors are instant."""
 
 import argparse
+import math
+from collections.abc import Callable
 from typing import NoReturn
 
-from ..config import DTYPES
+from ..config import DTYPES, VERIFIERS
 from ..errors import UsageError
 
 COMMANDS = ("generate", "verify", "version")
@@ -15,6 +17,34 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, where=self.prog, cure=f"see `{self.prog} --help`")
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A type for argparse: a whole number from `least` on that fits into 63 bits."""
+
+    def parse(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or len(text) > 20:
+            raise argparse.ArgumentTypeError(f"not a whole number: {text!r}")
+        if not least <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"{text} is too {'small' if int(text) < least else 'large'}: at least {least}")
+        return int(text)
+
+    return parse
+
+
+def number(most: float) -> Callable[[str], float]:
+    """A type for argparse: a finite number from 0 to `most`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"not a number: {text!r}") from None
+        if not (0 <= value <= most and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is outside [0, {most:g}]")
+        return value
+
+    return parse
 
 
 def build_parser() -> Parser:
@@ -46,7 +76,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="PATH|HUB_ID", help="target model; default: the bundled demo pair")
     group.add_argument("--draft-model", metavar="PATH|HUB_ID|none", help="draft model; none = no speculation")
     group.add_argument("--tree", default="auto", metavar="SPEC", help="auto, none, 768x18, 4x6:kary, or a JSON file")
-    group.add_argument("--verifier", default="auto", metavar="NAME", help="auto, traversal, rejection, sample")
+    group.add_argument("--verifier", default="auto", choices=VERIFIERS, help="how sampled trees are verified, all exactly")
     group.add_argument("--acceptance", metavar="FILE", help="acceptance profile that NxL trees are optimised for")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     group.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's on CUDA, float32 on CPU")
@@ -64,11 +94,11 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt; - reads it from stdin")
     prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from FILE")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids; needs no tokenizer")
-    group.add_argument("--max-new-tokens", "-n", type=int, default=128, metavar="N", help="default 128")
-    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0 (greedy)")
-    group.add_argument("--top-k", type=int, metavar="K", help="keep the K most probable tokens")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the smallest set reaching P")
-    group.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
+    group.add_argument("--max-new-tokens", "-n", type=whole(1), default=128, metavar="N", help="default 128")
+    group.add_argument("--temperature", type=number(math.inf), default=0.0, metavar="T", help="default 0 (greedy)")
+    group.add_argument("--top-k", type=whole(1), metavar="K", help="keep the K most probable tokens")
+    group.add_argument("--top-p", type=number(1.0), default=1.0, metavar="P", help="keep the smallest set reaching P")
+    group.add_argument("--seed", type=whole(0), default=0, metavar="S", help="default 0")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)")
     group.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence tokens")
     template = group.add_mutually_exclusive_group()

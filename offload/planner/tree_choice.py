@@ -1,15 +1,18 @@
-"""From what `--tree` and `--verifier` say to a shape and a method."""
+"""From what `--tree` and `--verifier` say to a shape and a method. Cheap to import: what the flags say is checked before
+torch is there."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from tree.acceptance import Acceptance
 from tree.shape import TreeShape
 from tree.spec import OptimalTree, parse_tree_spec
-from tree.verify import METHODS, Method
 
 from ..errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    from tree.verify import Method
 
 T = TypeVar("T")
 
@@ -19,31 +22,37 @@ DEFAULT_ACCEPTANCE = Path(__file__).parents[2] / "profiles/acceptance/llama-3-8b
 
 
 def resolve_tree(spec: str, acceptance: str | None, *, has_draft: bool) -> TreeShape:
-    """The shape that `--tree` names: auto, none, WxL:kary, NxL (optimal for the `acceptance` file), or a TreeShape JSON.
+    """The shape that `--tree` names, optimised for the `acceptance` file if it is an NxL. Errors as in `read_tree`."""
+    tree = read_tree(spec, has_draft=has_draft)
+    if not isinstance(tree, OptimalTree):
+        return tree
+    from tree.optimizer import best_tree  # numpy; plain shapes need none of it
+
+    profile = read_acceptance(Path(acceptance) if acceptance is not None else DEFAULT_ACCEPTANCE)
+    return best_tree(profile, tree.num_nodes, tree.num_levels)
+
+
+def read_tree(spec: str, *, has_draft: bool) -> TreeShape | OptimalTree:
+    """What `--tree` says: auto, none, WxL:kary, NxL (a request, not yet a shape), or the path of a TreeShape JSON.
 
     Without a draft, auto is the root alone and anything larger is a UsageError. ModelError for a file that is invalid.
     """
     if spec == "auto":
         return TreeShape.chains(4, 6) if has_draft else TreeShape.root_only()
-    shape = _from_file(Path(spec)) if spec.endswith(".json") or Path(spec).is_file() else _from_spec(spec, acceptance)
-    if shape.num_nodes > 1 and not has_draft:
+    tree = _from_file(Path(spec)) if spec.endswith(".json") or _is_file(spec) else _from_spec(spec)
+    if tree.num_nodes > 1 and not has_draft:
         raise UsageError(
-            f"a tree of {shape.num_nodes} nodes needs a draft model",
+            f"a tree of {tree.num_nodes} nodes needs a draft model",
             where=f"--tree {spec} without --draft-model",
             cure="name a --draft-model, or use --tree none",
         )
-    return shape
+    return tree
 
 
-def resolve_method(name: str) -> Method:
-    """The verifier that `--verifier` names. auto: traversal, which accepts most of a sampled tree; at temperature 0 all of
-    them are the same greedy walk. UsageError for an unknown name."""
-    if name == "auto":
-        return "traversal"
-    for method in METHODS:
-        if name == method:
-            return method
-    raise UsageError(f"unknown verifier {name!r}", where="--verifier", cure=f"one of auto, {', '.join(METHODS)}")
+def resolve_method(name: str) -> "Method":
+    """The verifier that `--verifier` names (EngineSettings has checked it). auto: traversal, which accepts most of a
+    sampled tree; at temperature 0 all of them are the same greedy walk."""
+    return "traversal" if name == "auto" else cast("Method", name)
 
 
 def read_acceptance(path: Path) -> Acceptance:
@@ -51,17 +60,18 @@ def read_acceptance(path: Path) -> Acceptance:
     return _read(path, Acceptance.from_json, "an acceptance profile", "see profiles/README.md for the format")
 
 
-def _from_spec(spec: str, acceptance: str | None) -> TreeShape:
+def _is_file(spec: str) -> bool:
     try:
-        parsed = parse_tree_spec(spec)
+        return Path(spec).is_file()
+    except OSError:  # too long for a name, or out of reach
+        return False
+
+
+def _from_spec(spec: str) -> TreeShape | OptimalTree:
+    try:
+        return parse_tree_spec(spec)
     except ValueError as error:
         raise UsageError(str(error), where="--tree", cure="for example 4x6:kary, 64x8, none, or a file") from error
-    if not isinstance(parsed, OptimalTree):
-        return parsed
-    from tree.optimizer import best_tree  # numpy; plain shapes need none of it
-
-    profile = read_acceptance(Path(acceptance) if acceptance is not None else DEFAULT_ACCEPTANCE)
-    return best_tree(profile, parsed.num_nodes, parsed.num_levels)
 
 
 def _from_file(path: Path) -> TreeShape:

@@ -1,0 +1,85 @@
+"""Fixtures: tiny random models on disk, as transformers writes them, and the devices to run them on."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import DEVICES
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from offload.device import Device
+
+# Matrices this small gain nothing from a second thread, and threads that wait for each other lose a busy machine.
+torch.set_num_threads(1)
+
+VOCAB_SIZE = 97
+EOS = 96
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def save_tiny_model(folder: Path, family: str = "llama", *, num_layers: int = 3, seed: int = 0, **changes: object) -> Path:
+    """A random model of `family` in float32; weights are wide enough for its greedy text to vary."""
+    settings: dict[str, object] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 160,
+        "bos_token_id": 0,
+        "eos_token_id": EOS,
+        "pad_token_id": None,
+        "initializer_range": 0.4,
+        "sliding_window": None,
+    }
+    config = AutoConfig.for_model(family, **{**settings, **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    return folder
+
+
+def reference_model(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`models("qwen3", num_layers=2)` -> folder of that tiny model, made once per session."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "llama", **changes: object) -> Path:
+        key = json.dumps([family, changes], sort_keys=True)
+        if key not in made:
+            made[key] = save_tiny_model(tmp_path_factory.mktemp("model"), family, **changes)  # type: ignore[arg-type]
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(params=sorted(DEVICES))
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    """Every test that streams runs on all three: a plain CPU, copies that land at once, copies that land last."""
+    device = DEVICES[request.param]()
+    yield device
+    device.close()
+
+
+@pytest.fixture
+def layered_checkpoint(tmp_path: Path) -> Callable[[int], Path]:
+    """A folder with `n` layers of two tensors each, whose values tell the layer: model.layers.i.{a, b}."""
+
+    def make(num_layers: int) -> Path:
+        tensors = {}
+        for layer in range(num_layers):
+            tensors[f"model.layers.{layer}.a"] = torch.full((7,), float(layer))
+            tensors[f"model.layers.{layer}.b"] = torch.full((3, 5), layer + 0.5)
+        save_file(tensors, tmp_path / "model.safetensors")
+        return tmp_path
+
+    return make

@@ -1,0 +1,189 @@
+"""The engine end to end: greedy text equals transformers' for every way of streaming and every tree; limits are exact."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import EOS, FAMILIES, VOCAB_SIZE, reference_model
+from fakes import DEVICES
+
+from offload.assemble import open_engine
+from offload.config import EngineSettings
+from offload.device import Device
+from offload.engine import Engine
+from offload.report import Report
+from tree.shape import TreeShape
+
+Models = Callable[..., Path]
+PROMPT = [5, 9, 33, 2, 71]
+# (tree, resident layers of 3, slots): every tree, and every residency with two slot counts
+RUNS = (("none", 0, 2), ("1x5:kary", 0, 3), ("6x1:kary", 1, 2), ("4x6:kary", 0, 2), ("4x6:kary", 2, 3), ("4x6:kary", 3, 2))
+RUNS_WITHOUT_DRAFT = (("none", 0, 2), ("none", 1, 3), ("none", 3, 2))
+
+
+def open_tiny(folder: Path, draft: Path | None, device: Device | None = None, **changes: object) -> Engine:
+    settings: dict[str, Any] = {"tree": "auto", **changes}
+    settings = {"model": str(folder), "draft_model": str(draft) if draft else None, "device": "cpu", **settings}
+    return open_engine(EngineSettings(**settings), device=device)
+
+
+def greedy(folder: Path, prompt: list[int], num_tokens: int) -> list[int]:
+    output = reference_model(folder).generate(torch.tensor([prompt]), max_new_tokens=num_tokens, do_sample=False)
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("draft", ["random", "perfect", "none"])
+def test_greedy_text_is_that_of_transformers(models: Models, family: str, draft: str) -> None:
+    folder = models(family)
+    drafts = {"random": models(family, num_layers=1, seed=1), "perfect": folder, "none": None}
+    expected = greedy(folder, PROMPT, 20)
+    for tree, resident, slots in RUNS if draft != "none" else RUNS_WITHOUT_DRAFT:
+        with open_tiny(folder, drafts[draft], tree=tree, resident_layers=resident, slots=slots) as engine:
+            report = engine.generate(PROMPT, max_new_tokens=20)
+            tokens_when_all_right = engine.plan.tree.num_levels
+        assert list(report.token_ids) == expected, (tree, resident, slots)
+        assert sum(one.emitted_tokens for one in report.stats.passes) >= len(report.token_ids)
+        if draft == "perfect":
+            assert len(report.stats.passes) == -(-len(expected) // tokens_when_all_right)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 5])
+def test_any_number_of_layers_streams(models: Models, num_layers: int) -> None:
+    folder = models(num_layers=num_layers)
+    expected = greedy(folder, PROMPT, 12)
+    for resident in sorted({0, num_layers // 2, num_layers}):
+        for slots in (1, 2, 3) if resident < num_layers else (2,):
+            with open_tiny(folder, folder, tree="2x3:kary", resident_layers=resident, slots=slots) as engine:
+                assert list(engine.generate(PROMPT, max_new_tokens=12).token_ids) == expected
+
+
+@pytest.mark.parametrize("kind", sorted(DEVICES))
+def test_streamed_logits_are_bit_equal_to_resident_ones(models: Models, kind: str) -> None:
+    folder = models(num_layers=5)
+    logits = {}
+    for resident, slots in [(5, 2), *((resident, slots) for resident in range(5) for slots in (2, 3))]:
+        with open_tiny(folder, folder, DEVICES[kind](), tree="3x2:kary", resident_layers=resident, slots=slots) as engine:
+            engine.loop.start(PROMPT, engine.stream(PROMPT)._request.params, 0)
+            rows = []
+            for _ in range(2):
+                draft = engine.loop._grow(engine.plan.tree)
+                tree_logits, cached = engine.loop._run_target(draft)
+                rows.append(tree_logits)
+                engine.loop._commit(engine.loop._verify(draft, tree_logits), cached)
+            logits[resident, slots] = torch.cat(rows)
+    for key, rows_of_run in logits.items():
+        assert torch.equal(rows_of_run, logits[5, 2]), key
+
+
+def test_layers_on_disk_give_the_same_tokens(models: Models) -> None:
+    folder = models(num_layers=5)
+    expected = greedy(folder, PROMPT, 20)
+    with open_tiny(folder, folder) as engine:
+        layer_bytes = engine.plan.device_ledger["5 resident layers"] // 5
+    for host_layers in (2, 3, 4):
+        with open_tiny(
+            folder, folder, resident_layers=0, slots=2, host_memory_bytes=host_layers * layer_bytes
+        ) as engine:
+            report = engine.generate(PROMPT, max_new_tokens=20)
+            document: Any = report.to_json()
+            assert document["streaming"]["disk_layers"] == 5 - (host_layers - 2)
+            assert document["memory"]["host_weights_bytes"] <= host_layers * layer_bytes
+            assert list(report.token_ids) == expected
+
+
+def test_long_prompts_are_chunked_without_changing_the_text(models: Models) -> None:
+    folder = models()
+    prompt = [(7 * i + 3) % EOS for i in range(90)]
+    expected = greedy(folder, prompt, 10)
+    for pass_rows in (26, 40, 200):
+        with open_tiny(folder, folder) as engine:
+            plan = engine.loop._plan
+            engine.loop._plan = type(plan)(**{**{f: getattr(plan, f) for f in plan.__slots__}, "pass_rows": pass_rows})
+            assert list(engine.generate(prompt, max_new_tokens=10).token_ids) == expected
+
+
+def test_an_engine_serves_calls_one_after_another_each_from_its_own_prompt(models: Models) -> None:
+    folder = models()
+    with open_tiny(folder, models(num_layers=1, seed=1)) as engine:
+        first = engine.generate(PROMPT, max_new_tokens=15).token_ids
+        abandoned = engine.stream([1, 2, 3], max_new_tokens=30)
+        next(abandoned)
+        other = engine.generate([4, 4], max_new_tokens=15).token_ids
+        assert engine.generate(PROMPT, max_new_tokens=15).token_ids == first
+        assert list(other) == greedy(folder, [4, 4], 15)
+
+
+def test_an_exception_in_a_layer_reaches_the_caller_and_the_engine_goes_on(models: Models) -> None:
+    folder = models()
+    with open_tiny(folder, folder, resident_layers=1, slots=2) as engine:
+        expected = engine.generate(PROMPT, max_new_tokens=9).token_ids
+        layers = list(engine.loop._target._model.get_submodule("model.layers").children())
+        for layer in layers:
+            hook = layer.register_forward_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                engine.generate(PROMPT, max_new_tokens=9)
+            hook.remove()
+            assert engine.generate(PROMPT, max_new_tokens=9).token_ids == expected
+
+
+# -- ends ---------------------------------------------------------------------------------------------------------------
+
+
+def run_tiny(models: Models, **request: Any) -> Report:
+    folder = models()
+    with open_tiny(folder, folder) as engine:
+        return engine.generate(PROMPT, **request)
+
+
+def test_every_length_is_met_exactly(models: Models) -> None:
+    whole = run_tiny(models, max_new_tokens=20, ignore_eos=True).token_ids
+    folder = models()
+    with open_tiny(folder, folder) as engine:
+        for count in range(1, 21):
+            report = engine.generate(PROMPT, max_new_tokens=count, ignore_eos=True)
+            assert report.token_ids == whole[:count] and report.finish_reason == "length"
+
+
+def test_any_eos_id_ends_the_text_in_the_middle_of_an_accepted_path(models: Models) -> None:
+    folder = models()
+    with open_tiny(folder, folder) as engine:
+        whole = engine.generate(PROMPT, max_new_tokens=14, ignore_eos=True).token_ids
+        for position, token_id in enumerate(whole):
+            engine.eos_token_ids = frozenset({token_id, VOCAB_SIZE + 1})
+            report = engine.generate(PROMPT, max_new_tokens=14)
+            assert report.finish_reason == "eos"
+            assert report.token_ids == whole[: whole.index(token_id) + 1] and len(report.token_ids) <= position + 1
+
+
+def test_context_is_used_to_its_last_row(models: Models) -> None:
+    folder = models()
+    shape = TreeShape.chains(4, 6)
+    with open_tiny(folder, folder, max_context=64) as engine:
+        room = 64 - (shape.num_nodes - 1) - len(PROMPT)
+        report = engine.generate(PROMPT, max_new_tokens=room, ignore_eos=True)
+        assert len(report.token_ids) == room
+
+
+@pytest.mark.parametrize("verifier", ["sample", "traversal", "rejection"])
+def test_same_seed_gives_the_same_tokens_and_another_seed_others(models: Models, verifier: str) -> None:
+    folder = models()
+    draft = models(num_layers=1, seed=1)
+    request: dict[str, Any] = {"max_new_tokens": 20, "temperature": 1.0, "ignore_eos": True}
+    with open_tiny(folder, draft, verifier=verifier, resident_layers=0) as engine:
+        first = engine.generate(PROMPT, seed=1, **request).token_ids
+        other = engine.generate(PROMPT, seed=2, **request).token_ids
+        assert engine.generate(PROMPT, seed=1, **request).token_ids == first != other
+    with open_tiny(folder, draft, verifier=verifier, resident_layers=2, slots=3) as engine:
+        assert engine.generate(PROMPT, seed=1, **request).token_ids == first
+
+
+def test_the_prompt_and_the_first_tree_share_one_pass(models: Models) -> None:
+    folder = models()
+    with open_tiny(folder, folder, resident_layers=0) as engine:
+        report = engine.generate(PROMPT, max_new_tokens=7, ignore_eos=True)
+        assert len(report.stats.passes) == 1
+        assert report.stats.passes[0].num_rows == len(PROMPT) - 1 + engine.plan.tree.num_nodes
+        assert report.stats.passes[0].bytes_streamed == engine.plan.bytes_per_pass

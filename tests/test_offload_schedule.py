@@ -1,0 +1,61 @@
+"""The schedule by its invariants, for every small (layers, resident, slots)."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offload.streaming.schedule import Compute, Fetch, first_fetches, pass_steps, spread_evenly
+
+shapes = st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)), st.integers(1, 5)))
+
+
+@given(shapes)
+def test_every_pass_computes_every_layer_in_order_from_the_slot_that_holds_it(shape: tuple[int, set[int], int]) -> None:
+    num_layers, streamed_set, num_slots = shape
+    streamed = tuple(sorted(streamed_set))
+    slots: dict[int, int | None] = dict.fromkeys(range(num_slots))
+    for fetch in first_fetches(streamed, num_slots):
+        slots[fetch.slot] = fetch.layer
+    for number in range(4):
+        steps = pass_steps(num_layers, streamed, num_slots, number)
+        assert [step.layer for step in steps if isinstance(step, Compute)] == list(range(num_layers))
+        for step in steps:
+            if isinstance(step, Fetch):
+                slots[step.slot] = step.layer
+            elif step.slot is None:
+                assert step.layer not in streamed
+            else:
+                assert slots[step.slot] == step.layer
+
+
+@given(shapes)
+def test_a_fetch_goes_only_into_the_slot_that_was_just_used(shape: tuple[int, set[int], int]) -> None:
+    num_layers, streamed_set, num_slots = shape
+    for number in range(3):
+        steps = pass_steps(num_layers, tuple(sorted(streamed_set)), num_slots, number)
+        for before, step in zip(steps, steps[1:], strict=False):
+            if isinstance(step, Fetch):
+                assert isinstance(before, Compute) and before.slot == step.slot
+        assert sum(isinstance(step, Fetch) for step in steps) == len(streamed_set)
+
+
+def test_the_link_is_never_asked_for_less_than_it_can_hold() -> None:
+    """Between passes as many fetches are under way as there are slots: the wrap-around."""
+    streamed, num_slots = (0, 2, 3, 5), 2
+    issued = len(first_fetches(streamed, num_slots))
+    used = 0
+    for number in range(3):
+        for step in pass_steps(6, streamed, num_slots, number):
+            issued += isinstance(step, Fetch)
+            used += isinstance(step, Compute) and step.slot is not None
+            assert issued - used in (num_slots - 1, num_slots)
+    assert issued - used == num_slots
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 7, 80])
+def test_resident_layers_are_spread_as_evenly_as_can_be(num_layers: int) -> None:
+    for num_chosen in range(num_layers + 1):
+        chosen = sorted(spread_evenly(num_chosen, num_layers))
+        assert len(chosen) == num_chosen
+        gaps = {after - before for before, after in zip(chosen, chosen[1:], strict=False)}
+        assert not gaps or max(gaps) - min(gaps) <= 1

@@ -1,0 +1,139 @@
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+
+from tree.draft import grow
+from tree.sampling import SamplingParams, law, top_k_tokens
+from tree.shape import TreeShape
+
+VOCABULARY = 12
+UNEVEN = TreeShape((-1, 0, 0, 0, 1, 1, 3, 4))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+class TableModel:
+    """A TreeModel whose logits are a table of (parent's token, token); remembers how it was called."""
+
+    def __init__(self, root_token_id: int, dtype: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator().manual_seed(11)
+        self.table = torch.randn(VOCABULARY, VOCABULARY, VOCABULARY, generator=generator).to(dtype)
+        self.root_token_id = root_token_id
+        self.shape: TreeShape | None = None
+        self.calls: list[tuple[int, ...]] = []
+        self.tokens: dict[int, int] = {}
+
+    def begin(self, shape: TreeShape) -> torch.Tensor:
+        self.shape = shape
+        self.calls.append((0,))
+        self.tokens[0] = self.root_token_id
+        return self.table[0, self.root_token_id][None]
+
+    def expand(self, nodes: tuple[int, ...], token_ids: torch.Tensor) -> torch.Tensor:
+        assert self.shape is not None and token_ids.shape == (len(nodes),) and token_ids.dtype == torch.int64
+        self.calls.append(nodes)
+        self.tokens |= dict(zip(nodes, token_ids.tolist(), strict=True))
+        return torch.stack([self.logits(node) for node in nodes])
+
+    def logits(self, node: int) -> torch.Tensor:
+        assert self.shape is not None
+        parent_token = self.tokens[self.shape.parents[node]] if node else 0
+        return self.table[parent_token, self.tokens[node]]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_only_nodes_with_children_are_run_one_call_per_level(sampled: bool, rng: torch.Generator) -> None:
+    model = TableModel(5)
+    tree = grow(model, 5, UNEVEN, SamplingParams(1.0), rng, sampled=sampled)
+    assert model.shape is UNEVEN and tree.shape is UNEVEN
+    assert model.calls == [(0,), (1, 3), (4,)]
+    assert model.tokens == {node: int(tree.token_ids[node]) for node in (0, 1, 3, 4)}
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_siblings_are_distinct_tokens_of_the_vocabulary(sampled: bool, rng: torch.Generator) -> None:
+    shape = TreeShape.from_widths((VOCABULARY, 3, 2))
+    tokens = grow(TableModel(0), 0, shape, SamplingParams(1.0, top_p=0.5), rng, sampled=sampled).token_ids
+    assert tokens.shape == (shape.num_nodes,) and tokens.dtype == torch.int64
+    assert (tokens >= 0).all() and (tokens < VOCABULARY).all()
+    for node in range(shape.num_nodes):
+        children = tokens[list(shape.children(node))].tolist()
+        assert len(set(children)) == len(children)
+
+
+def test_deterministic_children_are_the_most_probable_in_order(rng: torch.Generator) -> None:
+    model = TableModel(2)
+    tree = grow(model, 2, UNEVEN, SamplingParams(1.0), rng, sampled=False)
+    assert tree.laws is None
+    for node in (0, 1, 3, 4):
+        best = top_k_tokens(model.logits(node)[None], UNEVEN.num_children[node])[0]
+        assert tree.token_ids[list(UNEVEN.children(node))].tolist() == best.tolist()
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(0.7), SamplingParams(1.0, 4, 0.8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_laws_are_those_of_the_nodes_with_children(params: SamplingParams, dtype: torch.dtype, rng: torch.Generator) -> None:
+    model = TableModel(2, dtype)
+    tree = grow(model, 2, UNEVEN, params, rng, sampled=True)
+    assert tree.laws is not None and tree.laws.shape == (UNEVEN.num_nodes, VOCABULARY)
+    assert tree.laws.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for node in range(UNEVEN.num_nodes):
+        if UNEVEN.num_children[node]:
+            assert torch.allclose(tree.laws[node], law(model.logits(node), params))
+        else:
+            assert not tree.laws[node].any()
+
+
+def test_children_have_the_law_of_their_parent(rng: torch.Generator) -> None:
+    """First children of 600 nodes with one law against their expected counts, 6 sigma each. False alarm: 3e-8."""
+    shape, logits = TreeShape.chains(600, 2), torch.full((700,), -torch.inf)
+    logits[:4] = torch.tensor([0.0, 1.0, 2.0, 0.5])
+
+    class Constant:
+        def begin(self, shape: TreeShape) -> torch.Tensor:
+            return torch.zeros(1, 700)
+
+        def expand(self, nodes: tuple[int, ...], token_ids: torch.Tensor) -> torch.Tensor:
+            return logits.expand(len(nodes), -1)
+
+    tree = grow(Constant(), 0, shape, SamplingParams(1.0), rng, sampled=True)
+    leaves = tree.token_ids[shape.levels[2].start :]
+    expected = logits[:4].softmax(-1)
+    for token, probability in enumerate(expected.tolist()):
+        sigma = (probability * (1 - probability) / 600) ** 0.5
+        assert (leaves == token).double().mean() == pytest.approx(probability, abs=6 * sigma)
+
+
+def test_the_root_alone_needs_no_model(rng: torch.Generator) -> None:
+    model = TableModel(7)
+    tree = grow(model, 7, TreeShape.root_only(), SamplingParams(1.0), rng, sampled=True)
+    assert model.calls == [] and tree.laws is None and tree.token_ids.tolist() == [7]
+
+
+def test_every_round_draws_afresh_and_a_seed_repeats_all_of_them() -> None:
+    def rounds(seed: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        trees = (grow(TableModel(0), 0, UNEVEN, SamplingParams(1.0), generator, sampled=True) for _ in range(6))
+        return [tree.token_ids.tolist() for tree in trees]
+
+    assert rounds(1) == rounds(1) != rounds(2)
+    assert all(before != after for before, after in pairwise(rounds(1)))
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_more_children_than_tokens_are_refused(sampled: bool, rng: torch.Generator) -> None:
+    with pytest.raises(ValueError, match=r"13 distinct children .* vocabulary of 12"):
+        grow(TableModel(0), 0, TreeShape.from_widths((13,)), SamplingParams(1.0), rng, sampled=sampled)
