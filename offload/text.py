@@ -80,13 +80,11 @@ def check_same_vocabulary(target: TextCodec | None, draft: TextCodec | None, siz
                 cure=cure,
             )
         return
-    target_ids, draft_ids = target.vocabulary(), draft.vocabulary()
-    if target_ids != draft_ids:
-        by_id = {token_id: token for token, token_id in target_ids.items()}
-        draft_by_id = {token_id: token for token, token_id in draft_ids.items()}
+    by_id, draft_by_id = ({token_id: token for token, token_id in codec.vocabulary().items()} for codec in (target, draft))
+    if by_id != draft_by_id:
         first = min(i for i in {*by_id, *draft_by_id} if by_id.get(i) != draft_by_id.get(i))
         raise ModelError(
-            f"the draft's vocabulary differs from the target's ({len(draft_ids)} and {len(target_ids)} tokens): token "
+            f"the draft's vocabulary differs from the target's ({len(draft_by_id)} and {len(by_id)} tokens): token "
             f"{first} is {draft_by_id.get(first)!r} in the draft and {by_id.get(first)!r} in the target",
             where=where,
             cure=cure,
@@ -105,6 +103,7 @@ class TextStream:
         self._token_ids: list[int] = []
         self._window_start = 0  # tokens from here on are decoded together, so that the cost per token stays constant
         self._window_text = ""  # text of the window that is already in `text`
+        self._num_taken = 0  # tokens whose text is in `text`
         self.text = ""
         self.stopped = False
         self._given = 0
@@ -114,9 +113,12 @@ class TextStream:
         window = self._codec.decode(self._token_ids[self._window_start :])
         if not window.endswith(REPLACEMENT):
             self._take(window[len(self._window_text) :])
-            # Decoders look back one token at most (a leading space, a merged byte sequence), so the window restarts here.
-            self._window_start = len(self._token_ids) - 1
-            self._window_text = self._codec.decode(self._token_ids[self._window_start :])
+            # The next window begins with what was just taken: whole characters, as a decoder gives up a run of byte tokens
+            # that begins inside one, and some text, as it drops the space in front of the first word.
+            taken = self._codec.decode(self._token_ids[self._num_taken :])
+            if taken:
+                self._window_start, window = self._num_taken, taken
+            self._window_text, self._num_taken = window, len(self._token_ids)
         return self._give(len(self.text) if self.stopped else len(self.text) - self._undecided())
 
     def finish(self) -> str:
@@ -124,7 +126,7 @@ class TextStream:
         if not self.stopped:
             self._take(self._codec.decode(self._token_ids[self._window_start :])[len(self._window_text) :])
             self._window_text = ""
-            self._window_start = len(self._token_ids)
+            self._window_start = self._num_taken = len(self._token_ids)
         return self._give(len(self.text))
 
     def _take(self, fresh: str) -> None:

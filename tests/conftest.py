@@ -83,3 +83,11 @@ def layered_checkpoint(tmp_path: Path) -> Callable[[int], Path]:
         return tmp_path
 
     return make
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

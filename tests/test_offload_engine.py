@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from conftest import EOS, FAMILIES, VOCAB_SIZE, reference_model
 from fakes import DEVICES
-
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.device import Device
 from offload.engine import Engine
+from offload.model.drafter import ModelDrafter
 from offload.report import Report
 from tree.shape import TreeShape
 
@@ -84,14 +86,40 @@ def test_layers_on_disk_give_the_same_tokens(models: Models) -> None:
     with open_tiny(folder, folder) as engine:
         layer_bytes = engine.plan.device_ledger["5 resident layers"] // 5
     for host_layers in (2, 3, 4):
-        with open_tiny(
-            folder, folder, resident_layers=0, slots=2, host_memory_bytes=host_layers * layer_bytes
-        ) as engine:
+        with open_tiny(folder, folder, resident_layers=0, slots=2, host_memory_bytes=host_layers * layer_bytes) as engine:
             report = engine.generate(PROMPT, max_new_tokens=20)
             document: Any = report.to_json()
             assert document["streaming"]["disk_layers"] == 5 - (host_layers - 2)
             assert document["memory"]["host_weights_bytes"] <= host_layers * layer_bytes
             assert list(report.token_ids) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_weights_are_converted_only_to_the_dtype_asked_for(models: Models, tmp_path: Path, dtype: str) -> None:
+    """A bfloat16 checkpoint with tied embeddings, as the demo pair is, computed in another dtype."""
+    wide = AutoModelForCausalLM.from_pretrained(models(tie_word_embeddings=True), dtype=torch.bfloat16)
+    wide.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype)).eval()
+    expected = model.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False)[0, len(PROMPT) :].tolist()
+    with open_tiny(tmp_path, None, tree="none", dtype=dtype, resident_layers=1) as engine:
+        assert list(engine.generate(PROMPT, max_new_tokens=12).token_ids) == expected
+        assert engine.loop._target._model.lm_head.weight is engine.loop._target._model.model.embed_tokens.weight
+
+
+def test_a_draft_with_a_padded_vocabulary_is_cut_or_filled(models: Models) -> None:
+    """Families pad one vocabulary differently; without tokenizers to compare, equal sizes are asked for elsewhere."""
+    folder = models()
+    expected = greedy(folder, PROMPT, 12)
+    for vocab_size in (90, 104):
+        draft = models(num_layers=1, seed=1, vocab_size=vocab_size)
+        with open_tiny(folder, folder) as engine, open_tiny(draft, None, tree="none", max_context=150) as other:
+            drafter = ModelDrafter(other.loop._target, other.loop._device, VOCAB_SIZE)
+            engine.loop._drafter = drafter
+            assert list(engine.generate(PROMPT, max_new_tokens=12).token_ids) == expected
+            for verifier in ("traversal", "rejection", "sample"):
+                engine.loop._method = verifier  # type: ignore[assignment]
+                tokens = engine.generate(PROMPT, max_new_tokens=12, temperature=1.0, ignore_eos=True).token_ids
+                assert len(tokens) == 12
 
 
 def test_long_prompts_are_chunked_without_changing_the_text(models: Models) -> None:

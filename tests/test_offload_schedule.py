@@ -1,5 +1,7 @@
 """The schedule by its invariants, for every small (layers, resident, slots)."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +35,7 @@ def test_a_fetch_goes_only_into_the_slot_that_was_just_used(shape: tuple[int, se
     num_layers, streamed_set, num_slots = shape
     for number in range(3):
         steps = pass_steps(num_layers, tuple(sorted(streamed_set)), num_slots, number)
-        for before, step in zip(steps, steps[1:], strict=False):
+        for before, step in pairwise(steps):
             if isinstance(step, Fetch):
                 assert isinstance(before, Compute) and before.slot == step.slot
         assert sum(isinstance(step, Fetch) for step in steps) == len(streamed_set)
@@ -57,5 +59,5 @@ def test_resident_layers_are_spread_as_evenly_as_can_be(num_layers: int) -> None
     for num_chosen in range(num_layers + 1):
         chosen = sorted(spread_evenly(num_chosen, num_layers))
         assert len(chosen) == num_chosen
-        gaps = {after - before for before, after in zip(chosen, chosen[1:], strict=False)}
+        gaps = {after - before for before, after in pairwise(chosen)}
         assert not gaps or max(gaps) - min(gaps) <= 1

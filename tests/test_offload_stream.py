@@ -61,9 +61,7 @@ def test_every_residency_and_slot_count_yields_every_layer_unharmed(
 
 
 @pytest.mark.parametrize("disk", [1, 2, 4])
-def test_layers_from_disk_are_the_same_as_from_memory(
-    device: Device, layered_checkpoint: MakeCheckpoint, disk: int
-) -> None:
+def test_layers_from_disk_are_the_same_as_from_memory(device: Device, layered_checkpoint: MakeCheckpoint, disk: int) -> None:
     folder = layered_checkpoint(6)
     for resident in (0, 2):
         for slots in (1, 2, 3):

@@ -202,7 +202,6 @@ VERIFIERS: dict[str, Callable[[DraftTree, torch.Tensor, SamplingParams], Law]] =
     "sample": emitted_by_sampling,
     "traversal": lambda tree, logits, params: emitted_by_weights(tree, logits, params, traversal=True),
     "rejection": lambda tree, logits, params: emitted_by_weights(tree, logits, params, traversal=False),
-    "traversal recursion": traversal_by_recursion,
 }
 
 
@@ -268,7 +267,7 @@ def test_two_rounds_have_the_law_of_the_target(policy: str, verifier: str, kind:
         assert total_variation(world, SHAPES[shape], POLICIES[policy], VERIFIERS[verifier]) <= TOLERANCE, shape
 
 
-@pytest.mark.parametrize("verifier", ["sample", "traversal", "rejection"])
+@pytest.mark.parametrize("verifier", VERIFIERS)
 @pytest.mark.parametrize(
     "params",
     [SamplingParams(0.6), SamplingParams(1.5, top_k=2), SamplingParams(1.0, top_p=0.7), SamplingParams(0.8, 3, 0.9)],
@@ -394,7 +393,7 @@ def test_a_draft_equal_to_the_target_is_accepted_to_the_end_of_its_first_chain()
 
 def test_disjoint_supports_accept_nothing() -> None:
     world = random_world(9, 4, "disjoint")
-    for verifier in ("sample", "traversal", "rejection"):
+    for verifier in VERIFIERS:
         assert root_rejection(world, PAIR, verifier) == pytest.approx(1.0)
 
 

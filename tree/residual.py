@@ -73,12 +73,10 @@ def _resolve_children(tree: DraftTree, nodes: tuple[int, ...], laws: Tensor, wei
 
 
 def _take_proposal(remaining: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The law Q [n, V] from which `tokens` [n, 1] were drawn, and Q(token) [n, 1]; strikes them from `remaining`, in
-    place.
+    """The law Q [n, V] from which `tokens` [n, 1] were drawn, and Q(token) [n, 1]; strikes them off `remaining`.
 
     `remaining` holds draft laws without the tokens drawn before. A row without mass is exhausted: its token was
-    certain, so Q is one-hot there, which is written as a row of zeros with Q(token) = 1 because the token itself is
-    struck anyway.
+    certain, so Q is one-hot there: written as a row of zeros with Q(token) = 1, since `_offer` strikes the token anyway.
     """
     mass = remaining.sum(-1, keepdim=True, dtype=torch.float64)
     exhausted = mass == 0
@@ -99,8 +97,7 @@ def _offer(laws: Tensor, weights: Tensor, proposal: tuple[Tensor, Tensor] | None
     # Rejected means w P(c) < Q(c), so the residual is 0 at c; where acceptance is certain, what follows is never used.
     laws.scatter_(-1, tokens, 0.0)
     mass = laws.sum(-1, dtype=torch.float64)
-    # Nothing left at full weight: exactly, acceptance is 1 there, and rounding must not leave a gap with no law to fill
-    # it.
+    # Nothing left at full weight: in exact arithmetic acceptance is 1, and rounding must not leave a gap without a law.
     certain = (mass == 0) & (weights == 1)
     # In this order: a mass below 2**-53 must survive next to a weight of 1.
     weights.copy_((mass / (mass + (1.0 - weights))).masked_fill_(certain, 1.0))

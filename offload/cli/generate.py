@@ -4,23 +4,30 @@ import argparse
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..assemble import open_engine
 from ..config import EngineSettings
 from ..demo import DRAFT, LINK, TARGET
-from ..engine import Engine, Generation
 from ..errors import DeviceError, UsageError
-from ..report import Report
+from ..planner.tree_choice import read_acceptance, read_tree
 from ..trace import Trace
 from .main import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated
 from .parser import DEMO_PROMPT
 from .terminal import LoadProgress, full_statistics, say
 
+if TYPE_CHECKING:
+    from ..engine import Engine, Generation
+    from ..report import Report
+
 
 def run(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
+    _check(arguments, settings)
     prompt = _read_prompt(arguments)
+    from ..assemble import open_engine  # torch, after everything that can be refused without it
+
     trace = Trace() if arguments.trace else None
     with LoadProgress(enabled=not arguments.quiet) as progress:
         engine = open_engine(settings, seed=arguments.seed, progress=progress.update, trace=trace)
@@ -69,6 +76,36 @@ def _settings(arguments: argparse.Namespace) -> EngineSettings:
     )
 
 
+def _check(arguments: argparse.Namespace, settings: EngineSettings) -> None:
+    """UsageError or ModelError for what the flags, and the small files that they name, tell before any model is read."""
+    read_tree(settings.tree, has_draft=settings.draft_model is not None)
+    if settings.acceptance is not None:
+        read_acceptance(Path(settings.acceptance))
+    templated = "--chat" if arguments.chat else "--system-prompt" if arguments.system_prompt is not None else None
+    against = "--raw" if arguments.raw else "--prompt-ids" if arguments.prompt_ids is not None else None
+    if templated and against:
+        raise UsageError(
+            f"{templated} needs the chat template, {against} goes without", where=templated, cure="leave one of the two out"
+        )
+    for flag, name in (("--output", arguments.output), ("--trace", arguments.trace)):
+        if name is not None:
+            _check_writable(flag, Path(name))
+    if arguments.trace and arguments.trace.endswith(".png") and find_spec("matplotlib") is None:
+        raise UsageError("a picture needs matplotlib", where="--trace", cure="install matplotlib, or name a .json file")
+
+
+def _check_writable(flag: str, path: Path) -> None:
+    """Said before a run of an hour, not after it."""
+    try:
+        reason = "it is a folder" if path.is_dir() else None
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            reason = f"{path.parent} is not a folder that can be written to"
+    except OSError as error:
+        reason = str(error.strerror)
+    if reason is not None:
+        raise UsageError(f"cannot write {path}: {reason}", where=flag, cure="name a file in an existing folder")
+
+
 def _read_prompt(arguments: argparse.Namespace) -> str | list[int]:
     """Text, or token ids. UsageError when it cannot be read."""
     if arguments.prompt_ids is not None:
@@ -79,15 +116,16 @@ def _read_prompt(arguments: argparse.Namespace) -> str | list[int]:
                 f"not token ids: {arguments.prompt_ids!r}", where="--prompt-ids", cure="write them like 1,2,3"
             ) from None
     try:
+        (arguments.system_prompt or "").encode()  # bytes that were not UTF-8 arrive as surrogates, which no tokenizer takes
         if arguments.prompt_file is not None:
-            return Path(arguments.prompt_file).read_text(encoding="utf-8")
+            return Path(arguments.prompt_file).read_bytes().decode("utf-8")
         if arguments.prompt == "-":
             return sys.stdin.buffer.read().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        where = "--prompt -" if arguments.prompt_file is None else f"--prompt-file {arguments.prompt_file}"
+        if arguments.prompt is not None:
+            return str(arguments.prompt.encode().decode("utf-8"))
+    except (OSError, UnicodeError) as error:
+        where = "--prompt, --system-prompt" if arguments.prompt_file is None else f"--prompt-file {arguments.prompt_file}"
         raise UsageError(f"the prompt cannot be read: {error}", where=where, cure="give UTF-8 text") from error
-    if arguments.prompt is not None:
-        return str(arguments.prompt)
     if arguments.model is not None:
         raise UsageError(
             "no prompt",
@@ -97,14 +135,14 @@ def _read_prompt(arguments: argparse.Namespace) -> str | list[int]:
     return DEMO_PROMPT
 
 
-def _encode(engine: Engine, text: str, arguments: argparse.Namespace) -> list[int]:
+def _encode(engine: "Engine", text: str, arguments: argparse.Namespace) -> list[int]:
     has_template = engine.codec is not None and engine.codec.has_chat_template
     if engine.codec is not None and (arguments.chat or arguments.system_prompt or (has_template and not arguments.raw)):
         return engine.codec.encode_chat(text, arguments.system_prompt)
     return engine.encode(text)
 
 
-def _print_text(engine: Engine, generation: Generation, *, silent: bool) -> int:
+def _print_text(engine: "Engine", generation: "Generation", *, silent: bool) -> int:
     """Write text as it becomes final; the exit code. After Ctrl-C or SIGTERM, what there is has been written, too."""
     written = 0
 
@@ -132,7 +170,7 @@ def _print_text(engine: Engine, generation: Generation, *, silent: bool) -> int:
     return exit_code
 
 
-def _print_rest(arguments: argparse.Namespace, report: Report, trace: Trace | None) -> None:
+def _print_rest(arguments: argparse.Namespace, report: "Report", trace: Trace | None) -> None:
     if arguments.json:
         print(json.dumps(report.to_json()), flush=True)
     if arguments.stats != "none" and not arguments.quiet:
@@ -145,12 +183,15 @@ def _print_rest(arguments: argparse.Namespace, report: Report, trace: Trace | No
     except OSError as error:
         raise DeviceError(
             f"the text above is complete, but a file could not be written: {error}",
-            where="--output, --trace",
+            where=f"{' and '.join(filter(None, (arguments.output, arguments.trace)))}",
             cure="check the folder and the space on its disk",
         ) from error
 
 
 def _write_atomically(path: Path, text: str) -> None:
+    if path.exists() and not path.is_file():  # /dev/null, a named pipe: nothing to replace
+        path.write_text(text, encoding="utf-8")
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

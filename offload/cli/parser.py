@@ -23,28 +23,32 @@ def whole(least: int) -> Callable[[str], int]:
     """A type for argparse: a whole number from `least` on that fits into 63 bits."""
 
     def parse(text: str) -> int:
-        if not text.removeprefix("-").isdecimal() or len(text) > 20:
+        if len(text) > 20 or not text.removeprefix("-").isdecimal():
             raise argparse.ArgumentTypeError(f"not a whole number: {text!r}")
         if not least <= int(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"{text} is too {'small' if int(text) < least else 'large'}: at least {least}")
+            raise argparse.ArgumentTypeError(f"{text} is too small, the least is {least}" if int(text) < least else "too large")
         return int(text)
 
     return parse
 
 
-def number(most: float) -> Callable[[str], float]:
-    """A type for argparse: a finite number from 0 to `most`."""
+def number(law: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """A type for argparse: a number for which `law` holds."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"not a number: {text!r}") from None
-        if not (0 <= value <= most and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is outside [0, {most:g}]")
+        if not holds(value):  # NaN holds nowhere
+            raise argparse.ArgumentTypeError(f"{text} is not {law}")
         return value
 
     return parse
+
+
+_temperature = number("0 (greedy) or positive and finite", lambda value: 0 <= value < math.inf)
+_probability = number("in (0, 1]", lambda value: 0 < value <= 1)
 
 
 def build_parser() -> Parser:
@@ -95,9 +99,9 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from FILE")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids; needs no tokenizer")
     group.add_argument("--max-new-tokens", "-n", type=whole(1), default=128, metavar="N", help="default 128")
-    group.add_argument("--temperature", type=number(math.inf), default=0.0, metavar="T", help="default 0 (greedy)")
+    group.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="default 0 (greedy)")
     group.add_argument("--top-k", type=whole(1), metavar="K", help="keep the K most probable tokens")
-    group.add_argument("--top-p", type=number(1.0), default=1.0, metavar="P", help="keep the smallest set reaching P")
+    group.add_argument("--top-p", type=_probability, default=1.0, metavar="P", help="keep the smallest set reaching P")
     group.add_argument("--seed", type=whole(0), default=0, metavar="S", help="default 0")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)")
     group.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence tokens")

@@ -3,10 +3,12 @@
 import sys
 import time
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..planner.cost import GIB
-from ..report import Report
+
+if TYPE_CHECKING:
+    from ..report import Report
 
 
 def say(text: str) -> None:
@@ -55,7 +57,7 @@ class LoadProgress:
         self._bar.start()
 
 
-def full_statistics(report: Report) -> str:
+def full_statistics(report: "Report") -> str:
     """A line per pass, where the memory went, and the closing line."""
     lines = ["pass   rows  tokens    draft     pass   verify    stall"]
     for number, one in enumerate(report.stats.passes, start=1):

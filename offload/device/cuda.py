@@ -4,6 +4,7 @@ Order is kept by events alone. A copy waits (on the copy stream) for the event t
 compute waits (on the compute stream) for the event recorded behind the copy. The host waits for neither.
 """
 
+import contextlib
 import itertools
 import logging
 import time
@@ -70,10 +71,12 @@ def _chunks(num_bytes: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _register(address: int, num_bytes: int) -> bool:
-    cudart = torch.cuda.cudart()
-    if int(cudart.cudaHostRegister(address, num_bytes, 0)) == 0:
+    if int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)) == 0:
         return True
-    cudart.cudaGetLastError()  # or the next launch reports this refusal as its own
+    # The refusal stays behind as the thread's last error, which the next kernel launch would report as its own. torch does
+    # not bind cudaGetLastError, but a launch of ours reads it just as well.
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda").add_(1)
     return False
 
 

@@ -15,6 +15,9 @@ from .attention import ATTENTION, register
 
 Shapes = dict[str, tuple[int, ...]]
 
+MAX_LAYERS = 2048  # building them takes seconds; a config that lies must not take hours
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
@@ -68,6 +71,7 @@ def read_architecture(folder: Path) -> Architecture:
     where = str(folder / "config.json")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        _check_sizes(config)
         register()
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, trust_remote_code=False)
@@ -107,17 +111,30 @@ def check_window(architecture: Architecture, max_positions: int, where: str) -> 
         )
 
 
+def _check_sizes(config: Any) -> None:
+    """ValueError for a size that no model has, before anything is built from it."""
+    for name in (*_SIZES, "max_position_embeddings"):
+        value = getattr(config, name, None)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} is {value!r}")
+    if (getattr(config, "num_hidden_layers", None) or 0) > MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, more than {MAX_LAYERS}")
+
+
 def _refuse_unsupported(config: Any, model: PreTrainedModel, where: str) -> None:
     names = {name for name, _ in model.named_parameters()}
-    if any(getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+    if any("experts" in key and value for key, value in config.to_dict().items()):
         raise _unsupported("it is a mixture of experts", config, where)
     if not any(name.startswith("model.layers.0.") for name in names):
         raise _unsupported("its decoder layers are not at model.layers", config, where)
     buffers = {name for name, _ in model.named_buffers()} - {name for name, _ in model.named_buffers() if "rotary_emb" in name}
     if buffers:
         raise _unsupported(f"it keeps buffers that are not weights ({sorted(buffers)[0]})", config, where)
-    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "num_key_value_heads", None) is None:
+    num_kv_heads = getattr(config, "num_key_value_heads", None)
+    if getattr(config, "attn_logit_softcapping", None) or not num_kv_heads or config.num_attention_heads % num_kv_heads:
         raise _unsupported("its attention is not plain grouped-query attention", config, where)
+    if getattr(config, "max_position_embeddings", None) is None:
+        raise _unsupported("its config names no max_position_embeddings", config, where)
 
 
 def _unsupported(reason: str, config: Any, where: str) -> ModelError:

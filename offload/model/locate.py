@@ -12,9 +12,13 @@ _FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 
 def locate_model(name: str, flag: str) -> Path:
     """The folder of `name`. ModelError when there is none, naming `flag`."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
+    try:
+        folder = Path(name).expanduser()
+        is_folder, has_config = folder.is_dir(), (folder / "config.json").is_file()
+    except (OSError, RuntimeError) as error:  # a name too long, a folder out of reach, a user unknown
+        raise ModelError(f"{name} cannot be opened: {error}", where=flag, cure="give a folder that you may read") from error
+    if is_folder:
+        if not has_config:
             raise ModelError(
                 f"there is no config.json in {name}",
                 where=flag,
@@ -55,7 +59,7 @@ def read_eos_token_ids(folder: Path, default: tuple[int, ...]) -> frozenset[int]
         ids = [eos] if isinstance(eos, int) else list(eos or ())
         if not all(isinstance(token_id, int) for token_id in ids):
             raise ValueError(f"eos_token_id is {eos!r}")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(
             f"the generation config cannot be read: {error}", where=str(path), cure="repair or delete the file"
         ) from error

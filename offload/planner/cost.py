@@ -39,10 +39,18 @@ def logits_bytes(model: ModelCost, tree_nodes: int) -> int:
     return tree_nodes * model.vocab_size * (model.dtype_bytes + 8)
 
 
-def ledger_lines(ledger: Mapping[str, int]) -> str:
-    """The sum that shows why something does not fit: `embedding and head 1.00 + 2 slots 3.19 + ... = 7.30 GiB`."""
-    parts = " + ".join(f"{name} {num_bytes / GIB:.3f}" for name, num_bytes in ledger.items() if num_bytes)
-    return f"{parts} = {sum(ledger.values()) / GIB:.3f} GiB"
+def ledger_lines(ledger: Mapping[str, int], budget_bytes: int) -> str:
+    """The sum that shows why something does not fit: `embedding and head 1.00 + 2 slots 3.19 + ... = 7.30 GiB > 6.00 GiB`.
+    In one unit, in which the sum is not all zeros."""
+    total_bytes = sum(ledger.values())
+    unit, unit_bytes = ("GiB", GIB) if total_bytes >= GIB // 10 else ("KiB", 2**10)
+    parts = " + ".join(f"{name} {num_bytes / unit_bytes:.3f}" for name, num_bytes in ledger.items() if num_bytes)
+    return f"{parts} = {total_bytes / unit_bytes:.3f} {unit} > {budget_bytes / unit_bytes:.3f} {unit}"
+
+
+def size_text(num_bytes: int) -> str:
+    """As a flag takes it, rounded up."""
+    return f"{-(-num_bytes // 2**20)}MiB"
 
 
 def stream_s(bytes_per_pass: int, link_bytes_per_s: float, disk_bytes: int, disk_bytes_per_s: float | None) -> float:

@@ -13,7 +13,7 @@ from ..errors import FitError
 from ..streaming.schedule import spread_evenly
 from ..weights.disk import RING_BUFFERS
 from ..weights.store import Placement
-from .cost import GIB, ModelCost, activation_bytes, ledger_lines, logits_bytes
+from .cost import ModelCost, activation_bytes, ledger_lines, logits_bytes, size_text
 
 DEFAULT_TEXT_TOKENS = 4096
 # A prompt pass costs a whole stream of the weights, so chunks are as large as activations in this share of memory allow.
@@ -149,9 +149,9 @@ def _residency(settings: EngineSettings, target: ModelCost, fixed: Mapping[str, 
 def _check_device(ledger: Mapping[str, int], budget: int | None) -> None:
     if budget is not None and sum(ledger.values()) > budget:
         raise FitError(
-            f"{ledger_lines(ledger)} > {budget / GIB:.3f} GiB",
+            ledger_lines(ledger, budget),
             where="--gpu-memory",
-            cure=f"allow at least {sum(ledger.values()) / GIB:.3f} GiB, or lower --max-context, --tree, --resident-layers",
+            cure=f"allow at least {size_text(sum(ledger.values()))}, or lower --max-context, --tree, --resident-layers",
         )
 
 
@@ -165,9 +165,9 @@ def _host(target: ModelCost, resident: frozenset[int], budget: int | None) -> tu
     num_host = (budget - ring_bytes) // target.layer_bytes
     if num_host < 0:
         raise FitError(
-            f"a ring of {RING_BUFFERS} layers for reading from disk takes {ring_bytes / GIB:.3f} GiB > {budget / GIB:.3f} GiB",
+            ledger_lines({f"a ring of {RING_BUFFERS} layers for reading from disk": ring_bytes}, budget),
             where="--host-memory",
-            cure=f"allow at least {ring_bytes / GIB:.3f} GiB",
+            cure=f"allow at least {size_text(ring_bytes)}",
         )
     chosen = spread_evenly(len(streamed) - num_host, len(streamed))
     disk = frozenset(layer for order, layer in enumerate(streamed) if order in chosen)

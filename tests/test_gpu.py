@@ -1,0 +1,133 @@
+"""What only a GPU can tell: parity, races under delays and poison, registered memory, one host sync per pass."""
+
+import random
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, reference_model
+
+from offload.assemble import open_engine
+from offload.config import EngineSettings
+from offload.device.base import CopyTicket, Ticket
+from offload.device.cuda import CudaDevice, RegisteredBuffer
+from offload.engine import Engine
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+Models = Callable[..., Path]
+PROMPT = [5, 9, 33, 2, 71]
+
+
+class RacingCudaDevice(CudaDevice):
+    """Both streams are delayed at random, and a released slot is filled with NaN behind its last user: a missing wait in
+    either direction becomes a wrong logit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._random = random.Random(0)
+
+    def _delay(self) -> None:
+        torch.cuda._sleep(self._random.choice([0, 0, 100_000, 2_000_000]))
+
+    def copy_async(self, dst: torch.Tensor, src: torch.Tensor, after: Ticket) -> CopyTicket:
+        with torch.cuda.stream(self._copy_stream):
+            self._delay()
+        return super().copy_async(dst, src, after)
+
+    def wait(self, ticket: CopyTicket) -> torch.Tensor:
+        tensor = super().wait(ticket)
+        self._delay()
+        return tensor
+
+    def release(self, buffer: torch.Tensor) -> Ticket:
+        self._delay()
+        buffer.fill_(0xFF)
+        return super().release(buffer)
+
+
+def open_tiny(folder: Path, draft: Path | None, device: CudaDevice | None = None, **changes: object) -> Engine:
+    settings: dict[str, Any] = {"tree": "4x6:kary" if draft else "none", "dtype": "float32", **changes}
+    settings = {"model": str(folder), "draft_model": str(draft) if draft else None, "device": "cuda", **settings}
+    return open_engine(EngineSettings(**settings), device=device)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_on_the_gpu_is_that_of_transformers(models: Models, family: str) -> None:
+    folder = models(family)
+    reference = reference_model(folder).cuda()
+    expected = reference.generate(torch.tensor([PROMPT]).cuda(), max_new_tokens=20, do_sample=False)[0, len(PROMPT) :]
+    for draft, resident, slots in ((folder, 0, 2), (models(family, num_layers=1, seed=1), 1, 3), (None, 0, 2), (folder, 3, 2)):
+        with open_tiny(folder, draft, resident_layers=resident, slots=slots) as engine:
+            assert list(engine.generate(PROMPT, max_new_tokens=20).token_ids) == expected.tolist()
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_delayed_copies_and_poisoned_slots_change_no_token(models: Models, slots: int) -> None:
+    folder = models(num_layers=5)
+    with open_tiny(folder, folder, resident_layers=5) as engine:
+        expected = engine.generate(PROMPT, max_new_tokens=24, ignore_eos=True).token_ids
+    for resident in (0, 2):
+        with open_tiny(folder, folder, RacingCudaDevice(), resident_layers=resident, slots=slots) as engine:
+            for _ in range(3):
+                assert engine.generate(PROMPT, max_new_tokens=24, ignore_eos=True).token_ids == expected
+
+
+@pytest.mark.parametrize("resident", [0, 2])
+def test_layers_on_disk_give_the_same_tokens(models: Models, resident: int) -> None:
+    folder = models(num_layers=5)
+    with open_tiny(folder, folder, resident_layers=5) as engine:
+        expected = engine.generate(PROMPT, max_new_tokens=16).token_ids
+        layer_bytes = engine.plan.device_ledger["5 resident layers"] // 5
+    with open_tiny(folder, folder, resident_layers=resident, slots=2, host_memory_bytes=2 * layer_bytes) as engine:
+        assert engine.generate(PROMPT, max_new_tokens=16).token_ids == expected
+
+
+def test_a_round_syncs_the_host_once(models: Models) -> None:
+    folder = models(num_layers=5)
+    for params in ({}, {"temperature": 0.8, "top_p": 0.9}):
+        with open_tiny(folder, folder, resident_layers=1, slots=2) as engine:
+            generation = engine.stream(PROMPT, max_new_tokens=60, ignore_eos=True, **params)  # type: ignore[arg-type]
+            next(generation)
+            next(generation)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    next(generation)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            syncs = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+            assert len(syncs) <= 1, syncs
+
+
+def test_host_memory_is_registered_exactly_and_given_back() -> None:
+    num_bytes = 5 * 2**20 + 4096
+    for _ in range(3):
+        buffer = RegisteredBuffer(num_bytes, [2**20, 3 * 2**20])
+        assert buffer.pinned_bytes == num_bytes == buffer.tensor.numel()
+        assert buffer.tensor.is_pinned()
+        view = buffer.tensor
+        buffer.close()
+        assert not view.is_pinned()  # the view keeps the memory, but it is registered no more
+
+
+def test_streamed_weights_are_pinned_and_resident_ones_take_no_host_memory(models: Models) -> None:
+    folder = models(num_layers=5)
+    with open_tiny(folder, None, resident_layers=2, slots=2) as engine:
+        memory = engine.memory()
+        assert memory.host_pinned_bytes == memory.host_weights_bytes == engine.plan.bytes_per_pass
+
+
+def test_an_exception_in_a_layer_leaves_the_engine_usable(models: Models) -> None:
+    folder = models(num_layers=4)
+    with open_tiny(folder, folder, resident_layers=1, slots=2) as engine:
+        expected = engine.generate(PROMPT, max_new_tokens=12).token_ids
+        layer = list(engine.loop._target._model.get_submodule("model.layers").children())[2]
+        hook = layer.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.generate(PROMPT, max_new_tokens=12)
+        hook.remove()
+        assert engine.generate(PROMPT, max_new_tokens=12).token_ids == expected

@@ -1,0 +1,145 @@
+"""Sizes, rates and settings as people write them, and the one line that says what was written wrongly."""
+
+import dataclasses
+
+import pytest
+
+from offload.config import DTYPES, VERIFIERS, EngineSettings, parse_rate, parse_size
+from offload.errors import OffloadError, UsageError
+from tree.verify import METHODS
+
+
+def assert_refused(error: UsageError, *parts: str) -> None:
+    assert error.exit_code == 2
+    assert all(part in str(error) for part in parts), str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0", 0),
+        ("4096", 4096),
+        ("4096B", 4096),
+        ("24GiB", 24 * 2**30),
+        ("24GB", 24 * 10**9),
+        ("24G", 24 * 2**30),
+        ("512MiB", 512 * 2**20),
+        ("512 MB", 512 * 10**6),
+        ("1.5KiB", 1536),
+        (" 2 TiB ", 2**41),
+        (12345, 12345),
+    ],
+)
+def test_sizes_are_read_as_written(text: str | int, expected: int) -> None:
+    assert parse_size(text, flag="--x") == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "GiB", "-1", -1, "1e9", "24gib", "24 G iB", "0x10", "1,5GiB", "nan", "inf", "9" * 400, "9999999TiB", True, "1\n2"],
+)
+def test_what_is_no_size_is_refused_with_its_flag(text: str | int) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_size(text, flag="--gpu-memory")
+    assert_refused(caught.value, "not a size", repr(text)[1:-1], "--gpu-memory", "24GiB")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("25GB/s", 25e9), ("200MB/s", 200e6), ("1.5GiB/s", 1.5 * 2**30), ("1000", 1000.0), (2.5e9, 2.5e9), (7, 7.0)],
+)
+def test_rates_are_read_as_written(text: str | float, expected: float) -> None:
+    assert parse_rate(text, flag="--x") == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "fast", "/s", "0", "0GB/s", 0, -1.0, "-1GB/s", "25GB/h", "nan", float("nan"), float("inf")]
+)
+def test_what_is_no_rate_is_refused_with_its_flag(text: str | float) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_rate(text, flag="--emulate-link")
+    assert_refused(caught.value, "not a rate", "--emulate-link", "25GB/s")
+
+
+def test_auto_is_none_until_the_planner_resolves_it() -> None:
+    settings = EngineSettings.parse(model="m")
+    assert settings == EngineSettings(model="m")
+    unresolved = (
+        "gpu_memory_bytes",
+        "host_memory_bytes",
+        "resident_layers",
+        "slots",
+        "max_context",
+        "emulate_link_bytes_per_s",
+    )
+    assert all(getattr(settings, name) is None for name in unresolved)
+
+
+def test_values_are_read_by_the_flag_that_they_belong_to() -> None:
+    settings = EngineSettings.parse(
+        model="m",
+        draft_model="none",
+        gpu_memory="22GiB",
+        host_memory=10**9,
+        resident_layers="0",
+        slots=2,
+        max_context="2",
+        emulate_link="200MB/s",
+    )
+    assert settings.draft_model is None
+    assert (settings.gpu_memory_bytes, settings.host_memory_bytes) == (22 * 2**30, 10**9)
+    assert (settings.resident_layers, settings.slots, settings.max_context) == (0, 2, 2)
+    assert settings.emulate_link_bytes_per_s == 200e6
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--gpu-memory", "much"),
+        ("--host-memory", "-1GiB"),
+        ("--resident-layers", "-1"),
+        ("--resident-layers", "3.0"),
+        ("--resident-layers", 2.7),
+        ("--slots", "0"),
+        ("--slots", "two"),
+        ("--slots", True),
+        ("--max-context", "1"),
+        ("--max-context", ""),
+        ("--dtype", "int8"),
+        ("--verifier", "hope"),
+        ("--device", "tpu"),
+        ("--device", "cuda:"),
+        ("--device", "cuda:-1"),
+        ("--device", "CPU"),
+        ("--emulate-link", "25GB/h"),
+    ],
+)
+def test_a_value_that_no_flag_takes_is_refused_by_its_flag(flag: str, value: object) -> None:
+    with pytest.raises(UsageError) as caught:
+        EngineSettings.parse(model="m", **{flag.removeprefix("--").replace("-", "_"): value})  # type: ignore[arg-type]
+    assert_refused(caught.value, flag)
+
+
+def test_a_link_is_emulated_on_the_cpu_only() -> None:
+    with pytest.raises(UsageError) as caught:
+        EngineSettings.parse(model="m", device="cuda:0", emulate_link="1GB/s")
+    assert_refused(caught.value, "--emulate-link with --device cuda")
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        EngineSettings(model="m").model = "other"  # type: ignore[misc]
+
+
+def test_every_dtype_and_verifier_is_admitted() -> None:
+    assert all(EngineSettings(model="m", dtype=dtype).dtype == dtype for dtype in DTYPES)
+    assert all(EngineSettings(model="m", verifier=verifier).verifier == verifier for verifier in VERIFIERS)
+
+
+def test_verifiers_are_those_of_the_tree_package() -> None:
+    assert ("auto", *METHODS) == VERIFIERS
+
+
+def test_no_name_breaks_an_error_into_more_lines() -> None:
+    error = OffloadError("a\nb\r\x1b[2J\udc80", where="folder\nname", cure="x\u2028y")
+    assert str(error).splitlines() == ["a b\\r\\x1b[2J\\udc80", "  in: folder name", "  fix: x\\u2028y"]

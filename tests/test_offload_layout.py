@@ -1,0 +1,66 @@
+"""Layer buffers: aligned, disjoint, shared with their views; host memory of exact size."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offload.device import host
+from offload.device.cuda import _chunks
+from offload.device.host import HostMapping
+from offload.weights.layout import ALIGNMENT_BYTES, LayerLayout
+
+shapes = st.lists(st.lists(st.integers(1, 9), max_size=3).map(tuple), min_size=1, max_size=6)
+
+
+@given(shapes, st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+def test_fields_are_aligned_disjoint_and_inside(sizes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
+    layout = LayerLayout.pack([(str(number), shape) for number, shape in enumerate(sizes)], dtype)
+    end = 0
+    for field in layout.fields:
+        assert field.offset_bytes % ALIGNMENT_BYTES == 0 and field.offset_bytes >= end
+        end = field.offset_bytes + field.num_bytes
+    assert end <= layout.num_bytes < end + ALIGNMENT_BYTES
+    assert layout.num_bytes - sum(math.prod(s) for s in sizes) * dtype.itemsize < ALIGNMENT_BYTES * len(sizes)
+
+
+@given(shapes)
+def test_views_write_through_to_the_buffer(sizes: list[tuple[int, ...]]) -> None:
+    layout = LayerLayout.pack([(str(number), shape) for number, shape in enumerate(sizes)], torch.float32)
+    buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8)
+    for number, view in enumerate(layout.views(buffer).values()):
+        view.fill_(number + 1)
+    for number, (shape, view) in enumerate(zip(sizes, layout.views(buffer).values(), strict=True)):
+        assert view.shape == shape and bool((view == number + 1).all())
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 4096, 1_000_003])
+def test_host_memory_is_of_exact_size_and_writable(num_bytes: int) -> None:
+    mapping = HostMapping(num_bytes)
+    mapping.touch()
+    assert mapping.tensor.numel() == num_bytes
+    mapping.tensor.fill_(7)
+    assert int(mapping.tensor.sum()) == 7 * num_bytes
+
+
+def test_available_memory_is_the_lesser_of_machine_and_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = host.available_bytes()
+    (tmp_path / "max").write_text("3000000\n")
+    (tmp_path / "current").write_text("1000000\n")
+    monkeypatch.setattr(host, "_CGROUP_LIMITS", ((str(tmp_path / "max"), str(tmp_path / "current")),))
+    assert host.available_bytes() == 2_000_000
+    (tmp_path / "max").write_text("max\n")
+    assert host.available_bytes() > 2_000_000 and machine > 2_000_000
+
+
+@given(st.integers(1, 40), st.integers(1, 3 * 2**30))
+def test_registration_chunks_cover_everything_and_end_at_layers(num_layers: int, layer_bytes: int) -> None:
+    cuts = [layer_bytes * (layer + 1) for layer in range(num_layers)]
+    chunks = _chunks(cuts[-1], cuts)
+    assert chunks[0][0] == 0 and chunks[-1][1] == cuts[-1]
+    assert all(before[1] == after[0] for before, after in pairwise(chunks))
+    assert {end for _, end in chunks} <= set(cuts)

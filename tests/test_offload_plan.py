@@ -1,0 +1,124 @@
+"""Plans: every byte has a name, budgets are kept, and what does not fit is refused with the sum."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offload.config import EngineSettings
+from offload.errors import FitError, ModelError, UsageError
+from offload.planner.cost import ModelCost, kv_bytes_per_row
+from offload.planner.plan import Plan, plan_run
+from offload.planner.tree_choice import resolve_method, resolve_tree
+from offload.weights.disk import RING_BUFFERS
+from tree.shape import TreeShape
+
+GIB = 2**30
+LLAMA_2_70B = ModelCost(
+    num_layers=80,
+    layer_bytes=855_654_400 * 2,
+    shared_bytes=2 * 32000 * 8192 * 2,
+    kv_bytes_per_row=kv_bytes_per_row(80, 8, 128, 2),
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_heads=64,
+    vocab_size=32000,
+    dtype_bytes=2,
+)
+LLAMA_2_7B = replace(
+    LLAMA_2_70B,
+    num_layers=32,
+    layer_bytes=202_383_360 * 2,
+    shared_bytes=2 * 32000 * 4096 * 2,
+    kv_bytes_per_row=kv_bytes_per_row(32, 32, 128, 2),
+)
+SETTINGS = EngineSettings(model="m")
+TREE = TreeShape.chains(4, 6)
+
+
+def plan(settings: EngineSettings = SETTINGS, *, device_gib: float | None, host_gib: float | None = None) -> Plan:
+    return plan_run(
+        settings,
+        TREE,
+        LLAMA_2_70B,
+        LLAMA_2_7B,
+        max_positions=4096,
+        device_budget_bytes=None if device_gib is None else round(device_gib * GIB),
+        host_budget_bytes=None if host_gib is None else round(host_gib * GIB),
+    )
+
+
+def test_a_row_of_70b_keys_and_values_takes_327680_bytes() -> None:
+    assert LLAMA_2_70B.kv_bytes_per_row == 327_680
+
+
+def test_seconds_per_pass_follow_from_resident_layers_and_rate() -> None:
+    """The table of reference figures: 5.48 s with nothing resident at 25 GB/s, 4.52 s with 14 resident layers."""
+    for resident, seconds in ((0, 5.48), (14, 4.52), (40, 2.74)):
+        made = plan(replace(SETTINGS, resident_layers=resident), device_gib=None)
+        predicted = replace(made, link_bytes_per_s=25e9).predicted_pass_s
+        assert predicted == pytest.approx(seconds, rel=0.01)
+
+
+@given(st.floats(24, 200))
+def test_auto_fills_the_device_without_exceeding_it(device_gib: float) -> None:
+    made = plan(device_gib=device_gib)
+    used = sum(made.device_ledger.values())
+    assert used <= device_gib * GIB
+    if made.placement.streamed and len(made.placement.streamed) > 1:
+        assert used + LLAMA_2_70B.layer_bytes > device_gib * GIB or made.num_slots < 3
+
+
+@given(st.floats(4, 140))
+def test_layers_beyond_the_host_budget_go_to_disk(host_gib: float) -> None:
+    made = plan(replace(SETTINGS, resident_layers=0), device_gib=None, host_gib=host_gib)
+    assert sum(made.host_ledger.values()) <= host_gib * GIB
+    on_disk = len(made.placement.disk)
+    assert on_disk == 0 or made.host_ledger["disk ring"] == RING_BUFFERS * LLAMA_2_70B.layer_bytes
+    assert len(made.placement.host) + on_disk == 80
+
+
+def test_a_budget_too_small_for_two_slots_is_refused_with_the_sum_that_shows_it() -> None:
+    with pytest.raises(FitError, match=r"embedding, norm and head 0\.977 \+ .* \+ 2 slots 3\.188 = [\d.]+ GiB > 18\.000 GiB"):
+        plan(device_gib=18)
+
+
+def test_a_host_too_small_for_the_ring_is_refused_with_the_sum() -> None:
+    with pytest.raises(FitError, match=r"ring of 2 layers .* 3\.188 GiB > 2\.000 GiB"):
+        plan(device_gib=None, host_gib=2)
+
+
+def test_everything_fits_so_nothing_streams() -> None:
+    made = plan(device_gib=200)
+    assert made.placement.streamed == () and made.num_slots == 0 and made.predicted_pass_s is None
+
+
+def test_more_resident_layers_than_layers_is_refused() -> None:
+    with pytest.raises(FitError, match="81 resident layers"):
+        plan(replace(SETTINGS, resident_layers=81), device_gib=None)
+
+
+def test_a_tree_larger_than_the_context_is_refused() -> None:
+    with pytest.raises(FitError, match="25 nodes"):
+        plan(replace(SETTINGS, max_context=20), device_gib=None)
+
+
+def test_tree_specs_resolve_and_what_needs_a_draft_says_so() -> None:
+    assert resolve_tree("auto", None, has_draft=False).num_nodes == 1
+    assert resolve_tree("auto", None, has_draft=True).num_nodes > 1
+    assert resolve_tree("4x6:kary", None, has_draft=True) == TREE
+    best = resolve_tree("64x8", None, has_draft=True)
+    assert (best.num_nodes, best.num_levels) == (64, 8)
+    with pytest.raises(UsageError, match="25 nodes needs a draft"):
+        resolve_tree("4x6:kary", None, has_draft=False)
+    with pytest.raises(UsageError):
+        resolve_tree("4by6", None, has_draft=True)
+    with pytest.raises(ModelError):
+        resolve_tree("missing.json", None, has_draft=True)
+
+
+def test_the_default_verifier_is_traversal_and_unknown_ones_are_refused() -> None:
+    assert resolve_method("auto") == "traversal"
+    with pytest.raises(UsageError, match="unknown verifier 'best'"):
+        EngineSettings(model="m", verifier="best")

@@ -1,0 +1,225 @@
+"""Text that leaves while tokens arrive: it equals the decoding of all tokens, and no stop string shows in part."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload.errors import ModelError, UsageError
+from offload.text import REPLACEMENT, TextCodec, TextStream, check_same_vocabulary, open_codec
+from text_models import BOS, EOS, VOCAB_SIZE, byte_fallback_tokenizer, byte_level_tokenizer, save_tokenizer
+
+EURO, SMILE, UMLAUT = "\u20ac", "\U0001f600", "\u00e4"  # 3, 4 and 2 bytes
+TEXTS = st.text(alphabet=f"ab c{UMLAUT}{EURO}{SMILE}\n", max_size=12)
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> TextCodec:
+    return TextCodec(save_tokenizer(tmp_path_factory.mktemp("byte_level")))
+
+
+@pytest.fixture(scope="module")
+def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> TextCodec:
+    return TextCodec(save_tokenizer(tmp_path_factory.mktemp("byte_fallback"), byte_fallback_tokenizer()))
+
+
+@pytest.fixture(params=["byte_level", "byte_fallback"], scope="module")
+def codec(request: pytest.FixtureRequest) -> TextCodec:
+    found: TextCodec = request.getfixturevalue(request.param)
+    return found
+
+
+def pieces(codec: TextCodec, token_ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[list[str], TextStream]:
+    """What each token gave out and then `finish`, as the engine does it: nothing follows a stop string."""
+    stream = TextStream(codec, stop)
+    given: list[str] = []
+    for token_id in token_ids:
+        given.append(stream.push(token_id))
+        if stream.stopped:
+            break
+    given.append(stream.finish())
+    assert "".join(given) == stream.text
+    return given, stream
+
+
+def bytes_of(codec: TextCodec, text: str) -> list[int]:
+    """One token per byte."""
+    vocabulary = byte_level_tokenizer().get_vocab() if f"<0x{0:02X}>" not in codec.vocabulary() else None
+    if vocabulary is None:
+        return [codec.vocabulary()[f"<0x{byte:02X}>"] for byte in text.encode()]
+    return [token_id for character in text for token_id in codec.encode(character)]
+
+
+# -- characters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("character", [UMLAUT, EURO, SMILE])
+def test_a_character_over_several_tokens_appears_once_and_whole(codec: TextCodec, character: str) -> None:
+    token_ids = bytes_of(codec, character)
+    assert len(token_ids) == len(character.encode())
+    given, _ = pieces(codec, token_ids)
+    assert given == [""] * (len(token_ids) - 1) + [character, ""]
+
+
+def test_characters_in_bytes_follow_each_other(codec: TextCodec) -> None:
+    """A window that began inside a character once turned a run of byte tokens into replacement characters: Llama-2's
+    decoder gives up a whole run when one of its bytes is wrong."""
+    text = f"{EURO}{SMILE}{EURO}{UMLAUT}{EURO}"
+    given, stream = pieces(codec, bytes_of(codec, text))
+    assert stream.text == text
+    assert [piece for piece in given if piece] == list(text)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS)
+def test_streamed_text_is_the_text_that_was_encoded(codec: TextCodec, text: str) -> None:
+    token_ids = codec.encode(text)
+    given, _ = pieces(codec, token_ids)
+    assert "".join(given) == codec.decode(token_ids)
+    assert REPLACEMENT not in "".join(given)
+
+
+@settings(max_examples=150, deadline=None)
+@given(token_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=24))
+def test_streamed_text_of_any_tokens_is_the_decoding_of_all(byte_level: TextCodec, token_ids: list[int]) -> None:
+    given, _ = pieces(byte_level, token_ids)
+    assert "".join(given) == byte_level.decode(token_ids)
+
+
+def test_special_tokens_in_the_middle_show_nothing_and_cost_no_space(codec: TextCodec) -> None:
+    end = codec.vocabulary()["</s>"]
+    token_ids = [*codec.encode("a"), end, end, *codec.encode(" b")]
+    given, stream = pieces(codec, token_ids)
+    assert stream.text == codec.decode(token_ids)
+    assert "</s>" not in stream.text and " b" in stream.text
+
+
+def test_the_window_that_is_decoded_again_stays_small(byte_level: TextCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = 0
+
+    def decode(token_ids: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(token_ids))
+        return decoded(token_ids)
+
+    decoded = byte_level.decode
+    monkeypatch.setattr(byte_level, "decode", decode)
+    pieces(byte_level, byte_level.encode(f"a {EURO} b {SMILE}" * 50))
+    assert longest <= 8  # two characters of four bytes
+
+
+def test_finish_gives_out_the_bytes_that_never_became_a_character(byte_level: TextCodec) -> None:
+    given, stream = pieces(byte_level, bytes_of(byte_level, f"a{EURO}")[:-1])
+    assert given == ["a", "", "", REPLACEMENT]
+    assert stream.finish() == "" and stream.text == f"a{REPLACEMENT}"
+
+
+# -- stop strings ------------------------------------------------------------------------------------------------------
+
+
+def test_text_ends_before_a_stop_string_split_over_tokens(byte_level: TextCodec) -> None:
+    given, stream = pieces(byte_level, bytes_of(byte_level, "one\nEND two"), ["\nEND"])
+    assert stream.stopped and stream.text == "one"
+    assert given == ["o", "n", "e", "", "", "", "", ""]
+
+
+def test_text_ends_before_a_stop_string_inside_a_token(byte_level: TextCodec) -> None:
+    token_ids = byte_level.encode("hell")
+    assert len(token_ids) == 1
+    given, stream = pieces(byte_level, token_ids, ["el"])
+    assert stream.stopped and given == ["h", ""]
+
+
+def test_a_stop_string_that_does_not_come_is_held_back_no_longer_than_needed(byte_level: TextCodec) -> None:
+    given, stream = pieces(byte_level, bytes_of(byte_level, "abaabx"), ["abac"])
+    assert not stream.stopped
+    assert given == ["", "", "", "ab", "a", "abx"[1:], ""] or "".join(given) == "abaabx"
+    assert "".join(given[:4]) == "ab"  # the second "a" may begin the stop string, the first cannot any more
+
+
+def test_finish_gives_out_what_might_have_become_a_stop_string(byte_level: TextCodec) -> None:
+    given, stream = pieces(byte_level, bytes_of(byte_level, "x\nEN"), ["\nEND"])
+    assert given == ["x", "", "", "", "\nEN"] and not stream.stopped
+
+
+def test_a_stop_string_of_many_byte_characters_is_found(codec: TextCodec) -> None:
+    _, stream = pieces(codec, bytes_of(codec, f"{EURO}{SMILE}{UMLAUT}"), [f"{SMILE}{UMLAUT}"])
+    assert stream.stopped and stream.text == EURO
+
+
+def test_the_stop_string_that_is_complete_first_ends_the_text(byte_level: TextCodec) -> None:
+    _, stream = pieces(byte_level, bytes_of(byte_level, "abcd"), ["bcd", "c", ""])
+    assert stream.stopped and stream.text == "ab"
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(alphabet=f"ab{EURO}", max_size=12), stop=st.text(alphabet=f"ab{EURO}", min_size=1, max_size=4))
+def test_nothing_of_a_stop_string_is_ever_given_out(byte_level: TextCodec, text: str, stop: str) -> None:
+    given, stream = pieces(byte_level, byte_level.encode(text), [stop])
+    assert stream.stopped == (stop in text)
+    assert "".join(given) == text.partition(stop)[0]
+
+
+# -- codecs and vocabularies -------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_tokenizer_has_no_codec(tmp_path: Path) -> None:
+    assert open_codec(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": 3}', "\0" * 64])
+def test_a_damaged_tokenizer_is_named_with_its_folder(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError) as caught:
+        open_codec(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "tokenizer" in caught.value.what
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_one_user_turn_is_laid_out_by_the_template(tmp_path: Path) -> None:
+    template = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}!"
+    codec = TextCodec(save_tokenizer(tmp_path, chat_template=template))
+    assert codec.has_chat_template
+    assert codec.decode(codec.encode_chat("hi", None)) == "<user>hi!"
+    assert codec.decode(codec.encode_chat("hi", "be")) == "<system>be<user>hi!"
+
+
+def test_a_template_that_fails_is_the_models_fault(tmp_path: Path) -> None:
+    codec = TextCodec(save_tokenizer(tmp_path, chat_template="{{ raise_exception('no\nsystem turn') }}"))
+    with pytest.raises(ModelError, match="no system turn"):
+        codec.encode_chat("hi", "be")
+
+
+def test_a_model_without_template_cannot_chat(byte_level: TextCodec) -> None:
+    with pytest.raises(UsageError, match="no chat template"):
+        byte_level.encode_chat("hi", None)
+
+
+def test_equal_tokenizers_pass_whatever_the_padding(byte_level: TextCodec, tmp_path: Path) -> None:
+    check_same_vocabulary(byte_level, TextCodec(save_tokenizer(tmp_path)), (VOCAB_SIZE, VOCAB_SIZE + 64), "--draft-model")
+
+
+def test_the_first_token_that_differs_is_named(byte_level: TextCodec, tmp_path: Path) -> None:
+    other = byte_level_tokenizer(renamed={BOS + 3: "other", EOS + 4: "more", EOS + 1: "first"})
+    draft = TextCodec(save_tokenizer(tmp_path, other))
+    with pytest.raises(ModelError) as caught:
+        check_same_vocabulary(byte_level, draft, (VOCAB_SIZE, VOCAB_SIZE), "--draft-model")
+    assert f"token {EOS + 1} is 'first' in the draft and 'he' in the target" in caught.value.what
+    assert caught.value.where == "--draft-model"
+
+
+def test_a_longer_vocabulary_differs_where_the_shorter_ends(byte_level: TextCodec, tmp_path: Path) -> None:
+    longer = byte_level_tokenizer()
+    longer.add_tokens(["extra"])
+    draft = TextCodec(save_tokenizer(tmp_path, longer))
+    with pytest.raises(ModelError, match=f"token {VOCAB_SIZE} is 'extra' in the draft and None in the target"):
+        check_same_vocabulary(byte_level, draft, (VOCAB_SIZE, VOCAB_SIZE), "--draft-model")
+
+
+def test_without_two_tokenizers_the_sizes_decide(byte_level: TextCodec) -> None:
+    for codecs in ((None, None), (byte_level, None), (None, byte_level)):
+        check_same_vocabulary(*codecs, (97, 97), "--draft-model")
+        with pytest.raises(ModelError, match="the draft's vocabulary has 64 tokens, the target's 97.* is token 64"):
+            check_same_vocabulary(*codecs, (97, 64), "--draft-model")
