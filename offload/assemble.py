@@ -154,7 +154,7 @@ def _dtype(name: str, architecture: Architecture, checkpoint: Checkpoint, device
 
 
 def _plan(settings: EngineSettings, device: Device, target: _Source, draft: _Source | None) -> Plan:
-    tree = resolve_tree(settings.tree, settings.acceptance, has_draft=draft is not None)
+    tree, expected_tokens = resolve_tree(settings.tree, settings.acceptance, has_draft=draft is not None)
     if tree.max_branching > target.architecture.vocab_size:
         raise UsageError(
             f"a node with {tree.max_branching} children, and a vocabulary of {target.architecture.vocab_size} tokens",
@@ -173,6 +173,7 @@ def _plan(settings: EngineSettings, device: Device, target: _Source, draft: _Sou
         tree,
         target.cost,
         draft.cost if draft else None,
+        expected_tokens_per_pass=expected_tokens,
         max_positions=target.architecture.max_positions,
         device_budget_bytes=device_budget,
         host_budget_bytes=host_budget,

@@ -27,8 +27,9 @@ from .trace import Trace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one pass brought: new tokens, in order; `verdict` as the verifier gave it; statistics."""
+    """What one pass over `shape` brought: new tokens, in order; `verdict` as the verifier gave it; statistics."""
 
+    shape: TreeShape
     token_ids: tuple[int, ...]
     verdict: Verdict
     stats: PassStats
@@ -95,6 +96,7 @@ class DecodeLoop:
         verified_s = time.monotonic()
         self._commit(verdict, cached)
         return StepResult(
+            shape=shape,
             token_ids=verdict.token_ids,
             verdict=verdict,
             stats=self._stats(draft, verdict, cached, extra_bytes, (start_s, drafted_s, launched_s, verified_s), drafted),

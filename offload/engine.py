@@ -1,11 +1,12 @@
 """A loaded model pair that answers requests, one after another: prompts in, text and numbers out."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from types import TracebackType
 
 from tree.sampling import SamplingParams
+from tree.shape import TreeShape
 from tree.verify import Verdict
 
 from .decode import DecodeLoop, StepResult
@@ -30,8 +31,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What one pass added: tokens and the text that has become final with them. `finish_reason` is None but at the end."""
+    """What one pass over the tree `shape` added: tokens, and the text that has become final with them. `finish_reason` is
+    None but at the end."""
 
+    shape: TreeShape
     token_ids: tuple[int, ...]
     text: str
     finish_reason: str | None
@@ -40,8 +43,7 @@ class Step:
 
 
 class Generation:
-    """One request being answered: an iterator of Steps, one per pass. `result` may be asked for at any time, also after an
-    interruption."""
+    """One request being answered: an iterator of Steps, one per pass. `result` may be asked for at any time."""
 
     def __init__(self, engine: "Engine", request: Request) -> None:
         self._engine, self._request = engine, request
@@ -62,9 +64,12 @@ class Generation:
         """The text so far; None when the model has no tokenizer."""
         return self._text.text if self._text is not None else None
 
+    def stop(self) -> str:
+        """End here, as after an interruption; the text that was held back for want of certainty."""
+        self._steps.close()
+        return self._text.finish() if self._text is not None else ""
+
     def result(self) -> Report:
-        if self._text is not None:
-            self._text.finish()
         return Report(
             text=self.text,
             prompt_token_ids=self._request.prompt,
@@ -78,7 +83,7 @@ class Generation:
             device_name=self._engine.device_name,
         )
 
-    def _run(self) -> Iterator[Step]:
+    def _run(self) -> Generator[Step, None, None]:
         loop, request, stats = self._engine.loop, self._request, self.stats
         start_s = previous_s = monotonic()
         loop.start(request.prompt, request.params, request.seed)
@@ -120,7 +125,14 @@ class Generation:
         return result.token_ids[:taken], text, reason
 
     def _step(self, result: StepResult, token_ids: tuple[int, ...], text: str, reason: str | None) -> Step:
-        return Step(token_ids=token_ids, text=text, finish_reason=reason, verdict=result.verdict, stats=result.stats)
+        return Step(
+            shape=result.shape,
+            token_ids=token_ids,
+            text=text,
+            finish_reason=reason,
+            verdict=result.verdict,
+            stats=result.stats,
+        )
 
 
 class Engine:

@@ -102,8 +102,8 @@ class Report:
         return " | ".join(parts)
 
     def _predicted(self) -> str:
-        pass_s, tokens = self.plan.predicted_pass_s, self.stats.tokens_per_pass
-        return f" (streaming alone {_seconds(pass_s / tokens)})" if pass_s and tokens else ""
+        predicted_s = self.plan.predicted_s_per_token
+        return f" (predicted {_seconds(predicted_s)})" if predicted_s is not None else ""
 
     def _link(self) -> str:
         rate, share = self.stats.link_bytes_per_s, self.link_utilisation
@@ -112,7 +112,7 @@ class Report:
         name = "emulated link" if self.emulated_link else "link"
         if not rate or share is None:
             return f"{name}: one pass only"
-        return f"{name} {_rate(rate)}, {share:.0%} of peak"
+        return f"{name} {_rate(rate)}, {share * 100:.0f} % of peak"
 
 
 def _seconds(seconds: float) -> str:

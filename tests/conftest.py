@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import DEVICES
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fakes import DEVICES
 from offload.device import Device
 
 # Matrices this small gain nothing from a second thread, and threads that wait for each other lose a busy machine.

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, reference_model
 
+from conftest import FAMILIES, reference_model
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.device.base import CopyTicket, Ticket

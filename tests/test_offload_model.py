@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCAB_SIZE, reference_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import FAMILIES, VOCAB_SIZE, reference_model
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.decode import DecodeLoop

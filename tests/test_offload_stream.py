@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import EagerDevice, FailingDevice, LateDevice
 
+from fakes import EagerDevice, FailingDevice, LateDevice
 from offload.device import Device
 from offload.device.cpu import CpuDevice
 from offload.errors import DeviceError

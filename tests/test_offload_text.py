@@ -46,8 +46,7 @@ def pieces(codec: TextCodec, token_ids: Sequence[int], stop: Sequence[str] = ())
 
 def bytes_of(codec: TextCodec, text: str) -> list[int]:
     """One token per byte."""
-    vocabulary = byte_level_tokenizer().get_vocab() if f"<0x{0:02X}>" not in codec.vocabulary() else None
-    if vocabulary is None:
+    if "<0x00>" in codec.vocabulary():
         return [codec.vocabulary()[f"<0x{byte:02X}>"] for byte in text.encode()]
     return [token_id for character in text for token_id in codec.encode(character)]
 
@@ -91,7 +90,7 @@ def test_streamed_text_of_any_tokens_is_the_decoding_of_all(byte_level: TextCode
 def test_special_tokens_in_the_middle_show_nothing_and_cost_no_space(codec: TextCodec) -> None:
     end = codec.vocabulary()["</s>"]
     token_ids = [*codec.encode("a"), end, end, *codec.encode(" b")]
-    given, stream = pieces(codec, token_ids)
+    _, stream = pieces(codec, token_ids)
     assert stream.text == codec.decode(token_ids)
     assert "</s>" not in stream.text and " b" in stream.text
 
@@ -135,8 +134,7 @@ def test_text_ends_before_a_stop_string_inside_a_token(byte_level: TextCodec) ->
 def test_a_stop_string_that_does_not_come_is_held_back_no_longer_than_needed(byte_level: TextCodec) -> None:
     given, stream = pieces(byte_level, bytes_of(byte_level, "abaabx"), ["abac"])
     assert not stream.stopped
-    assert given == ["", "", "", "ab", "a", "abx"[1:], ""] or "".join(given) == "abaabx"
-    assert "".join(given[:4]) == "ab"  # the second "a" may begin the stop string, the first cannot any more
+    assert given == ["", "", "", "aba", "", "abx", ""]
 
 
 def test_finish_gives_out_what_might_have_become_a_stop_string(byte_level: TextCodec) -> None:
@@ -221,5 +219,5 @@ def test_a_longer_vocabulary_differs_where_the_shorter_ends(byte_level: TextCode
 def test_without_two_tokenizers_the_sizes_decide(byte_level: TextCodec) -> None:
     for codecs in ((None, None), (byte_level, None), (None, byte_level)):
         check_same_vocabulary(*codecs, (97, 97), "--draft-model")
-        with pytest.raises(ModelError, match="the draft's vocabulary has 64 tokens, the target's 97.* is token 64"):
+        with pytest.raises(ModelError, match=r"has 64 tokens, the target's 97; .* is token 64"):
             check_same_vocabulary(*codecs, (97, 64), "--draft-model")

@@ -9,9 +9,11 @@ files, alternating. Medians of `--runs` runs.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -72,6 +74,29 @@ def utilisation(folder: Path, tree: str, slots: int) -> dict[str, object]:
     }
 
 
+def resident_set_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def loading_peak(folder: Path) -> dict[str, object]:
+    """Peak resident memory of loading, beyond the weights, seen by a thread that looks every 2 ms."""
+    settings = EngineSettings(model=str(folder / "target"), tree="none", device="cpu", resident_layers=0, slots=2)
+    before, peak, done = resident_set_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, resident_set_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with open_engine(settings) as engine:
+        weights = engine.memory().host_weights_bytes
+    done.set()
+    watcher.join()
+    return {"weight_bytes": weights, "peak_beyond_weights_bytes": peak - before - weights, "limit_bytes": 256 * 2**20}
+
+
 def load_rate(folder: Path) -> float:
     checkpoint = open_checkpoint(folder / "target")
     layout = LayerLayout.pack([(name, info.shape) for name, info in checkpoint.tensors.items()], torch.float32)
@@ -98,11 +123,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     arguments = parser.parse_args()
     make_model(arguments.folder)
+    memory = loading_peak(arguments.folder)
     rates = [(load_rate(arguments.folder), dd_rate(arguments.folder)) for _ in range(arguments.runs)]
     result = {
         "environment": environment("cpu"),
         "emulated_link_bytes_per_s": LINK,
         "utilisation": [utilisation(arguments.folder, *case) for case in (("none", 2), ("none", 3), ("4x6:kary", 3))],
+        "loading_memory": memory,
         "load_bytes_per_s": statistics.median(load for load, _ in rates),
         "dd_direct_bytes_per_s": statistics.median(dd for _, dd in rates),
         "load_over_dd": statistics.median(load / dd for load, dd in rates),

@@ -144,27 +144,21 @@ def _encode(engine: "Engine", text: str, arguments: argparse.Namespace) -> list[
 
 def _print_text(engine: "Engine", generation: "Generation", *, silent: bool) -> int:
     """Write text as it becomes final; the exit code. After Ctrl-C or SIGTERM, what there is has been written, too."""
-    written = 0
 
     def write(text: str) -> None:
-        nonlocal written
-        if not silent and engine.codec is not None:
+        if not silent:
             sys.stdout.write(text)
             sys.stdout.flush()
-            written += len(text)
 
     exit_code = 0
     try:
         for step in generation:
-            if engine.codec is None and not silent:
-                sys.stdout.write("".join(f"{token_id} " for token_id in step.token_ids))
-                sys.stdout.flush()
-            write(step.text)
+            write(step.text if engine.codec is not None else "".join(f"{token_id} " for token_id in step.token_ids))
     except KeyboardInterrupt:
         exit_code = EXIT_INTERRUPTED
     except Terminated:
         exit_code = EXIT_TERMINATED
-    write((generation.result().text or "")[written:])
+    write(generation.stop())
     if not silent and sys.stdout.isatty():
         sys.stdout.write("\n")
     return exit_code

@@ -6,7 +6,7 @@
 The text is the State of the Union addresses, 1790-2021 (works of the US government, public domain; the npm package
 publishes them under the Open Data Commons PDDL 1.0). The draft is distilled from the target while the target itself is
 learning: both see the same batch, and the draft's loss is the cross-entropy against the target's own law, so no second
-pass over the teacher is needed.
+pass over the teacher is needed. Then the target is finished and the draft goes on alone for `--draft-steps`.
 """
 
 import argparse
@@ -93,16 +93,17 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def losses(models_: dict[str, LlamaForCausalLM], batch: torch.Tensor) -> dict[str, torch.Tensor]:
+def losses(models_: dict[str, LlamaForCausalLM], batch: torch.Tensor, *, draft_only: bool) -> dict[str, torch.Tensor]:
     """Target: next-token cross-entropy. Draft: cross-entropy against the target's law (distillation)."""
     inputs, labels = batch[:, :-1], batch[:, 1:]
-    target_logits = models_["target"](inputs, use_cache=False).logits
+    with torch.set_grad_enabled(not draft_only):
+        target_logits = models_["target"](inputs, use_cache=False).logits
     draft_logits = models_["draft"](inputs, use_cache=False).logits
     teacher = F.softmax(target_logits.detach(), dim=-1)
-    return {
-        "target": F.cross_entropy(target_logits.flatten(0, 1), labels.flatten()),
-        "draft": F.cross_entropy(draft_logits.flatten(0, 1), teacher.flatten(0, 1)),
-    }
+    draft_loss = F.cross_entropy(draft_logits.flatten(0, 1), teacher.flatten(0, 1))
+    if draft_only:
+        return {"draft": draft_loss}
+    return {"target": F.cross_entropy(target_logits.flatten(0, 1), labels.flatten()), "draft": draft_loss}
 
 
 @torch.no_grad()
@@ -118,18 +119,19 @@ def evaluate(models_: dict[str, LlamaForCausalLM], stream: torch.Tensor) -> dict
 
 
 def train(
-    models_: dict[str, LlamaForCausalLM], stream: torch.Tensor, held_out: torch.Tensor, steps: int
-) -> Iterator[list[dict[str, float]]]:
-    """Train both models side by side; yields the history so far after every 100 steps."""
+    models_: dict[str, LlamaForCausalLM], stream: torch.Tensor, held_out: torch.Tensor, steps: int, *, draft_only: bool
+) -> Iterator[dict[str, float]]:
+    """Train both models side by side, or the draft alone; yields a record after every 100 steps."""
     optimizers = {
-        name: torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1) for name, model in models_.items()
+        name: torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+        for name, model in models_.items()
+        if name == "draft" or not draft_only
     }
-    rng = np.random.default_rng(0)
-    history: list[dict[str, float]] = []
+    rng = np.random.default_rng(steps)
     start = time.monotonic()
     for step in range(steps):
         length = 512 if step < LONG_WINDOW_FROM * steps else 1024
-        loss = losses(models_, windows(stream, length, rng))
+        loss = losses(models_, windows(stream, length, rng), draft_only=draft_only)
         for name, optimizer in optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, PEAK_LEARNING_RATE[name])
@@ -138,11 +140,10 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if step % 100 == 99 or step == steps - 1:
-            seconds = time.monotonic() - start
-            record = {"step": step + 1, "seconds": round(seconds), **evaluate(models_, held_out)}
-            history.append(record)
-            print(json.dumps(record), f"{(step + 1) * TOKENS_PER_STEP / seconds:.0f} tokens/s", flush=True)
-            yield history
+            seconds = round(time.monotonic() - start)
+            record = {"step": step + 1, "draft_only": draft_only, "seconds": seconds, **evaluate(models_, held_out)}
+            print(json.dumps(record), flush=True)
+            yield record
 
 
 def save(
@@ -158,17 +159,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="folder of *.txt files")
     parser.add_argument("--out", type=Path, required=True, help="receives target/ and draft/")
-    parser.add_argument("--steps", type=int, default=2400, help="steps of 4096 tokens")
+    parser.add_argument("--steps", type=int, default=1700, help="steps of 4096 tokens for both models")
+    parser.add_argument("--draft-steps", type=int, default=700, help="further steps for the draft alone")
+    parser.add_argument("--resume", action="store_true", help="go on from what is in --out, with a fresh schedule")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     trained, held_out = read_addresses(arguments.text)
-    tokenizer = train_tokenizer(trained)
+    history: list[dict[str, float]] = []
+    if arguments.resume:
+        models_ = {name: LlamaForCausalLM.from_pretrained(arguments.out / name, dtype=torch.float32) for name in configs()}
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.out / "target")
+        history = json.loads((arguments.out / "training.json").read_text())
+    else:
+        models_ = {name: LlamaForCausalLM(config) for name, config in configs().items()}
+        tokenizer = train_tokenizer(trained)
     stream, held_out_stream = encode(tokenizer, trained), encode(tokenizer, held_out)
-    models_ = {name: LlamaForCausalLM(config) for name, config in configs().items()}
     sizes = {name: model.num_parameters() for name, model in models_.items()}
     print(f"{len(stream)} tokens, held out {len(held_out_stream)}; parameters {sizes}", flush=True)
-    for history in train(models_, stream, held_out_stream, arguments.steps):
-        save(arguments.out, models_, tokenizer, history)
+    for draft_only, steps in ((False, arguments.steps), (True, arguments.draft_steps)):
+        for record in train(models_, stream, held_out_stream, steps, draft_only=draft_only):
+            history.append(record)
+            save(arguments.out, models_, tokenizer, history)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class Plan:
     device_budget_bytes: int | None
     host_ledger: Mapping[str, int]
     host_budget_bytes: int | None
+    expected_tokens_per_pass: float = 1.0
     link_bytes_per_s: float | None = None
 
     @property
@@ -50,11 +51,18 @@ class Plan:
             return None
         return self.bytes_per_pass / self.link_bytes_per_s
 
+    @property
+    def predicted_s_per_token(self) -> float | None:
+        """Streaming alone, at the acceptance that the tree was planned with."""
+        pass_s = self.predicted_pass_s
+        return None if pass_s is None else pass_s / self.expected_tokens_per_pass
+
     def to_json(self) -> dict[str, object]:
         return {
             "predicted_pass_s": self.predicted_pass_s,
             "predicted_round_s": self.predicted_pass_s,
-            "predicted_s_per_token": self.predicted_pass_s if self.tree.num_nodes == 1 else None,
+            "predicted_s_per_token": self.predicted_s_per_token,
+            "expected_tokens_per_pass": self.expected_tokens_per_pass,
             "link_bytes_per_s": self.link_bytes_per_s,
             "context_rows": self.context_rows,
             "pass_rows": self.pass_rows,
@@ -71,6 +79,7 @@ def plan_run(
     target: ModelCost,
     draft: ModelCost | None,
     *,
+    expected_tokens_per_pass: float = 1.0,
     max_positions: int,
     device_budget_bytes: int | None,
     host_budget_bytes: int | None,
@@ -113,6 +122,7 @@ def plan_run(
         device_budget_bytes=device_budget_bytes,
         host_ledger=host_ledger,
         host_budget_bytes=host_budget_bytes,
+        expected_tokens_per_pass=expected_tokens_per_pass,
     )
 
 

@@ -21,15 +21,15 @@ MAX_FILE_BYTES = 16 * 2**20
 DEFAULT_ACCEPTANCE = Path(__file__).parents[2] / "profiles/acceptance/llama-3-8b__llama-3-70b__cnn__published.json"
 
 
-def resolve_tree(spec: str, acceptance: str | None, *, has_draft: bool) -> TreeShape:
-    """The shape that `--tree` names, optimised for the `acceptance` file if it is an NxL. Errors as in `read_tree`."""
-    tree = read_tree(spec, has_draft=has_draft)
-    if not isinstance(tree, OptimalTree):
-        return tree
-    from tree.optimizer import best_tree  # numpy; plain shapes need none of it
+def resolve_tree(spec: str, acceptance: str | None, *, has_draft: bool) -> tuple[TreeShape, float]:
+    """The shape that `--tree` names, optimised for the `acceptance` file if it is an NxL, and the tokens per pass to
+    expect of it by that file. Errors as in `read_tree`."""
+    from tree.optimizer import best_tree, expected_tokens  # numpy; reading flags needs none of it
 
     profile = read_acceptance(Path(acceptance) if acceptance is not None else DEFAULT_ACCEPTANCE)
-    return best_tree(profile, tree.num_nodes, tree.num_levels)
+    tree = read_tree(spec, has_draft=has_draft)
+    shape = best_tree(profile, tree.num_nodes, tree.num_levels) if isinstance(tree, OptimalTree) else tree
+    return shape, expected_tokens(shape, profile)
 
 
 def read_tree(spec: str, *, has_draft: bool) -> TreeShape | OptimalTree:
