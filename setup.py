@@ -37,7 +37,7 @@ setup(
         "tree",
     ],
     py_modules=["run_70b"],
-    package_data={"offload.demo": ["target/*", "draft/*", "*.json"]},
+    package_data={"offload.demo": ["target/*", "draft/*", "*.json", "*.jsonl"]},
     install_requires=[
         "torch>=2.6,<2.14",
         "transformers>=5.10,<6",

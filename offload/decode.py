@@ -137,7 +137,7 @@ class DecodeLoop:
             return verify(draft, logits, self._params, self._generator, method=self._method)
         except FloatingPointError as error:
             raise NumericError(
-                f"the target's logits are not finite: {error}",
+                str(error),
                 where=f"pass over {draft.shape.num_nodes} nodes after {len(self._committed)} tokens",
                 cure="check the weights with `verify --full`; try --dtype bfloat16 or float32 if float16 overflowed",
             ) from error

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .planner.plan import Plan
 from .stats import RunStats
+
+if TYPE_CHECKING:  # a plan places weights, so it knows torch; commands that only name a commit need not wait for it
+    from .planner.plan import Plan
 
 SCHEMA_VERSION = 1
 
@@ -30,7 +33,7 @@ class Report:
     token_ids: tuple[int, ...]
     finish_reason: str
     stats: RunStats
-    plan: Plan
+    plan: "Plan"
     verifier: str
     memory: Memory
     emulated_link: bool
@@ -120,6 +123,8 @@ def _seconds(seconds: float) -> str:
 
 
 def _rate(bytes_per_s: float) -> str:
+    if bytes_per_s < 1e6:
+        return f"{bytes_per_s / 1e3:.0f} kB/s"
     return f"{bytes_per_s / 1e9:.1f} GB/s" if bytes_per_s >= 1e9 else f"{bytes_per_s / 1e6:.0f} MB/s"
 
 

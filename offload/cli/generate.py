@@ -2,19 +2,19 @@
 
 import argparse
 import json
-import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import EngineSettings
-from ..demo import DRAFT, LINK, TARGET
 from ..errors import DeviceError, UsageError
 from ..planner.tree_choice import read_acceptance, read_tree
 from ..trace import Trace
+from .acceptance import AcceptanceRecorder, provenance, write_json
 from .main import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated
 from .parser import DEMO_PROMPT
+from .settings import check_writable, engine_settings
 from .terminal import LoadProgress, full_statistics, say
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    settings = _settings(arguments)
+    settings = engine_settings(arguments, emulate_demo_link=True)
     _check(arguments, settings)
     prompt = _read_prompt(arguments)
     from ..assemble import open_engine  # torch, after everything that can be refused without it
@@ -41,39 +41,12 @@ def run(arguments: argparse.Namespace) -> int:
             stop=arguments.stop,
             ignore_eos=arguments.ignore_eos,
         )
-        exit_code = _print_text(engine, generation, silent=arguments.json)
+        recorder = AcceptanceRecorder()
+        exit_code = _print_text(engine, generation, recorder, silent=arguments.json)
         report = generation.result()
-    _print_rest(arguments, report, trace)
+    _print_report(arguments, report)
+    _write_files(arguments, settings, report, trace, recorder)
     return exit_code
-
-
-def _settings(arguments: argparse.Namespace) -> EngineSettings:
-    model, draft_model, emulate_link = arguments.model, arguments.draft_model, arguments.emulate_link
-    if model is None:
-        model, draft_model = str(TARGET), str(DRAFT) if draft_model is None else draft_model
-        if emulate_link is None and not arguments.device.startswith("cuda"):
-            emulate_link = LINK
-        if not arguments.quiet:
-            say(
-                "no --model given: the bundled demo pair (5.5 M parameters and a draft of 0.5 M)"
-                + (f", streamed over an emulated link of {emulate_link}" if emulate_link else "")
-                + "\n  a real model: --model PATH_OR_HUB_ID --draft-model PATH_OR_HUB_ID"
-            )
-    return EngineSettings.parse(
-        model=model,
-        draft_model=draft_model,
-        tree=arguments.tree,
-        verifier=arguments.verifier,
-        acceptance=arguments.acceptance,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        gpu_memory=arguments.gpu_memory,
-        host_memory=arguments.host_memory,
-        resident_layers=arguments.resident_layers,
-        slots=arguments.slots,
-        max_context=arguments.max_context,
-        emulate_link=emulate_link,
-    )
 
 
 def _check(arguments: argparse.Namespace, settings: EngineSettings) -> None:
@@ -87,23 +60,14 @@ def _check(arguments: argparse.Namespace, settings: EngineSettings) -> None:
         raise UsageError(
             f"{templated} needs the chat template, {against} goes without", where=templated, cure="leave one of the two out"
         )
-    for flag, name in (("--output", arguments.output), ("--trace", arguments.trace)):
+    files = {"--output": arguments.output, "--trace": arguments.trace, "--record-acceptance": arguments.record_acceptance}
+    for flag, name in files.items():
         if name is not None:
-            _check_writable(flag, Path(name))
+            check_writable(flag, Path(name))
+    if arguments.record_acceptance is not None and settings.draft_model is None:
+        raise UsageError("nothing to count without a draft", where="--record-acceptance", cure="name a --draft-model")
     if arguments.trace and arguments.trace.endswith(".png") and find_spec("matplotlib") is None:
         raise UsageError("a picture needs matplotlib", where="--trace", cure="install matplotlib, or name a .json file")
-
-
-def _check_writable(flag: str, path: Path) -> None:
-    """Said before a run of an hour, not after it."""
-    try:
-        reason = "it is a folder" if path.is_dir() else None
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            reason = f"{path.parent} is not a folder that can be written to"
-    except OSError as error:
-        reason = str(error.strerror)
-    if reason is not None:
-        raise UsageError(f"cannot write {path}: {reason}", where=flag, cure="name a file in an existing folder")
 
 
 def _read_prompt(arguments: argparse.Namespace) -> str | list[int]:
@@ -142,7 +106,7 @@ def _encode(engine: "Engine", text: str, arguments: argparse.Namespace) -> list[
     return engine.encode(text)
 
 
-def _print_text(engine: "Engine", generation: "Generation", *, silent: bool) -> int:
+def _print_text(engine: "Engine", generation: "Generation", recorder: AcceptanceRecorder, *, silent: bool) -> int:
     """Write text as it becomes final; the exit code. After Ctrl-C or SIGTERM, what there is has been written, too."""
 
     def write(text: str) -> None:
@@ -153,6 +117,7 @@ def _print_text(engine: "Engine", generation: "Generation", *, silent: bool) -> 
     exit_code = 0
     try:
         for step in generation:
+            recorder.add(step)
             write(step.text if engine.codec is not None else "".join(f"{token_id} " for token_id in step.token_ids))
     except KeyboardInterrupt:
         exit_code = EXIT_INTERRUPTED
@@ -164,28 +129,30 @@ def _print_text(engine: "Engine", generation: "Generation", *, silent: bool) -> 
     return exit_code
 
 
-def _print_rest(arguments: argparse.Namespace, report: "Report", trace: Trace | None) -> None:
+def _print_report(arguments: argparse.Namespace, report: "Report") -> None:
     if arguments.json:
         print(json.dumps(report.to_json()), flush=True)
     if arguments.stats != "none" and not arguments.quiet:
         say(full_statistics(report) if arguments.stats == "full" else report.line())
+
+
+def _write_files(
+    arguments: argparse.Namespace,
+    settings: EngineSettings,
+    report: "Report",
+    trace: Trace | None,
+    recorder: AcceptanceRecorder,
+) -> None:
     try:
         if arguments.output:
-            _write_atomically(Path(arguments.output), json.dumps(report.to_json(), indent=1) + "\n")
+            write_json(Path(arguments.output), report.to_json())
         if trace is not None:
             trace.save(Path(arguments.trace))
+        if arguments.record_acceptance:
+            write_json(Path(arguments.record_acceptance), recorder.document(provenance(arguments, settings)))
     except OSError as error:
         raise DeviceError(
             f"the text above is complete, but a file could not be written: {error}",
-            where=f"{' and '.join(filter(None, (arguments.output, arguments.trace)))}",
+            where=" and ".join(filter(None, (arguments.output, arguments.trace, arguments.record_acceptance))),
             cure="check the folder and the space on its disk",
         ) from error
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    if path.exists() and not path.is_file():  # /dev/null, a named pipe: nothing to replace
-        path.write_text(text, encoding="utf-8")
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

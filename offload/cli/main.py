@@ -1,5 +1,6 @@
 """Dispatch, exit codes and errors. Everything heavy is imported by the command that needs it."""
 
+import io
 import logging
 import os
 import signal
@@ -21,17 +22,21 @@ def main(argv: list[str]) -> int:
     verbose = "--verbose" in argv or "-v" in argv
     try:
         signal.signal(signal.SIGTERM, _terminate)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without the model's characters shows them escaped
+            sys.stdout.reconfigure(errors="backslashreplace")
         arguments = build_parser().parse_args(with_default_command(argv))
         _configure_logging(verbose)
         if arguments.command == "generate":
             from .generate import run
+        elif arguments.command == "profile":
+            from .profile import run
         elif arguments.command == "verify":
             from .verify import run
         else:
             from .version import run
         return run(arguments)
     except OffloadError as error:
-        if verbose:
+        if verbose and not isinstance(error, UsageError):
             traceback.print_exc()
         print(_render(error), file=sys.stderr)
         return error.exit_code

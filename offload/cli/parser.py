@@ -8,7 +8,7 @@ from typing import NoReturn
 from ..config import DTYPES, VERIFIERS
 from ..errors import UsageError
 
-COMMANDS = ("generate", "verify", "version")
+COMMANDS = ("generate", "profile", "verify", "version")
 DEMO_PROMPT = "Fellow-Citizens of the Senate and House of Representatives:"
 
 
@@ -63,6 +63,8 @@ def build_parser() -> Parser:
     add_model_flags(generate)
     add_request_flags(generate)
     add_output_flags(generate)
+    profile = commands.add_parser("profile", help="measure a model pair", allow_abbrev=False)
+    add_profile_flags(profile)
     verify = commands.add_parser("verify", help="check a checkpoint before a long run", allow_abbrev=False)
     verify.add_argument("--model", required=True, metavar="PATH", help="folder or hub id")
     verify.add_argument("--full", action="store_true", help="compare contents with the manifest, too")
@@ -73,6 +75,17 @@ def build_parser() -> Parser:
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
         add_verbosity_flags(command)
     return parser
+
+
+def add_profile_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("acceptance",), help="acceptance: how often the k-th child is the accepted one")
+    add_model_flags(parser)
+    group = parser.add_argument_group("measurement")
+    group.add_argument("--dataset", metavar="FILE", help="prompts, a JSON object with turns a line; default: the demo's")
+    group.add_argument("--per-level", action="store_true", help="one vector per level of the tree instead of one for all")
+    add_sampling_flags(group)
+    group.add_argument("--output", metavar="FILE", help="write the profile to FILE rather than to stdout")
+    add_verbosity_flags(parser)
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -98,11 +111,7 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt; - reads it from stdin")
     prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from FILE")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids; needs no tokenizer")
-    group.add_argument("--max-new-tokens", "-n", type=whole(1), default=128, metavar="N", help="default 128")
-    group.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="default 0 (greedy)")
-    group.add_argument("--top-k", type=whole(1), metavar="K", help="keep the K most probable tokens")
-    group.add_argument("--top-p", type=_probability, default=1.0, metavar="P", help="keep the smallest set reaching P")
-    group.add_argument("--seed", type=whole(0), default=0, metavar="S", help="default 0")
+    add_sampling_flags(group)
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)")
     group.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence tokens")
     template = group.add_mutually_exclusive_group()
@@ -111,11 +120,20 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--system-prompt", metavar="TEXT", help="system turn for the chat template")
 
 
+def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--max-new-tokens", "-n", type=whole(1), default=128, metavar="N", help="default 128")
+    group.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="default 0 (greedy)")
+    group.add_argument("--top-k", type=whole(1), metavar="K", help="keep the K most probable tokens")
+    group.add_argument("--top-p", type=_probability, default=1.0, metavar="P", help="keep the smallest set reaching P")
+    group.add_argument("--seed", type=whole(0), default=0, metavar="S", help="default 0")
+
+
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
     group.add_argument("--output", metavar="FILE", help="write the JSON object to FILE as well")
     group.add_argument("--stats", default="line", choices=("line", "full", "none"), help="what ends the run on stderr")
+    group.add_argument("--record-acceptance", metavar="FILE", help="write the acceptance counted during the run")
     group.add_argument("--trace", metavar="FILE", help="Chrome/Perfetto trace (.json) or timeline picture (.png)")
     add_verbosity_flags(parser)
 

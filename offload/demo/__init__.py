@@ -4,6 +4,7 @@ from pathlib import Path
 
 TARGET = Path(__file__).parent / "target"
 DRAFT = Path(__file__).parent / "draft"
+PROMPTS = Path(__file__).parent / "prompts.jsonl"
 
 # Chosen so that copying takes most of a pass on two CPU cores, as it does for a 70B over PCIe.
 LINK = "100MB/s"

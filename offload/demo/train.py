@@ -6,7 +6,8 @@
 The text is the State of the Union addresses, 1790-2021 (works of the US government, public domain; the npm package
 publishes them under the Open Data Commons PDDL 1.0). The draft is distilled from the target while the target itself is
 learning: both see the same batch, and the draft's loss is the cross-entropy against the target's own law, so no second
-pass over the teacher is needed. Then the target is finished and the draft goes on alone for `--draft-steps`.
+pass over the teacher is needed. Then the target is finished, and the draft goes on alone for `--draft-steps`, half of them on
+text that the target writes itself, greedily and sampled: that is the text on which it will have to guess.
 """
 
 import argparse
@@ -28,6 +29,7 @@ VOCAB_SIZE = 4096
 TOKENS_PER_STEP = 4096
 HELD_OUT_EVERY = 29  # every 29th address is never trained on
 LONG_WINDOW_FROM = 0.85  # the last steps see windows of 1024 tokens, so that long contexts work too
+OWN_TEXT_BATCHES = 12  # of 128 x 240 tokens
 PEAK_LEARNING_RATE = {"target": 2e-3, "draft": 4e-3}
 
 
@@ -88,6 +90,19 @@ def windows(stream: torch.Tensor, length: int, rng: np.random.Generator) -> torc
     return torch.stack([stream[start : start + length + 1] for start in starts])
 
 
+@torch.no_grad()
+def own_text(target: LlamaForCausalLM, stream: torch.Tensor, num_batches: int, rng: np.random.Generator) -> torch.Tensor:
+    """Windows of 257 tokens that `target` wrote, after 17 tokens of `stream`: greedily in every second batch, sampled in the
+    others. [128 * num_batches, 257]."""
+    batches = []
+    for number in range(num_batches):
+        starts = rng.integers(0, len(stream) - 17, 128)
+        prompts = torch.stack([stream[start : start + 17] for start in starts])
+        batches.append(target.generate(prompts, do_sample=number % 2 == 1, min_new_tokens=240, max_new_tokens=240, top_k=0))
+        print(f"own text: batch {number + 1} of {num_batches}", flush=True)
+    return torch.cat(batches)
+
+
 def learning_rate(step: int, steps: int, peak: float) -> float:
     warmup = min(step / 100, 1.0)
     return peak * warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -128,10 +143,14 @@ def train(
         if name == "draft" or not draft_only
     }
     rng = np.random.default_rng(steps)
+    written = own_text(models_["target"], stream, OWN_TEXT_BATCHES, rng) if draft_only and steps else None
     start = time.monotonic()
     for step in range(steps):
         length = 512 if step < LONG_WINDOW_FROM * steps else 1024
-        loss = losses(models_, windows(stream, length, rng), draft_only=draft_only)
+        batch = windows(stream, length, rng)
+        if written is not None and step % 2:
+            batch = written[rng.integers(0, len(written), TOKENS_PER_STEP // 256)]
+        loss = losses(models_, batch, draft_only=draft_only)
         for name, optimizer in optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, PEAK_LEARNING_RATE[name])

@@ -96,4 +96,4 @@ def _rebuild_rotary(model: nn.Module, config: object, device: torch.device) -> N
     for name, module in list(model.named_modules()):
         if name.rpartition(".")[2] == "rotary_emb":
             parent = model.get_submodule(name.rpartition(".")[0])
-            parent.rotary_emb = type(module)(config).to(device)  # type: ignore[call-arg]
+            parent.rotary_emb = type(module)(config).to(device)

@@ -93,15 +93,15 @@ def plan_run(
             where="--max-context, --tree",
             cure="raise --max-context or take a smaller tree",
         )
-    pass_rows = _pass_rows(target, tree, context_rows, device_budget_bytes)
     fixed = {
         "embedding, norm and head": target.shared_bytes,
         "key/value cache": target.kv_bytes_per_row * context_rows,
         "draft model": draft.shared_bytes + draft.num_layers * draft.layer_bytes if draft else 0,
         "draft key/value cache": draft.kv_bytes_per_row * context_rows if draft else 0,
-        "activations": activation_bytes(target, pass_rows, context_rows),
         "logits": logits_bytes(target, tree.num_nodes),
     }
+    pass_rows = _pass_rows(settings, target, tree, context_rows, fixed, device_budget_bytes)
+    fixed["activations"] = activation_bytes(target, pass_rows, context_rows)
     num_resident, num_slots = _residency(settings, target, fixed, device_budget_bytes)
     resident = spread_evenly(num_resident, target.num_layers)
     ledger = {
@@ -126,11 +126,23 @@ def plan_run(
     )
 
 
-def _pass_rows(target: ModelCost, tree: TreeShape, context_rows: int, budget: int | None) -> int:
+def _pass_rows(
+    settings: EngineSettings,
+    target: ModelCost,
+    tree: TreeShape,
+    context_rows: int,
+    others: Mapping[str, int],
+    budget: int | None,
+) -> int:
+    """Rows of the largest chunk that takes its share at most, and nothing from what must be there: a chunk is never the
+    reason why a budget is refused."""
     least = tree.num_nodes + 1
+    num_resident = min(settings.resident_layers or 0, target.num_layers)
+    num_layers = num_resident + ((settings.slots or MIN_SLOTS) if num_resident < target.num_layers else 0)
+    needed = sum(others.values()) + num_layers * target.layer_bytes
+    room = None if budget is None else min(budget // ACTIVATION_SHARE, budget - needed)
     for rows in CHUNK_ROWS:
-        fits = budget is None or activation_bytes(target, rows, context_rows) <= budget / ACTIVATION_SHARE
-        if fits and rows >= least:
+        if rows >= least and (room is None or activation_bytes(target, rows, context_rows) <= room):
             return min(rows, context_rows)
     return min(least, context_rows)
 

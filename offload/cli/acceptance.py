@@ -1,0 +1,77 @@
+"""Counting acceptance during real decoding, and writing it down with where it came from."""
+
+import argparse
+import json
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tree.acceptance import AcceptanceCounter
+
+from ..config import EngineSettings
+from ..errors import UsageError
+from ..report import git_commit
+
+if TYPE_CHECKING:
+    from ..engine import Step
+
+
+class AcceptanceRecorder:
+    """Counts every pass of one or several generations."""
+
+    def __init__(self) -> None:
+        self._counter = AcceptanceCounter()
+        self._num_passes = 0
+        self._num_tokens = 0
+
+    def add(self, step: "Step") -> None:
+        self._counter.add(step.shape, step.verdict.path)
+        self._num_passes += 1
+        self._num_tokens += len(step.verdict.token_ids)
+
+    def document(self, provenance: dict[str, object], *, per_level: bool = False) -> dict[str, object]:
+        """The acceptance file of CLI.md. UsageError when no pass had a tree."""
+        source = f"measured over {self._num_passes} passes"
+        try:
+            acceptance = self._counter.to_acceptance(source, per_level=per_level)
+        except ValueError:
+            raise UsageError(
+                "no tree was verified, so there is nothing to count",
+                where="--record-acceptance",
+                cure="name a --draft-model and a --tree, and ask for more than one token",
+            ) from None
+        return {
+            **acceptance.to_json(),
+            **provenance,
+            "passes": self._num_passes,
+            "tokens_per_pass": self._num_tokens / self._num_passes,
+            "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "commit": git_commit(),
+        }
+
+
+def provenance(arguments: argparse.Namespace, settings: EngineSettings) -> dict[str, object]:
+    """What the acceptance depends on. Models by name, not by path: the file may travel."""
+    return {
+        "target": Path(settings.model).name,
+        "draft": Path(settings.draft_model or "").name,
+        "temperature": arguments.temperature,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+        "tree": Path(settings.tree).name,
+        "verifier": settings.verifier,
+        "max_new_tokens": arguments.max_new_tokens,
+        "seed": arguments.seed,
+    }
+
+
+def write_json(path: Path, document: object) -> None:
+    """Whole or not at all. OSError when it cannot be written."""
+    text = json.dumps(document, indent=1) + "\n"
+    if path.exists() and not path.is_file():  # /dev/null, a named pipe: nothing to replace
+        path.write_text(text, encoding="utf-8")
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

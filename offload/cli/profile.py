@@ -1,0 +1,78 @@
+"""`profile acceptance`: decode a set of prompts for real and count which children are accepted."""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config import EngineSettings
+from ..demo import PROMPTS
+from ..errors import ModelError, UsageError
+from .acceptance import AcceptanceRecorder, provenance, write_json
+from .settings import check_writable, engine_settings
+from .terminal import LoadProgress, say
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+# Wide at the top and deep along the first children, so that many ranks and many levels are tried in every pass.
+MEASURING_TREE = "256x12"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    settings = engine_settings(arguments, emulate_demo_link=False)
+    if settings.draft_model is None:
+        raise UsageError("a pair has two models", where="profile acceptance", cure="name a --draft-model")
+    if settings.tree == "auto":
+        settings = replace(settings, tree=MEASURING_TREE)
+    if arguments.output:
+        check_writable("--output", Path(arguments.output))
+    prompts = read_prompts(Path(arguments.dataset) if arguments.dataset else PROMPTS)
+    from ..assemble import open_engine
+
+    with LoadProgress(enabled=not arguments.quiet) as progress:
+        engine = open_engine(settings, seed=arguments.seed, progress=progress.update)
+    with engine:
+        document = _measure(engine, prompts, arguments, settings)
+    if arguments.output:
+        write_json(Path(arguments.output), document)
+    else:
+        print(json.dumps(document))
+    return 0
+
+
+def read_prompts(path: Path) -> list[str]:
+    """First turns of a question.jsonl (Spec-Bench, MT-Bench). ModelError for a file without them."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [str(row["turns"][0]) for row in rows]
+        if not prompts:
+            raise ValueError("no line in it")
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ModelError(
+            f"not a set of prompts: {type(error).__name__} {error}",
+            where=str(path),
+            cure='one JSON object a line, each with {"turns": ["the prompt"]}',
+        ) from error
+    return prompts
+
+
+def _measure(
+    engine: "Engine", prompts: list[str], arguments: argparse.Namespace, settings: EngineSettings
+) -> dict[str, object]:
+    recorder = AcceptanceRecorder()
+    for number, prompt in enumerate(prompts, start=1):
+        generation = engine.stream(
+            prompt,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=arguments.seed + number,
+        )
+        for step in generation:
+            recorder.add(step)
+        if not arguments.quiet:
+            say(f"prompt {number} of {len(prompts)}: {generation.stats.tokens_per_pass:.2f} tokens/pass")
+    return recorder.document({**provenance(arguments, settings), "prompts": len(prompts)}, per_level=arguments.per_level)

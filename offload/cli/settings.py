@@ -1,0 +1,53 @@
+"""From parsed flags to settings, the same for every command that loads a model."""
+
+import argparse
+import os
+from pathlib import Path
+
+from ..config import EngineSettings
+from ..demo import DRAFT, LINK, TARGET
+from ..errors import UsageError
+from .terminal import say
+
+
+def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -> EngineSettings:
+    """What the model flags say. Without --model: the demo pair, on the CPU over its emulated link where that is what the
+    command wants to show. stderr is told."""
+    model, draft_model, emulate_link = arguments.model, arguments.draft_model, arguments.emulate_link
+    if model is None:
+        model, draft_model = str(TARGET), str(DRAFT) if draft_model is None else draft_model
+        if emulate_link is None and emulate_demo_link and not arguments.device.startswith("cuda"):
+            emulate_link = LINK
+        if not arguments.quiet:
+            say(
+                "no --model given: the bundled demo pair (5.5 M parameters and a draft of 0.5 M)"
+                + (f", streamed over an emulated link of {emulate_link}" if emulate_link else "")
+                + "\n  a real model: --model PATH_OR_HUB_ID --draft-model PATH_OR_HUB_ID"
+            )
+    return EngineSettings.parse(
+        model=model,
+        draft_model=draft_model,
+        tree=arguments.tree,
+        verifier=arguments.verifier,
+        acceptance=arguments.acceptance,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        gpu_memory=arguments.gpu_memory,
+        host_memory=arguments.host_memory,
+        resident_layers=arguments.resident_layers,
+        slots=arguments.slots,
+        max_context=arguments.max_context,
+        emulate_link=emulate_link,
+    )
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """UsageError when `path` cannot be a file; said before a run of an hour, not after it."""
+    try:
+        reason = "it is a folder" if path.is_dir() else None
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            reason = f"{path.parent} is not a folder that can be written to"
+    except OSError as error:
+        reason = str(error.strerror)
+    if reason is not None:
+        raise UsageError(f"cannot write {path}: {reason}", where=flag, cure="name a file in an existing folder")
