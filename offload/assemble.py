@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
+from .admission import Admission
 from .config import EngineSettings
 from .decode import DecodeLoop
 from .device import Device, open_device
 from .device.host import available_bytes
 from .engine import Engine
-from .errors import UsageError
+from .errors import ModelError, UsageError
 from .model.architecture import Architecture, check_window, read_architecture
 from .model.causal_lm import CausalLM
 from .model.drafter import ModelDrafter
@@ -77,9 +78,13 @@ def open_engine(
     progress: Progress | None = None,
     trace: Trace | None = None,
     device: Device | None = None,
+    admit: Callable[[Admission], None] | None = None,
 ) -> Engine:
-    """Load what `settings` name. Raises the errors of errors.py; nothing stays allocated after one. `device` takes the
-    place of the one that the settings name; the engine closes it."""
+    """Load what `settings` name. Raises the errors of errors.py; nothing stays allocated after one.
+
+    `device` takes the place of the one that the settings name; the engine closes it. `admit` is called when everything is
+    planned and no weight has been read, so that a request which cannot be finished is refused in time.
+    """
     start_s = time.monotonic()
     with ExitStack() as stack:
         device = device or open_device(settings.device, settings.emulate_link_bytes_per_s)
@@ -92,6 +97,10 @@ def open_engine(
             check_same_vocabulary(target.codec, draft.codec, sizes, "--draft-model")
         plan = _plan(settings, device, target, draft)
         check_window(target.architecture, plan.text_tokens, str(target.folder / "config.json"))
+        admission = Admission(plan=plan, codec=target.codec, vocab_size=target.architecture.vocab_size, seed=seed)
+        if admit is not None:
+            admit(admission)
+        eos_token_ids = read_eos_token_ids(target.folder, target.architecture.eos_token_ids)
         counter = _Counter(progress, _bytes_to_read(target, plan) + (draft.checkpoint.num_bytes if draft else 0))
         model, stream, store = _load_streamed(device, target, plan, counter, stack)
         drafter = _load_draft(device, draft, plan, target.architecture.vocab_size, counter, stack) if draft else None
@@ -103,11 +112,9 @@ def open_engine(
     return Engine(
         loop=loop,
         plan=plan,
-        codec=target.codec,
-        eos_token_ids=read_eos_token_ids(target.folder, target.architecture.eos_token_ids),
-        vocab_size=target.architecture.vocab_size,
+        admission=admission,
+        eos_token_ids=eos_token_ids,
         load_s=time.monotonic() - start_s,
-        seed=seed,
         method=method,
         emulated_link=settings.emulate_link_bytes_per_s is not None,
         device_name=device.name,
@@ -128,11 +135,18 @@ def _check_source(name: str, flag: str, settings: EngineSettings, device: Device
         ignore=lambda tensor: is_rotary_buffer(tensor) or (tied and tensor == "lm_head.weight"),
     )
     dtype = _dtype(settings.dtype, architecture, checkpoint, device)
+    codec = open_codec(folder)
+    if codec is not None and codec.num_tokens > architecture.vocab_size:
+        raise ModelError(
+            f"the tokenizer numbers {codec.num_tokens} tokens, the model's embedding has {architecture.vocab_size}",
+            where=str(folder),
+            cure="use the tokenizer files that belong to this model",
+        )
     return _Source(
         folder=folder,
         architecture=architecture,
         checkpoint=checkpoint,
-        codec=open_codec(folder),
+        codec=codec,
         dtype=dtype,
         layout=LayerLayout.pack(architecture.layer_shapes.items(), dtype),
     )

@@ -1,32 +1,19 @@
 """A loaded model pair that answers requests, one after another: prompts in, text and numbers out."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
 
-from tree.sampling import SamplingParams
 from tree.shape import TreeShape
 from tree.verify import Verdict
 
+from .admission import Admission, Request
 from .decode import DecodeLoop, StepResult
-from .errors import FitError, UsageError
 from .planner.plan import Plan
 from .report import Memory, Report
 from .stats import PassStats, RunStats
-from .text import TextCodec, TextStream
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What to generate. `stop` strings end the text before them; every EOS id ends it unless `ignore_eos`."""
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int = 128
-    params: SamplingParams = field(default_factory=SamplingParams)
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
+from .text import TextStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,20 +131,18 @@ class Engine:
         *,
         loop: DecodeLoop,
         plan: Plan,
-        codec: TextCodec | None,
+        admission: Admission,
         eos_token_ids: frozenset[int],
-        vocab_size: int,
         load_s: float,
-        seed: int,
         method: str,
         emulated_link: bool,
         device_name: str,
         memory: Callable[[], Memory],
         close: Callable[[], None],
     ) -> None:
-        self.loop, self.plan, self.codec = loop, plan, codec
-        self.eos_token_ids, self.vocab_size, self.load_s = eos_token_ids, vocab_size, load_s
-        self.seed, self.method, self.emulated_link, self.device_name = seed, method, emulated_link, device_name
+        self.loop, self.admission, self.plan, self.codec = loop, admission, plan, admission.codec
+        self.eos_token_ids, self.load_s = eos_token_ids, load_s
+        self.method, self.emulated_link, self.device_name = method, emulated_link, device_name
         self.memory, self._close = memory, close
 
     def __enter__(self) -> "Engine":
@@ -185,19 +170,21 @@ class Engine:
 
         Raises UsageError or FitError for a request that could not be finished, before anything is computed.
         """
-        try:
-            params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-        except ValueError as error:
-            raise UsageError(str(error), where="--temperature, --top-k, --top-p", cure="see `generate --help`") from error
-        request = Request(
-            prompt=tuple(self.encode(prompt) if isinstance(prompt, str) else prompt),
-            max_new_tokens=max_new_tokens,
-            params=params,
-            seed=self.seed if seed is None else seed,
-            stop=tuple(stop),
-            ignore_eos=ignore_eos,
+        return self.run(
+            self.admission.request(
+                prompt,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                stop=stop,
+                ignore_eos=ignore_eos,
+            )
         )
-        self._check(request)
+
+    def run(self, request: Request) -> Generation:
+        """Start answering a request that `admission` has made."""
         return Generation(self, request)
 
     def generate(
@@ -226,35 +213,3 @@ class Engine:
         for _ in generation:
             pass
         return generation.result()
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of plain text. UsageError when the model has no tokenizer."""
-        if self.codec is None:
-            raise UsageError(
-                "the model folder has no tokenizer", where="--prompt", cure="give token ids with --prompt-ids 1,2,3"
-            )
-        return self.codec.encode(text)
-
-    def _check(self, request: Request) -> None:
-        plan, prompt = self.plan, request.prompt
-        if not prompt:
-            raise UsageError("the prompt has no tokens", where="--prompt", cure="give at least one token")
-        outside = [token_id for token_id in prompt if not 0 <= token_id < self.vocab_size]
-        if outside:
-            raise UsageError(
-                f"token id {outside[0]} is outside the vocabulary of {self.vocab_size} tokens",
-                where="--prompt-ids",
-                cure=f"give ids from 0 to {self.vocab_size - 1}",
-            )
-        if request.max_new_tokens < 1:
-            raise UsageError(f"{request.max_new_tokens} is too few", where="--max-new-tokens", cure="give at least 1")
-        if request.stop and self.codec is None:
-            raise UsageError("stop strings need a tokenizer", where="--stop", cure="leave --stop out")
-        if len(prompt) + request.max_new_tokens > plan.text_tokens:
-            raise FitError(
-                f"prompt {len(prompt)} + new {request.max_new_tokens} + tree {plan.tree.num_nodes - 1} tokens > "
-                f"{plan.context_rows} rows of context",
-                where="--max-new-tokens, --max-context",
-                cure=f"ask for at most {max(plan.text_tokens - len(prompt), 0)} new tokens, shorten the prompt, or raise "
-                "--max-context",
-            )

@@ -58,6 +58,11 @@ class TextCodec:
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    @property
+    def num_tokens(self) -> int:
+        """One more than the largest token id."""
+        return max(self.vocabulary().values(), default=-1) + 1
+
     def vocabulary(self) -> dict[str, int]:
         return dict(self._tokenizer.get_vocab())
 

@@ -17,7 +17,7 @@ FLOOR = {"errors", "config", "version"}
 NUMBERS = {"stats", "trace", "text", "device.base"}  # records and words: they read no weights and move none
 MACHINE = {*FLOOR, "device", "weights", "streaming"}
 ENGINE = {*MACHINE, *NUMBERS, "model", "planner"}
-ALL = {*ENGINE, "decode", "report", "engine", "assemble", "demo"}
+ALL = {*ENGINE, "admission", "decode", "report", "engine", "assemble", "demo"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -32,9 +32,10 @@ ALLOWED: dict[str, set[str]] = {
     "model": MACHINE,
     "planner": {*FLOOR, "device", "weights", "streaming.schedule"},  # which layers are resident is part of the schedule
     "report": {*FLOOR, *NUMBERS, "planner"},
+    "admission": {*FLOOR, *NUMBERS, "planner"},
     "decode": ENGINE,
-    "engine": {*ENGINE, "decode", "report"},
-    "assemble": {*ENGINE, "decode", "report", "engine"},
+    "engine": {*ENGINE, "admission", "decode", "report"},
+    "assemble": {*ENGINE, "admission", "decode", "report", "engine"},
     "demo": FLOOR,  # data, and the script that made it
     "cli": ALL,
     "__init__": {*ENGINE, "engine", "assemble"},  # the package's face: `offload.load`
@@ -42,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
 
 # Where offload may say `from tree.x import y`.
 TREE_IMPORTERS = (
+    "offload/admission.py",
     "offload/decode.py",
     "offload/engine.py",
     "offload/planner/",

@@ -265,6 +265,7 @@ def test_a_config_that_lies_about_sizes_is_refused_before_anything_is_built(
         ("opt", {}, "opt is not supported"),
         ("gemma2", {"attn_logit_softcapping": 50.0}, "gemma2 is not supported"),
         ("mistral", {"sliding_window": 16}, "sliding attention window of 16 tokens is shorter than the context of 160"),
+        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "its weights are quantised"),
         ("bert", {}, "bert"),
         ("t5", {}, "t5"),
     ],

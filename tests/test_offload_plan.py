@@ -1,12 +1,13 @@
 """Plans: every byte has a name, budgets are kept, and what does not fit is refused with the sum."""
 
+import re
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.config import EngineSettings
+from offload.config import EngineSettings, parse_size
 from offload.errors import FitError, ModelError, UsageError
 from offload.planner.cost import ModelCost, kv_bytes_per_row
 from offload.planner.plan import Plan, plan_run
@@ -122,3 +123,29 @@ def test_the_default_verifier_is_traversal_and_unknown_ones_are_refused() -> Non
     assert resolve_method("auto") == "traversal"
     with pytest.raises(UsageError, match="unknown verifier 'best'"):
         EngineSettings(model="m", verifier="best")
+
+
+@given(
+    width=st.sampled_from([1, 8, 64]),
+    max_context=st.sampled_from([None, 1000, 5000]),
+    slots=st.sampled_from([None, 1, 4]),
+    resident_layers=st.sampled_from([None, 0, 2]),
+    budget_bytes=st.integers(0, 12 * GIB),
+)
+def test_the_budget_that_a_refusal_names_is_enough(
+    width: int, max_context: int | None, slots: int | None, resident_layers: int | None, budget_bytes: int
+) -> None:
+    """More memory once meant larger chunks of the prompt, which then did not fit into what the refusal had asked for."""
+    settings = replace(SETTINGS, max_context=max_context, slots=slots, resident_layers=resident_layers)
+
+    def plan_within(device_budget_bytes: int) -> Plan:
+        tree = TreeShape.chains(width, 6)
+        budgets = {"device_budget_bytes": device_budget_bytes, "host_budget_bytes": None}
+        return plan_run(settings, tree, LLAMA_2_70B, None, max_positions=4096, **budgets)
+
+    try:
+        plan_within(budget_bytes)
+    except FitError as error:
+        enough = re.search(r"allow at least (\w+)", error.cure)
+        assert enough is not None
+        plan_within(parse_size(enough[1], flag="--gpu-memory"))

@@ -42,11 +42,7 @@ VOCAB_SIZE = 32_000
 SIZES, LEVELS = (16, 64, 256, 768), 18
 NUM_CHAINS, CHAIN_LEVELS = (1, 2, 4, 8, 16, 24, 32, 48), range(3, 49)
 TEMPERATURES = (0.0, 0.6, 1.0)
-PROMPTS = (
-    "Fellow citizens of the Senate and of the House of Representatives:",
-    "The state of our finances is",
-    "I recommend to the Congress that",
-)
+PROMPTS = ("Fellow citizens of the Senate:", "The state of our finances is", "I recommend to the Congress that")
 
 
 def median_s(run: Callable[[], object], runs: int) -> float:
@@ -132,7 +128,7 @@ def measure_tokens(acceptance: Acceptance, arguments: argparse.Namespace, folder
     rows: list[dict[str, object]] = []
     for num_nodes in arguments.sizes:
         for name, shape in contenders(acceptance, num_nodes):
-            file = folder / f"{num_nodes}_{name.replace(':', '_')}.json"
+            file = folder / "tree.json"
             file.write_text(json.dumps(shape.to_json()))
             about = {"size": num_nodes, "tree": name, "nodes": shape.num_nodes, "levels": shape.num_levels}
             about["expected_by_acceptance_file"] = expected_tokens(shape, acceptance)
@@ -148,21 +144,21 @@ def measure_tokens(acceptance: Acceptance, arguments: argparse.Namespace, folder
 
 
 def markdown(result: dict[str, Any]) -> str:
-    lines = ["| what | median | limit |", "|---|---|---|"]
-    if optimise := result.get("optimise"):
-        lines.append(f"| best tree of 4096 nodes | {optimise['median_s'] * 1e3:.1f} ms | {optimise['limit_s'] * 1e3:.0f} ms |")
+    times = [("best tree of 4096 nodes", result["optimise"])] if "optimise" in result else []
     for row in result.get("verify", ()):
-        what = f"{row['verifier']}, {row['device']}, temperature {row['temperature']}, top-p {row['top_p']}"
-        lines.append(f"| {what} | {row['median_s'] * 1e3:.1f} ms | {row['limit_s'] * 1e3:.0f} ms |")
-    if rows := result.get("tokens", []):
-        lines += ["", "| nodes | temperature | verifier | optimal | best chains | |", "|---|---|---|---|---|---|"]
-        for key in dict.fromkeys((row["size"], row["temperature"], row["verifier"]) for row in rows):
-            cell = [row for row in rows if (row["size"], row["temperature"], row["verifier"]) == key]
-            optimal = next(row["tokens_per_pass"] for row in cell if row["tree"] == "optimal")
-            chains = max((row for row in cell if row["tree"] != "optimal"), key=lambda row: row["tokens_per_pass"])
-            best = f"{chains['tokens_per_pass']:.2f} ({chains['tree']})"
-            ratio = optimal / chains["tokens_per_pass"]
-            lines.append(f"| {key[0]} | {key[1]} | {key[2]} | {optimal:.2f} | {best} | {ratio - 1:+.0%} |")
+        times.append((f"{row['verifier']}, {row['device']}, T = {row['temperature']}, top-p {row['top_p']}", row))
+    lines = ["| what | median | limit |", "|---|---|---|"] if times else []
+    lines += [f"| {what} | {row['median_s'] * 1e3:.1f} ms | {row['limit_s'] * 1e3:.0f} ms |" for what, row in times]
+    cells: dict[tuple[object, ...], list[tuple[float, str]]] = {}  # the optimal tree first
+    for row in result.get("tokens", ()):
+        key = (row["size"], row["temperature"], row["verifier"])
+        cells.setdefault(key, []).append((row["tokens_per_pass"], row["tree"]))
+    lines += ["", "| nodes | T | verifier | optimal | best chains | |", "|---|---|---|---|---|---|"] if cells else []
+    for (size, temperature, verifier), ((optimal, _), *others) in cells.items():
+        chains, name = max(others)
+        lines.append(
+            f"| {size} | {temperature} | {verifier} | {optimal:.2f} | {chains:.2f} ({name}) | {optimal / chains - 1:+.0%} |"
+        )
     return "\n".join(lines)
 
 
@@ -179,18 +175,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--markdown", action="store_true")
     arguments = parser.parse_args()
-    if unknown := set(arguments.parts.split(",")) - set(PARTS):
-        parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
+    parts = arguments.parts.split(",")
+    if set(parts) - set(PARTS):
+        parser.error(f"--parts {arguments.parts}: any of {', '.join(PARTS)}")
     torch.set_num_threads(arguments.threads)
     acceptance = Acceptance.from_json(arguments.acceptance.read_text(encoding="utf-8"))
-    result: dict[str, Any] = {"environment": environment("cpu"), "threads": arguments.threads}
-    result["acceptance"] = arguments.acceptance.name
-    if "optimise" in arguments.parts:
+    result: dict[str, Any] = {"environment": environment("cpu"), "threads": arguments.threads, "acceptance": acceptance.source}
+    if "optimise" in parts:
         result["optimise"] = measure_optimise(acceptance, arguments.runs)
-    if "verify" in arguments.parts:
+    if "verify" in parts:
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
         result["verify"] = [row for device in devices for row in measure_verify(acceptance, device, arguments.runs)]
-    if "tokens" in arguments.parts:
+    if "tokens" in parts:
         with tempfile.TemporaryDirectory() as folder:
             result["tokens"] = measure_tokens(acceptance, arguments, Path(folder))
     if arguments.markdown:

@@ -18,6 +18,7 @@ from .settings import check_writable, engine_settings
 from .terminal import LoadProgress, full_statistics, say
 
 if TYPE_CHECKING:
+    from ..admission import Admission, Request
     from ..engine import Engine, Generation
     from ..report import Report
 
@@ -29,18 +30,15 @@ def run(arguments: argparse.Namespace) -> int:
     from ..assemble import open_engine  # torch, after everything that can be refused without it
 
     trace = Trace() if arguments.trace else None
+    requests: list[Request] = []
+
+    def admit(admission: "Admission") -> None:
+        requests.append(_request(admission, prompt, arguments))
+
     with LoadProgress(enabled=not arguments.quiet) as progress:
-        engine = open_engine(settings, seed=arguments.seed, progress=progress.update, trace=trace)
+        engine = open_engine(settings, seed=arguments.seed, progress=progress.update, trace=trace, admit=admit)
     with engine:
-        generation = engine.stream(
-            prompt if isinstance(prompt, list) else _encode(engine, prompt, arguments),
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            stop=arguments.stop,
-            ignore_eos=arguments.ignore_eos,
-        )
+        generation = engine.run(requests[0])
         recorder = AcceptanceRecorder()
         exit_code = _print_text(engine, generation, recorder, silent=arguments.json)
         report = generation.result()
@@ -99,11 +97,21 @@ def _read_prompt(arguments: argparse.Namespace) -> str | list[int]:
     return DEMO_PROMPT
 
 
-def _encode(engine: "Engine", text: str, arguments: argparse.Namespace) -> list[int]:
-    has_template = engine.codec is not None and engine.codec.has_chat_template
-    if engine.codec is not None and (arguments.chat or arguments.system_prompt or (has_template and not arguments.raw)):
-        return engine.codec.encode_chat(text, arguments.system_prompt)
-    return engine.encode(text)
+def _request(admission: "Admission", prompt: str | list[int], arguments: argparse.Namespace) -> "Request":
+    codec = admission.codec
+    templated = arguments.chat or arguments.system_prompt or (codec is not None and codec.has_chat_template)
+    if isinstance(prompt, str) and codec is not None and templated and not arguments.raw:
+        prompt = codec.encode_chat(prompt, arguments.system_prompt)
+    return admission.request(
+        prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        stop=arguments.stop,
+        ignore_eos=arguments.ignore_eos,
+    )
 
 
 def _print_text(engine: "Engine", generation: "Generation", recorder: AcceptanceRecorder, *, silent: bool) -> int:

@@ -125,6 +125,8 @@ def _refuse_unsupported(config: Any, model: PreTrainedModel, where: str) -> None
     names = {name for name, _ in model.named_parameters()}
     if any("experts" in key and value for key, value in config.to_dict().items()):
         raise _unsupported("it is a mixture of experts", config, where)
+    if getattr(config, "quantization_config", None):
+        raise _unsupported("its weights are quantised", config, where)
     if not any(name.startswith("model.layers.0.") for name in names):
         raise _unsupported("its decoder layers are not at model.layers", config, where)
     buffers = {name for name, _ in model.named_buffers()} - {name for name, _ in model.named_buffers() if "rotary_emb" in name}
@@ -146,4 +148,5 @@ def _unsupported(reason: str, config: Any, where: str) -> ModelError:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__} {text}" if isinstance(error, KeyError) or not text else text

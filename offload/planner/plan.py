@@ -31,6 +31,7 @@ class Plan:
     tree: TreeShape
     context_rows: int
     pass_rows: int
+    max_positions: int
     bytes_per_pass: int
     device_ledger: Mapping[str, int]
     device_budget_bytes: int | None
@@ -41,8 +42,8 @@ class Plan:
 
     @property
     def text_tokens(self) -> int:
-        """Most tokens of prompt and answer together."""
-        return self.context_rows - self.tree.num_nodes + 1
+        """Most tokens of prompt and answer together: what the rows leave beside the tree, and the model has positions for."""
+        return min(self.context_rows - self.tree.num_nodes + 1, self.max_positions)
 
     @property
     def predicted_pass_s(self) -> float | None:
@@ -117,6 +118,7 @@ def plan_run(
         tree=tree,
         context_rows=context_rows,
         pass_rows=pass_rows,
+        max_positions=max_positions,
         bytes_per_pass=len(placement.streamed) * target.layer_bytes,
         device_ledger=ledger,
         device_budget_bytes=device_budget_bytes,

@@ -1,0 +1,99 @@
+"""What a planned model will take: prompts become token ids, and requests that could not be finished are refused before they
+cost anything, on the command line even before the weights are read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tree.sampling import SamplingParams
+
+from .errors import FitError, UsageError
+from .planner.plan import Plan
+from .text import TextCodec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What to generate. `stop` strings end the text before them; every EOS id ends it unless `ignore_eos`."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int = 128
+    params: SamplingParams = field(default_factory=SamplingParams)
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """`seed` is that of requests which name none."""
+
+    plan: Plan
+    codec: TextCodec | None
+    vocab_size: int
+    seed: int
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text. UsageError when the model has no tokenizer."""
+        if self.codec is None:
+            raise UsageError(
+                "the model folder has no tokenizer", where="--prompt", cure="give token ids with --prompt-ids 1,2,3"
+            )
+        return self.codec.encode(text)
+
+    def request(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Request:
+        """A request that can be finished. UsageError for values that make no sense, FitError with the counts for a prompt
+        and an answer that do not fit into the context."""
+        try:
+            params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+        except ValueError as error:
+            raise UsageError(str(error), where="--temperature, --top-k, --top-p", cure="see `generate --help`") from error
+        request = Request(
+            prompt=tuple(self.encode(prompt) if isinstance(prompt, str) else prompt),
+            max_new_tokens=max_new_tokens,
+            params=params,
+            seed=self.seed if seed is None else seed,
+            stop=tuple(stop),
+            ignore_eos=ignore_eos,
+        )
+        self._check_values(request)
+        self._check_room(request)
+        return request
+
+    def _check_values(self, request: Request) -> None:
+        if not request.prompt:
+            raise UsageError("the prompt has no tokens", where="--prompt", cure="give at least one token")
+        outside = [token_id for token_id in request.prompt if not 0 <= token_id < self.vocab_size]
+        if outside:
+            raise UsageError(
+                f"token id {outside[0]} is outside the vocabulary of {self.vocab_size} tokens",
+                where="--prompt-ids",
+                cure=f"give ids from 0 to {self.vocab_size - 1}",
+            )
+        if request.max_new_tokens < 1:
+            raise UsageError(f"{request.max_new_tokens} is too few", where="--max-new-tokens", cure="give at least 1")
+        if not 0 <= request.seed < 2**63:
+            raise UsageError(f"{request.seed} is not a seed", where="--seed", cure="give a number from 0 to 2**63 - 1")
+        if request.stop and self.codec is None:
+            raise UsageError("stop strings need a tokenizer", where="--stop", cure="leave --stop out")
+
+    def _check_room(self, request: Request) -> None:
+        plan, num_prompt = self.plan, len(request.prompt)
+        if num_prompt + request.max_new_tokens > plan.text_tokens:
+            raise FitError(
+                f"prompt {num_prompt} + new {request.max_new_tokens} + tree {plan.tree.num_nodes - 1} tokens > "
+                f"{min(plan.context_rows, plan.max_positions + plan.tree.num_nodes - 1)} rows of context",
+                where="--max-new-tokens, --max-context",
+                cure=f"ask for at most {max(plan.text_tokens - num_prompt, 0)} new tokens, shorten the prompt, or raise "
+                f"--max-context (the model itself knows {plan.max_positions} positions)",
+            )
