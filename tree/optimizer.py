@@ -3,7 +3,7 @@
 A node is worth f(v), the product of the acceptance of the ranks on its path, and E[tokens per pass] is the sum of f
 over the tree, root included (Sequoia, arXiv 2402.12374, proposition 3.4). While acceptance does not increase with rank,
 a parent and an earlier sibling are worth at least as much as a node, so the n most valuable nodes are a tree, and the
-best one; no dynamic programme is needed, with bounded levels and branching neither (trees.md R1). Measured vectors that
+best one; no dynamic programme is needed, with bounded levels and branching neither. Measured vectors that
 do increase are smoothed first.
 """
 

@@ -2,8 +2,7 @@
 
 Nothing here is random. One step serves two verifiers: recursive rejection (SpecInfer; Sequoia, arXiv 2402.12374,
 algorithm 2) starts every node at weight 1; traversal verification (arXiv 2505.12398, in a parallel form) starts a node
-at the weight that its parent's step gave it. Proofs: reference notes trees.md 2.1 (rejection), 2.2 and 2.3 (traversal),
-2.6 (mixed proposals).
+at the weight that its parent's step gave it. Proofs: docs/losslessness.md.
 """
 
 from dataclasses import dataclass
@@ -59,7 +58,7 @@ def _resolve_children(tree: DraftTree, nodes: tuple[int, ...], laws: Tensor, wei
     """Offer the children of `nodes` (widest first) in draw order; writes the children's entries of `accept` [N].
 
     In place: `laws` [n, V], the target's laws, become the residual laws after the last child; `weights` [n], float64,
-    what the nodes are left with. The step for child c with proposal law Q, weight w and law P (trees.md 2.2):
+    what the nodes are left with. The step for child c with proposal law Q, weight w and law P:
         accept[c] = min(1, w P(c) / Q(c));  R = max(w P - Q, 0), S = sum R;  w <- S / (S + 1 - w);  P <- R / S
     """
     shape = tree.shape

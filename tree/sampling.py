@@ -76,7 +76,7 @@ def sample_without_replacement(laws: Tensor, k: int, generator: torch.Generator,
     Draw j has the law of its row restricted to the tokens not yet drawn and renormalised, as long as that has any mass:
     the k best of one exponential race are a sample without replacement, in order. Once a row's support is exhausted
     (after `support_sizes(laws)` draws) the next token is certain: the undrawn one with the largest `ranking` [n, V],
-    the raw draft logits (reference: trees.md 2.6). Both rules are what `tree.residual` assumes of a sampled tree.
+    the raw draft logits (docs/losslessness.md). Both rules are what `tree.residual` assumes of a sampled tree.
     """
     _check_enough_tokens(laws, k)
     keys = _race(laws, generator)

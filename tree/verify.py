@@ -4,7 +4,7 @@ Three lossless methods, all batched over nodes, each with fresh randomness and o
     sample     draw a token at every node and descend while it is a child (SpecExec); at temperature 0, the argmax walk.
     traversal  first acceptance in post-order (arXiv 2505.12398); the most tokens from trees that were sampled.
     rejection  recursive rejection from the root down (Sequoia, arXiv 2402.12374, algorithm 2).
-On trees whose children were chosen, not drawn, the three accept equally often (trees.md R6), and `sample` costs least.
+On trees whose children were chosen, not drawn, the three accept equally often (docs/losslessness.md).
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def verify(tree: DraftTree, logits: Tensor, params: SamplingParams, generator: t
     """Judge `tree` by the target's logits [N, V] at its nodes, any float dtype; they share `generator`'s device.
 
     The emitted tokens have exactly the law of sampling from law(logits, params) one by one. The tree's laws must be
-    those its children were drawn from, and no child may have been dropped because of its value (trees.md 2.5). Draft
+    those its children were drawn from, and no child may have been dropped because of its value (docs/losslessness.md). Draft
     token ids lie in [0, V). FloatingPointError if a row of logits holds NaN or +inf or no finite entry, or if a draft
     law that is needed holds NaN; ValueError for mismatched shapes.
     """

@@ -1,0 +1,46 @@
+"""Sampled text of the real engine has the target's law: chi-square over whole continuations, several rounds each."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from exactness import TREE, VOCAB_SIZE, chi_square, exact_law, run, save_pair
+from tree.sampling import SamplingParams
+
+TEXTS = 400
+ALPHA = 1e-5  # per case; seeds are fixed, so a green test stays green
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return save_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.mark.parametrize(
+    ("verifier", "temperature", "top_p"),
+    [("traversal", 1.0, 1.0), ("traversal", 0.6, 0.9), ("rejection", 1.5, 0.8), ("sample", 0.3, 1.0)],
+)
+def test_sampled_text_has_the_law_of_the_target(
+    pair: tuple[Path, Path], verifier: str, temperature: float, top_p: float
+) -> None:
+    """False-alarm probability 1e-5 a case. docs/benchmarks/exactness.py asks the same of 2e5 rounds."""
+    outcome = run(*pair, verifier, SamplingParams(temperature=temperature, top_p=top_p), TEXTS, seed=0)
+    assert outcome.rounds > outcome.texts, f"{TREE} must need more than one round"
+    assert outcome.p_value > ALPHA, outcome
+
+
+def test_the_chi_square_test_can_fail(pair: tuple[Path, Path]) -> None:
+    """Negative control: the draft's own text is told from the target's, and so is another temperature."""
+    _, draft = pair
+    params = SamplingParams(temperature=1.0)
+    outcome = run(draft, draft, "traversal", params, TEXTS, seed=0)
+    assert outcome.p_value > ALPHA
+    target_law = exact_law(pair[0], params)
+    draft_law = exact_law(draft, params)
+    drawn = Counter({text: round(probability * TEXTS) for text, probability in draft_law.items()})
+    assert chi_square(drawn, target_law, sum(drawn.values()))[0] < ALPHA
+    colder = exact_law(pair[0], SamplingParams(temperature=0.6))
+    drawn = Counter({text: round(probability * TEXTS) for text, probability in colder.items()})
+    assert chi_square(drawn, target_law, sum(drawn.values()))[0] < ALPHA
+    assert len(target_law) == VOCAB_SIZE**4
