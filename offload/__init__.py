@@ -1,4 +1,4 @@
-"""treestream: run a model far too big for its GPU, exactly. `offload.load(...)` gives an Engine; see CLI.md's Python part.
+"""treestream: run a model far too big for its GPU, exactly. `offload.load(...)` gives an Engine; see docs/cli.md.
 
 Importing this package is cheap: torch and transformers are imported by `load`.
 """

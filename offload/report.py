@@ -1,4 +1,4 @@
-"""The result of a generation, as Python values, as the JSON of CLI.md, and as the line that ends a run."""
+"""The result of a generation, as Python values, as the JSON of docs/cli.md, and as the line that ends a run."""
 
 import functools
 import subprocess
@@ -46,7 +46,7 @@ class Report:
         return rate / peak if rate and peak else None
 
     def to_json(self) -> dict[str, object]:
-        """The object that `--json` prints; field by field in docs and CLI.md."""
+        """The object that `--json` prints; field by field in docs/cli.md."""
         stats, plan = self.stats, self.plan
         s_per_token = stats.s_per_token
         return {

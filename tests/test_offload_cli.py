@@ -25,7 +25,7 @@ Models = Callable[..., Path]
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT, NUM_TOKENS = "hello world", 12
 
-# Every key of CLI.md's --json object. `plan` may hold more.
+# Every key of the --json object in docs/cli.md. `plan` may hold more.
 KEYS = {
     "": {
         *("schema_version", "text", "prompt_token_ids", "token_ids", "finish_reason"),

@@ -170,7 +170,7 @@ def emitted_by_sampling(tree: DraftTree, logits: torch.Tensor, params: SamplingP
 
 
 def traversal_by_recursion(tree: DraftTree, logits: torch.Tensor, params: SamplingParams) -> Law:
-    """Procedure V(v, w) of trees.md 2.2 as it is written there: the oracle of the parallel form."""
+    """Procedure V(v, w) of docs/losslessness.md, node by node: the oracle of the parallel form."""
     own = law(logits, params).numpy()
     emitted: Law = defaultdict(float)
 
@@ -301,7 +301,7 @@ def trees_with_untempered_laws(world: World, shape: TreeShape, context: tuple[in
 
 
 def trees_pruned_by_value(world: World, shape: TreeShape, context: tuple[int, int]) -> Trees:
-    """Three children drawn at the root, the two of highest draft probability kept, in draw order (trees.md R5)."""
+    """Three children drawn at the root, the two of highest draft probability kept, in draw order."""
     for probability, tree in sampled_trees(world, TreeShape.from_widths((3,)), context):
         assert tree.laws is not None
         tokens = tree.token_ids[1:].tolist()
@@ -329,7 +329,7 @@ def rejection_without_renormalising(tree: DraftTree, logits: torch.Tensor, param
 
 
 def verifier_chosen_by_tokens(tree: DraftTree, logits: torch.Tensor, params: SamplingParams) -> Law:
-    """Lossless verifiers, but the choice between them looks at what was drawn (trees.md 2.5, iv)."""
+    """Lossless verifiers, but the choice between them looks at what was drawn."""
     return VERIFIERS["sample" if tree.token_ids[1] == 0 else "traversal"](tree, logits, params)
 
 

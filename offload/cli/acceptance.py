@@ -31,7 +31,7 @@ class AcceptanceRecorder:
         self._num_tokens += len(step.verdict.token_ids)
 
     def document(self, provenance: dict[str, object], *, per_level: bool = False) -> dict[str, object]:
-        """The acceptance file of CLI.md. UsageError when no pass had a tree."""
+        """The acceptance file of docs/cli.md. UsageError when no pass had a tree."""
         source = f"measured over {self._num_passes} passes"
         try:
             acceptance = self._counter.to_acceptance(source, per_level=per_level)
