@@ -9,7 +9,7 @@ from ..config import DTYPES, VERIFIERS
 from ..errors import UsageError
 
 COMMANDS = ("generate", "profile", "verify", "version")
-DEMO_PROMPT = "Fellow-Citizens of the Senate and House of Representatives:"
+DEMO_PROMPT = "The Congress of the United States should"
 
 
 class Parser(argparse.ArgumentParser):

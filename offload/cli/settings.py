@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from ..config import EngineSettings
-from ..demo import DRAFT, LINK, TARGET
+from ..demo import ACCEPTANCE, DRAFT, LINK, TARGET
 from ..errors import UsageError
 from .terminal import say
 
@@ -14,7 +14,9 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
     """What the model flags say. Without --model: the demo pair, on the CPU over its emulated link where that is what the
     command wants to show. stderr is told."""
     model, draft_model, emulate_link = arguments.model, arguments.draft_model, arguments.emulate_link
+    acceptance = arguments.acceptance
     if model is None:
+        acceptance = acceptance or str(ACCEPTANCE)
         model, draft_model = str(TARGET), str(DRAFT) if draft_model is None else draft_model
         if emulate_link is None and emulate_demo_link and not arguments.device.startswith("cuda"):
             emulate_link = LINK
@@ -29,7 +31,7 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
         draft_model=draft_model,
         tree=arguments.tree,
         verifier=arguments.verifier,
-        acceptance=arguments.acceptance,
+        acceptance=acceptance,
         device=arguments.device,
         dtype=arguments.dtype,
         gpu_memory=arguments.gpu_memory,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 TARGET = Path(__file__).parent / "target"
 DRAFT = Path(__file__).parent / "draft"
+ACCEPTANCE = Path(__file__).parents[2] / "profiles/acceptance/demo-draft__demo-target__t0.json"
 PROMPTS = Path(__file__).parent / "prompts.jsonl"
 
 # Chosen so that copying takes most of a pass on two CPU cores, as it does for a 70B over PCIe.

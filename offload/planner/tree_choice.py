@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_FILE_BYTES = 16 * 2**20
+# Small enough to cost little where compute is slow, and most of what larger trees yield: tokens per pass grow with the
+# logarithm of the nodes.
+AUTO_TREE = OptimalTree(64, 10)
 # What NxL trees are optimised for when no profile is given: the vector that Sequoia publishes for a 70B and its 8B draft.
 DEFAULT_ACCEPTANCE = Path(__file__).parents[2] / "profiles/acceptance/llama-3-8b__llama-3-70b__cnn__published.json"
 
@@ -38,7 +41,7 @@ def read_tree(spec: str, *, has_draft: bool) -> TreeShape | OptimalTree:
     Without a draft, auto is the root alone and anything larger is a UsageError. ModelError for a file that is invalid.
     """
     if spec == "auto":
-        return TreeShape.chains(4, 6) if has_draft else TreeShape.root_only()
+        return AUTO_TREE if has_draft else TreeShape.root_only()
     tree = _from_file(Path(spec)) if spec.endswith(".json") or _is_file(spec) else _from_spec(spec)
     if tree.num_nodes > 1 and not has_draft:
         raise UsageError(
