@@ -85,6 +85,7 @@ class DecodeLoop:
         """One round that can emit at most `max_tokens` tokens (>= 1). Raises NumericError for NaN or Inf logits."""
         start_s = time.monotonic()
         first = self._target.cache.length == 0
+        self._stream.prefetch()
         extra_bytes = self._read_ahead_of_tree()
         shape = self._plan.tree.truncated(max_tokens) if self._drafter is not None else TreeShape.root_only()
         draft = self._grow(shape)

@@ -74,6 +74,6 @@ class Trace:
             bars = [(max(s.start_s, start_s) - start_s, s.end_s - max(s.start_s, start_s)) for s in shown]
             axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=colour, edgecolor="white", linewidth=0.3)
         axes.set(yticks=range(len(LANES)), yticklabels=LANES, xlabel="seconds", xlim=(0, max(end_s - start_s, 1e-6)))
-        axes.invert_yaxis()
+        axes.set_ylim(len(LANES) - 0.4, -0.6)  # the first lane on top
         figure.savefig(path, dpi=130)
         plt.close(figure)

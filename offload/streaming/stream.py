@@ -104,10 +104,14 @@ class LayerStream:
         """Let copies under way land, so that their memory may go."""
         self._abandon()
 
-    def one_pass(self) -> Iterator[Weights]:
-        """The weights of layers 0, 1, ...; each is valid until the next is asked for. Errors of a copy are raised here."""
+    def prefetch(self) -> None:
+        """Start the next pass's first copies, if they are not under way already, so that they hide what comes before it."""
         if self._pass_number < 0:
             self._start_over()
+
+    def one_pass(self) -> Iterator[Weights]:
+        """The weights of layers 0, 1, ...; each is valid until the next is asked for. Errors of a copy are raised here."""
+        self.prefetch()
         self.log = PassLog(self._device.mark())
         try:
             yield from self._run_pass(self.log)
