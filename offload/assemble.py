@@ -168,7 +168,13 @@ def _dtype(name: str, architecture: Architecture, checkpoint: Checkpoint, device
 
 
 def _plan(settings: EngineSettings, device: Device, target: _Source, draft: _Source | None) -> Plan:
-    tree, expected_tokens = resolve_tree(settings.tree, settings.acceptance, has_draft=draft is not None)
+    tree, expected_tokens = resolve_tree(
+        settings.tree,
+        settings.acceptance,
+        has_draft=draft is not None,
+        vocab_size=target.architecture.vocab_size,
+        max_context=settings.max_context,
+    )
     if tree.max_branching > target.architecture.vocab_size:
         raise UsageError(
             f"a node with {tree.max_branching} children, and a vocabulary of {target.architecture.vocab_size} tokens",

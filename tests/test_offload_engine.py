@@ -26,7 +26,7 @@ RUNS_WITHOUT_DRAFT = (("none", 0, 2), ("none", 1, 3), ("none", 3, 2))
 
 
 def open_tiny(folder: Path, draft: Path | None, device: Device | None = None, **changes: object) -> Engine:
-    settings: dict[str, Any] = {"tree": "auto", **changes}
+    settings: dict[str, Any] = {"tree": "4x6:kary" if draft else "none", **changes}
     settings = {"model": str(folder), "draft_model": str(draft) if draft else None, "device": "cpu", **settings}
     return open_engine(EngineSettings(**settings), device=device)
 

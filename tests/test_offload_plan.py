@@ -105,18 +105,28 @@ def test_a_tree_larger_than_the_context_is_refused() -> None:
         plan(replace(SETTINGS, max_context=20), device_gib=None)
 
 
+def resolve(spec: str, *, has_draft: bool = True, vocab_size: int = 32000, max_context: int | None = None) -> TreeShape:
+    return resolve_tree(spec, None, has_draft=has_draft, vocab_size=vocab_size, max_context=max_context)[0]
+
+
 def test_tree_specs_resolve_and_what_needs_a_draft_says_so() -> None:
-    assert resolve_tree("auto", None, has_draft=False)[0].num_nodes == 1
-    assert resolve_tree("auto", None, has_draft=True)[0].num_nodes > 1
-    assert resolve_tree("4x6:kary", None, has_draft=True)[0] == TREE
-    best, expected = resolve_tree("64x8", None, has_draft=True)
+    assert resolve("auto", has_draft=False).num_nodes == 1
+    assert resolve("auto").num_nodes > 1
+    assert resolve("4x6:kary") == TREE
+    best, expected = resolve_tree("64x8", None, has_draft=True, vocab_size=32000, max_context=None)
     assert (best.num_nodes, best.num_levels) == (64, 8) and 4 < expected < 8
     with pytest.raises(UsageError, match="25 nodes needs a draft"):
-        resolve_tree("4x6:kary", None, has_draft=False)
+        resolve("4x6:kary", has_draft=False)
     with pytest.raises(UsageError):
-        resolve_tree("4by6", None, has_draft=True)
+        resolve("4by6")
     with pytest.raises(ModelError):
-        resolve_tree("missing.json", None, has_draft=True)
+        resolve("missing.json")
+
+
+def test_chosen_trees_respect_the_vocabulary_and_auto_the_context() -> None:
+    assert resolve("256x4", vocab_size=3).max_branching == 3
+    assert resolve("auto", max_context=40).num_nodes == 10
+    assert resolve("auto", max_context=3).num_nodes == 1
 
 
 def test_the_default_verifier_is_traversal_and_unknown_ones_are_refused() -> None:

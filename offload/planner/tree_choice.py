@@ -24,14 +24,20 @@ AUTO_TREE = OptimalTree(64, 10)
 DEFAULT_ACCEPTANCE = Path(__file__).parents[2] / "profiles/acceptance/llama-3-8b__llama-3-70b__cnn__published.json"
 
 
-def resolve_tree(spec: str, acceptance: str | None, *, has_draft: bool) -> tuple[TreeShape, float]:
+def resolve_tree(
+    spec: str, acceptance: str | None, *, has_draft: bool, vocab_size: int, max_context: int | None
+) -> tuple[TreeShape, float]:
     """The shape that `--tree` names, optimised for the `acceptance` file if it is an NxL, and the tokens per pass to
-    expect of it by that file. Errors as in `read_tree`."""
+    expect of it by that file. No node of an optimised tree has more than `vocab_size` children, and auto takes at most a
+    quarter of `max_context` rows. Errors as in `read_tree`."""
     from tree.optimizer import best_tree, expected_tokens  # numpy; reading flags needs none of it
 
     profile = read_acceptance(Path(acceptance) if acceptance is not None else DEFAULT_ACCEPTANCE)
     tree = read_tree(spec, has_draft=has_draft)
-    shape = best_tree(profile, tree.num_nodes, tree.num_levels) if isinstance(tree, OptimalTree) else tree
+    if not isinstance(tree, OptimalTree):
+        return tree, expected_tokens(tree, profile)
+    num_nodes = min(tree.num_nodes, max(max_context // 4, 1)) if spec == "auto" and max_context else tree.num_nodes
+    shape = best_tree(profile, num_nodes, tree.num_levels, max_branching=vocab_size)
     return shape, expected_tokens(shape, profile)
 
 
