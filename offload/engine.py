@@ -10,6 +10,7 @@ from tree.verify import Verdict
 
 from .admission import Admission, Request
 from .decode import DecodeLoop, StepResult
+from .errors import UsageError
 from .planner.plan import Plan
 from .report import Memory, Report
 from .stats import PassStats, RunStats
@@ -74,7 +75,14 @@ class Generation:
         loop, request, stats = self._engine.loop, self._request, self.stats
         start_s = previous_s = monotonic()
         loop.start(request.prompt, request.params, request.seed)
+        self._engine.answering = self
         while True:
+            if self._engine.answering is not self:
+                raise UsageError(
+                    "a later request has taken the engine over",
+                    where="Engine.stream",
+                    cure="finish one generation before starting the next, or load a second engine",
+                )
             result = loop.run_round(request.max_new_tokens - len(self.token_ids))
             token_ids, text, reason = self._accept(result)
             now_s = monotonic()
@@ -144,6 +152,7 @@ class Engine:
         self.eos_token_ids, self.load_s = eos_token_ids, load_s
         self.method, self.emulated_link, self.device_name = method, emulated_link, device_name
         self.memory, self._close = memory, close
+        self.answering: Generation | None = None  # the engine holds one sequence at a time
 
     def __enter__(self) -> "Engine":
         return self

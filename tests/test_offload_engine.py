@@ -14,6 +14,7 @@ from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.device import Device
 from offload.engine import Engine
+from offload.errors import UsageError
 from offload.model.drafter import ModelDrafter
 from offload.report import Report
 from tree.shape import TreeShape
@@ -142,6 +143,9 @@ def test_an_engine_serves_calls_one_after_another_each_from_its_own_prompt(model
         other = engine.generate([4, 4], max_new_tokens=15).token_ids
         assert engine.generate(PROMPT, max_new_tokens=15).token_ids == first
         assert list(other) == greedy(folder, [4, 4], 15)
+        with pytest.raises(UsageError, match="a later request"):
+            next(abandoned)
+        assert engine.generate(PROMPT, max_new_tokens=15).token_ids == first
 
 
 def test_an_exception_in_a_layer_reaches_the_caller_and_the_engine_goes_on(models: Models) -> None:
