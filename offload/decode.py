@@ -90,9 +90,7 @@ class DecodeLoop:
         shape = self._plan.tree.truncated(max_tokens) if self._drafter is not None else TreeShape.root_only()
         draft = self._grow(shape)
         drafted = self._device.mark()
-        drafted_s = time.monotonic()
         logits, cached = self._run_target(draft)
-        launched_s = time.monotonic()
         verdict = self._verify(draft, logits)  # the round's one host sync
         verified_s = time.monotonic()
         self._commit(verdict, cached)
@@ -100,7 +98,7 @@ class DecodeLoop:
             shape=shape,
             token_ids=verdict.token_ids,
             verdict=verdict,
-            stats=self._stats(draft, verdict, cached, extra_bytes, (start_s, drafted_s, launched_s, verified_s), drafted),
+            stats=self._stats(cached + shape.num_nodes, len(verdict.token_ids), extra_bytes, start_s, drafted, verified_s),
             first=first,
         )
 
@@ -173,26 +171,20 @@ class DecodeLoop:
         return self._masks[shape]
 
     def _stats(
-        self,
-        draft: DraftTree,
-        verdict: Verdict,
-        num_prefix: int,
-        extra_bytes: int,
-        times_s: tuple[float, float, float, float],
-        drafted: Ticket,
+        self, num_rows: int, num_tokens: int, extra_bytes: int, start_s: float, drafted: Ticket, verified_s: float
     ) -> PassStats:
+        """Numbers of the round that began at `start_s`, asked for after its host sync."""
         log = self._stream.log
         assert log is not None
         timings = layer_timings(self._device, log)
-        start_s, _, _, verified_s = times_s
         drafted_s = self._device.interval(drafted).end_s
         computed_s = timings[-1].compute.end_s
         end_s = time.monotonic()
         if self._trace is not None:
             self._record(self._trace, timings, (start_s, drafted_s, computed_s, verified_s, end_s))
         return PassStats(
-            num_rows=num_prefix + draft.shape.num_nodes,
-            emitted_tokens=len(verdict.token_ids),
+            num_rows=num_rows,
+            emitted_tokens=num_tokens,
             bytes_streamed=self._stream.bytes_per_pass + extra_bytes,
             draft_s=drafted_s - start_s,
             pass_s=computed_s - drafted_s,
