@@ -14,8 +14,8 @@ from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.decode import DecodeLoop
 from offload.device.cpu import CpuDevice
-from offload.errors import FitError
-from offload.model.attention import pass_mask
+from offload.errors import FitError, ModelError
+from offload.model.attention import pass_mask, tree_attention
 from offload.model.causal_lm import CausalLM
 from offload.model.kv_cache import KVCache
 from tree.shape import TreeShape
@@ -131,3 +131,11 @@ def test_pass_mask_by_hand() -> None:
     assert mask == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
     level = pass_mask(3, 0, torch.tensor([[1, 0, 1, 0], [0, 1, 0, 1]], dtype=torch.bool))[0, 0].int().tolist()
     assert level == [[1, 1, 0, 1, 0], [1, 0, 1, 0, 1]]
+
+
+def test_attention_refuses_what_it_would_leave_out() -> None:
+    rows = torch.zeros(1, 1, 1, 8)
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    tree_attention(torch.nn.Identity(), rows, rows, rows, mask, softcap=None, sliding_window=4)
+    with pytest.raises(ModelError, match="softcap"):
+        tree_attention(torch.nn.Identity(), rows, rows, rows, mask, softcap=30.0)

@@ -129,9 +129,9 @@ def _refuse_unsupported(config: Any, model: PreTrainedModel, where: str) -> None
         raise _unsupported("its weights are quantised", config, where)
     if not any(name.startswith("model.layers.0.") for name in names):
         raise _unsupported("its decoder layers are not at model.layers", config, where)
-    buffers = {name for name, _ in model.named_buffers()} - {name for name, _ in model.named_buffers() if "rotary_emb" in name}
+    buffers = sorted(name for name, _ in model.named_buffers() if "rotary_emb" not in name)
     if buffers:
-        raise _unsupported(f"it keeps buffers that are not weights ({sorted(buffers)[0]})", config, where)
+        raise _unsupported(f"it keeps buffers that are not weights ({buffers[0]})", config, where)
     num_kv_heads = getattr(config, "num_key_value_heads", None)
     if getattr(config, "attn_logit_softcapping", None) or not num_kv_heads or config.num_attention_heads % num_kv_heads:
         raise _unsupported("its attention is not plain grouped-query attention", config, where)

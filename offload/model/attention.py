@@ -4,7 +4,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from ..errors import ModelError
+
 ATTENTION = "treestream"
+_NOT_COMPUTED = ("softcap", "s_aux", "position_bias")  # what some models pass to attention besides queries, keys, values
 
 
 def tree_attention(
@@ -15,13 +18,21 @@ def tree_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **_: object,
+    **others: object,
 ) -> tuple[torch.Tensor, None]:
     """query [1, H, N, C], key and value [1, K, T, C], attention_mask [1, 1, N, T] bool, True where a row may look.
 
     Keys and values are repeated for grouped queries: with a mask, the memory-efficient CUDA kernels take equal head counts
-    only, and the fallback would materialise H x N x T scores. Returns [1, N, H, C].
+    only, and the fallback would materialise H x N x T scores. Returns [1, N, H, C]. ModelError for an architecture that
+    asks for more than this.
     """
+    unknown = [name for name in _NOT_COMPUTED if others.get(name) is not None]
+    if unknown:
+        raise ModelError(
+            f"this architecture's attention uses {unknown[0]}, which would be left out",
+            where=type(module).__name__,
+            cure="use a dense decoder such as Llama, Mistral, Qwen2 or Qwen3",
+        )
     assert attention_mask is not None and attention_mask.dtype == torch.bool
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
