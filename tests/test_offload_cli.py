@@ -43,6 +43,14 @@ KEYS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def heeded_interrupts() -> Iterator[None]:
+    """Started in the background, as CI may be, the tests and their children would inherit a SIGINT that is ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 @pytest.fixture(autouse=True)
 def restored_signals() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
@@ -374,7 +382,12 @@ def disturbed(models: Models) -> dict[str, Ended]:
             process.stdout = None  # communicate() reads what is still open
         else:
             process.send_signal(signal.SIGINT if name == "int" else signal.SIGTERM)
-        rest, errors = process.communicate(timeout=60)
+        try:
+            rest, errors = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            for other in runs.values():
+                other.kill()
+            raise
         ended[name] = Ended(process.returncode, first + (rest or b""), errors.decode())
     return ended
 
