@@ -12,9 +12,9 @@ from ..errors import DeviceError, UsageError
 from ..planner.tree_choice import read_acceptance, read_tree
 from ..trace import Trace
 from .acceptance import AcceptanceRecorder, provenance, write_json
-from .main import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated
 from .parser import DEMO_PROMPT
 from .settings import check_writable, engine_settings
+from .signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated
 from .terminal import LoadProgress, full_statistics, say
 
 if TYPE_CHECKING:

@@ -3,25 +3,18 @@
 import io
 import logging
 import os
-import signal
 import sys
 import traceback
-from types import FrameType
 
 from ..errors import OffloadError, UsageError
 from .parser import build_parser, with_default_command
-
-EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
-
-
-class Terminated(BaseException):
-    """SIGTERM, as an exception, so that what was generated is printed and memory is given back."""
+from .signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, raise_on_termination
 
 
 def main(argv: list[str]) -> int:
     verbose = "--verbose" in argv or "-v" in argv
     try:
-        signal.signal(signal.SIGTERM, _terminate)
+        raise_on_termination()
         if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without the model's characters shows them escaped
             sys.stdout.reconfigure(errors="backslashreplace")
         arguments = build_parser().parse_args(with_default_command(argv))
@@ -81,7 +74,3 @@ def _configure_logging(verbose: bool) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s"
     )
-
-
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise Terminated
