@@ -15,7 +15,7 @@ from .device import Device, open_device
 from .device.host import available_bytes
 from .engine import Engine
 from .errors import ModelError, UsageError
-from .model.architecture import Architecture, check_window, read_architecture
+from .model.architecture import Architecture, check_weights, check_window, read_architecture
 from .model.causal_lm import CausalLM
 from .model.drafter import ModelDrafter
 from .model.kv_cache import KVCache
@@ -27,7 +27,7 @@ from .report import Memory
 from .streaming.stream import LayerStream, ResidentWeights, Weights
 from .text import TextCodec, check_same_vocabulary, open_codec
 from .trace import Trace
-from .weights.checkpoint import Checkpoint, check_tensors, is_rotary_buffer, open_checkpoint
+from .weights.checkpoint import Checkpoint, open_checkpoint
 from .weights.layout import LayerLayout
 from .weights.reader import ReadJob, TensorReader
 from .weights.store import Placement, WeightStore, load_through_host
@@ -128,12 +128,7 @@ def _check_source(name: str, flag: str, settings: EngineSettings, device: Device
     folder = locate_model(name, flag)
     architecture = read_architecture(folder)
     checkpoint = open_checkpoint(folder)
-    tied = bool(architecture.config.tie_word_embeddings)
-    check_tensors(
-        checkpoint,
-        architecture.expected_tensors,
-        ignore=lambda tensor: is_rotary_buffer(tensor) or (tied and tensor == "lm_head.weight"),
-    )
+    check_weights(architecture, checkpoint)
     dtype = _dtype(settings.dtype, architecture, checkpoint, device)
     codec = open_codec(folder)
     if codec is not None and codec.num_tokens > architecture.vocab_size:

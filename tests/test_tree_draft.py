@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -10,14 +9,6 @@ from tree.shape import TreeShape
 
 VOCABULARY = 12
 UNEVEN = TreeShape((-1, 0, 0, 0, 1, 1, 3, 4))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture

@@ -36,15 +36,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny tensors: a second thread only waits."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @dataclass(frozen=True)
 class World:
     """A toy target and draft over a small vocabulary: next-token logits depend on the last two tokens."""

@@ -1,5 +1,4 @@
 import math
-from collections.abc import Iterator
 from itertools import permutations
 
 import pytest
@@ -22,14 +21,6 @@ from tree.sampling import (
 
 # Expected counts of a chi-square statistic stay within mean + 6 standard deviations except with probability < 1e-6.
 FIVE = torch.tensor([0.35, 0.3, 0.2, 0.1, 0.05], dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture

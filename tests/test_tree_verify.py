@@ -22,14 +22,6 @@ UNEVEN = TreeShape((-1, 0, 0, 0, 1, 1, 3, 4))
 UNIT = SamplingParams(1.0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(5)

@@ -4,9 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
-from ..model.architecture import read_architecture
+from ..model.architecture import check_weights, read_architecture
 from ..model.locate import locate_model
-from ..weights.checkpoint import check_tensors, is_rotary_buffer, open_checkpoint
+from ..weights.checkpoint import open_checkpoint
 from ..weights.manifest import MANIFEST_NAME, check_manifest, write_manifest
 from .terminal import LoadProgress
 
@@ -15,12 +15,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = locate_model(arguments.model, "--model")
     checkpoint = open_checkpoint(folder)
     architecture = read_architecture(folder)
-    tied = bool(architecture.config.tie_word_embeddings)
-    check_tensors(
-        checkpoint,
-        architecture.expected_tensors,
-        ignore=lambda name: is_rotary_buffer(name) or (tied and name == "lm_head.weight"),
-    )
+    check_weights(architecture, checkpoint)
     manifest = Path(arguments.manifest) if arguments.manifest else folder / MANIFEST_NAME
     done, total = 0, sum(path.stat().st_size for path in checkpoint.files)
     with LoadProgress(enabled=not arguments.quiet) as bar:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import ModelError
+from ..weights.checkpoint import Checkpoint, check_tensors, is_rotary_buffer
 from .attention import ATTENTION, register
 
 Shapes = dict[str, tuple[int, ...]]
@@ -95,6 +96,17 @@ def read_architecture(folder: Path) -> Architecture:
         num_layers=len(layers),
         layer_shapes=shapes[0],
         shared_shapes=shared,
+    )
+
+
+def check_weights(architecture: Architecture, checkpoint: Checkpoint) -> None:
+    """CheckpointError naming every difference between the tensors that the config asks for and those that are there. A head
+    tied to the embedding may be in the files all the same."""
+    tied = bool(architecture.config.tie_word_embeddings)
+    check_tensors(
+        checkpoint,
+        architecture.expected_tensors,
+        ignore=lambda name: is_rotary_buffer(name) or (tied and name == "lm_head.weight"),
     )
 
 
