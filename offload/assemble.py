@@ -29,8 +29,9 @@ from .text import TextCodec, check_same_vocabulary, open_codec
 from .trace import Trace
 from .weights.checkpoint import Checkpoint, open_checkpoint
 from .weights.layout import LayerLayout
+from .weights.placement import Placement
 from .weights.reader import ReadJob, TensorReader
-from .weights.store import Placement, WeightStore, load_through_host
+from .weights.store import WeightStore, load_through_host
 
 # `progress(read_bytes, total_bytes)` while weights are read.
 Progress = Callable[[int, int], None]

@@ -12,7 +12,7 @@ from offload.errors import FitError, ModelError, UsageError
 from offload.planner.cost import ModelCost, kv_bytes_per_row
 from offload.planner.plan import Plan, plan_run
 from offload.planner.tree_choice import resolve_method, resolve_tree
-from offload.weights.disk import RING_BUFFERS
+from offload.weights.placement import RING_BUFFERS
 from tree.shape import TreeShape
 
 GIB = 2**30

@@ -16,9 +16,9 @@ from offload.errors import DeviceError
 from offload.streaming.schedule import spread_evenly
 from offload.streaming.stream import LayerStream, layer_timings
 from offload.weights.checkpoint import open_checkpoint
-from offload.weights.disk import RING_BUFFERS
 from offload.weights.layout import LayerLayout
-from offload.weights.store import Placement, WeightStore
+from offload.weights.placement import RING_BUFFERS, Placement
+from offload.weights.store import WeightStore
 
 LAYOUT = LayerLayout.pack([("a", (7,)), ("b", (3, 5))], torch.float32)
 MakeCheckpoint = Callable[[int], Path]

@@ -11,8 +11,7 @@ from tree.shape import TreeShape
 from ..config import EngineSettings
 from ..errors import FitError
 from ..streaming.schedule import spread_evenly
-from ..weights.disk import RING_BUFFERS
-from ..weights.store import Placement
+from ..weights.placement import RING_BUFFERS, Placement
 from .cost import ModelCost, activation_bytes, ledger_lines, logits_bytes, size_text
 
 DEFAULT_TEXT_TOKENS = 4096

@@ -12,9 +12,8 @@ import torch
 from ..device import Device, Ticket
 from .checkpoint import Checkpoint
 from .layout import LayerLayout
+from .placement import RING_BUFFERS
 from .reader import ReadJob, TensorReader
-
-RING_BUFFERS = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,6 @@
 """Where the decoder layers live: on the device (resident), in one pinned host arena, or on disk behind a bounce ring."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,30 +9,10 @@ from ..device import Device, Ticket
 from .checkpoint import Checkpoint
 from .disk import DiskRing
 from .layout import LayerLayout
+from .placement import Placement
 from .reader import ReadJob, TensorReader
 
 Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
-    """Which of `num_layers` layers live where. The rest is in host memory."""
-
-    num_layers: int
-    resident: frozenset[int]
-    disk: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        layers = frozenset(range(self.num_layers))
-        assert self.resident <= layers and self.disk <= layers and not self.resident & self.disk
-
-    @property
-    def streamed(self) -> tuple[int, ...]:
-        return tuple(layer for layer in range(self.num_layers) if layer not in self.resident)
-
-    @property
-    def host(self) -> tuple[int, ...]:
-        return tuple(layer for layer in self.streamed if layer not in self.disk)
 
 
 class WeightStore:

@@ -1,0 +1,166 @@
+"""Pure: what a run keeps where. Every byte on the device and on the host has a name, and the names sum to the budgets.
+
+The tree's size and the number of slots are given; as many layers become resident as the rest leaves room for.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..config import EngineSettings
+from ..errors import FitError
+from ..streaming.schedule import spread_evenly
+from ..weights.placement import RING_BUFFERS, Placement
+from .cost import ModelCost, activation_bytes, ledger_lines, logits_bytes, size_text
+
+DEFAULT_TEXT_TOKENS = 4096
+# A prompt pass costs a whole stream of the weights, so chunks are as large as activations in this share of memory allow.
+ACTIVATION_SHARE = 8
+CHUNK_ROWS = (4096, 2048, 1024, 512, 256, 128, 64)
+MIN_SLOTS, MAX_AUTO_SLOTS = 2, 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """Bytes that a run may take; None is unbounded. `shared`: the device's memory is the host's (a CPU), so what lies on
+    the device counts against host_bytes, too."""
+
+    device_bytes: int | None
+    host_bytes: int | None
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Where everything lives. Ledgers are bytes by named part; `context_rows` counts prompt, new tokens and tree;
+    `pass_rows` is the most rows of one pass."""
+
+    placement: Placement
+    num_slots: int
+    context_rows: int
+    pass_rows: int
+    device_ledger: Mapping[str, int]
+    host_ledger: Mapping[str, int]
+
+
+def plan_memory(
+    settings: EngineSettings,
+    target: ModelCost,
+    draft: ModelCost | None,
+    tree_nodes: int,
+    num_slots: int | None,
+    *,
+    max_positions: int,
+    budgets: Budgets,
+) -> MemoryPlan:
+    """For a tree of `tree_nodes` nodes and `num_slots` slots (None: as many as help, of MIN_SLOTS to MAX_AUTO_SLOTS).
+    Raises FitError when the budgets cannot hold the slots, one ring of host buffers, or the context asked for."""
+    context_rows = settings.max_context or min(max_positions, DEFAULT_TEXT_TOKENS) + tree_nodes - 1
+    if tree_nodes + 1 > context_rows:
+        raise FitError(
+            f"a tree of {tree_nodes} nodes leaves no room in a context of {context_rows} rows",
+            where="--max-context, --tree",
+            cure="raise --max-context or take a smaller tree",
+        )
+    fixed = {
+        "embedding, norm and head": target.shared_bytes,
+        "key/value cache": target.kv_bytes_per_row * context_rows,
+        "draft model": draft.shared_bytes + draft.num_layers * draft.layer_bytes if draft else 0,
+        "draft key/value cache": draft.kv_bytes_per_row * context_rows if draft else 0,
+        "logits and laws": logits_bytes(target, tree_nodes),
+    }
+    pass_rows = _pass_rows(settings, target, tree_nodes, context_rows, fixed, budgets.device_bytes)
+    fixed["activations"] = activation_bytes(target, pass_rows, context_rows)
+    num_resident, num_slots = _residency(settings, target, fixed, num_slots, budgets)
+    ledger = {
+        **fixed,
+        f"{num_resident} resident layers": num_resident * target.layer_bytes,
+        f"{num_slots} slots": num_slots * target.layer_bytes,
+    }
+    _check_device(ledger, budgets.device_bytes)
+    host_bytes = budgets.host_bytes
+    if host_bytes is not None and budgets.shared:
+        host_bytes = max(host_bytes - sum(ledger.values()), 0)
+    placement, host_ledger = _host(target, spread_evenly(num_resident, target.num_layers), host_bytes)
+    return MemoryPlan(
+        placement=placement,
+        num_slots=num_slots,
+        context_rows=context_rows,
+        pass_rows=pass_rows,
+        device_ledger=ledger,
+        host_ledger=host_ledger,
+    )
+
+
+def _pass_rows(
+    settings: EngineSettings,
+    target: ModelCost,
+    tree_nodes: int,
+    context_rows: int,
+    others: Mapping[str, int],
+    budget: int | None,
+) -> int:
+    """Rows of the largest chunk that takes its share at most, and nothing from what must be there: a chunk is never the
+    reason why a budget is refused."""
+    least = tree_nodes + 1
+    num_resident = min(settings.resident_layers or 0, target.num_layers)
+    num_layers = num_resident + ((settings.slots or MIN_SLOTS) if num_resident < target.num_layers else 0)
+    needed = sum(others.values()) + num_layers * target.layer_bytes
+    room = None if budget is None else min(budget // ACTIVATION_SHARE, budget - needed)
+    for rows in CHUNK_ROWS:
+        if rows >= least and (room is None or activation_bytes(target, rows, context_rows) <= room):
+            return min(rows, context_rows)
+    return min(least, context_rows)
+
+
+def _residency(
+    settings: EngineSettings, target: ModelCost, fixed: Mapping[str, int], num_slots: int | None, budgets: Budgets
+) -> tuple[int, int]:
+    """(resident layers, slots): what the user said, the rest as many residents as the budget leaves room for."""
+    layers, layer_bytes = target.num_layers, target.layer_bytes
+    num_slots = settings.slots or num_slots
+    if settings.resident_layers is not None:
+        if settings.resident_layers > layers:
+            raise FitError(
+                f"{settings.resident_layers} resident layers asked for, the model has {layers}",
+                where="--resident-layers",
+                cure=f"give at most {layers}",
+            )
+        return settings.resident_layers, (num_slots or MIN_SLOTS) if settings.resident_layers < layers else 0
+    if budgets.device_bytes is None:
+        return 0, num_slots or MAX_AUTO_SLOTS
+    room = budgets.device_bytes - sum(fixed.values())
+    if room >= layers * layer_bytes:
+        return layers, 0
+    if budgets.shared:
+        room -= RING_BUFFERS * layer_bytes  # what does not fit comes from disk through the same memory
+    num_slots = num_slots or min(max(room // layer_bytes, MIN_SLOTS), MAX_AUTO_SLOTS)
+    return min(max(room // layer_bytes - num_slots, 0), layers - 1), num_slots
+
+
+def _check_device(ledger: Mapping[str, int], budget: int | None) -> None:
+    if budget is not None and sum(ledger.values()) > budget:
+        raise FitError(
+            ledger_lines(ledger, budget),
+            where="--gpu-memory",
+            cure=f"allow at least {size_text(sum(ledger.values()))}, or lower --max-context, --tree, --resident-layers",
+        )
+
+
+def _host(target: ModelCost, resident: frozenset[int], budget: int | None) -> tuple[Placement, dict[str, int]]:
+    """Host layers as the budget allows; the others on disk, spread evenly so that reading never pauses."""
+    placement = Placement(num_layers=target.num_layers, resident=resident)
+    streamed = placement.streamed
+    if budget is None or len(streamed) * target.layer_bytes <= budget:
+        return placement, {"pinned layers": len(streamed) * target.layer_bytes}
+    ring_bytes = RING_BUFFERS * target.layer_bytes
+    num_host = (budget - ring_bytes) // target.layer_bytes
+    if num_host < 0:
+        raise FitError(
+            ledger_lines({f"a ring of {RING_BUFFERS} layers for reading from disk": ring_bytes}, budget),
+            where="--host-memory",
+            cure=f"allow at least {size_text(ring_bytes)}",
+        )
+    chosen = spread_evenly(len(streamed) - num_host, len(streamed))
+    disk = frozenset(layer for order, layer in enumerate(streamed) if order in chosen)
+    placement = Placement(num_layers=target.num_layers, resident=resident, disk=disk)
+    return placement, {"pinned layers": num_host * target.layer_bytes, "disk ring": ring_bytes}

@@ -1,0 +1,90 @@
+"""Pure: the timeline of a run of rounds, worked out from the schedule and the seconds of its parts.
+
+Follows streaming/schedule.py step by step: the link copies one layer at a time, a slot takes its next layer when its last one
+has been used, compute waits for each layer's copy, and the disk reads ahead into its ring. So what hides under what is not
+a formula but the outcome, and holds where formulas for it break: few layers, few slots, a disk in between.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..weights.placement import RING_BUFFERS, Placement
+
+Floats = npt.NDArray[np.float64]
+
+WARM_ROUNDS = 3  # after which rounds repeat: no wait reaches further back than one pass and the ring
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartTimes:
+    """Seconds of a round's parts, each a number or one per candidate [C]. copy_s and read_s are of one layer; before_s is
+    drafting, layer_s the compute of one layer, after_s what follows the last layer: head, verification, commit."""
+
+    copy_s: float
+    read_s: float
+    before_s: npt.ArrayLike
+    layer_s: npt.ArrayLike
+    after_s: npt.ArrayLike
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundTimes:
+    """Seconds of a steady round, [C] each. pass_s runs from the end of drafting to the end of the last layer."""
+
+    round_s: Floats
+    pass_s: Floats
+
+
+def steady_round(placement: Placement, num_slots: int, parts: PartTimes) -> RoundTimes:
+    """Times of a round in the steady state, for all candidates at once."""
+    before_s, layer_s, after_s = (np.asarray(x, dtype=np.float64) for x in (parts.before_s, parts.layer_s, parts.after_s))
+    streamed = placement.streamed
+    if not streamed:
+        pass_s = placement.num_layers * layer_s
+        return RoundTimes(round_s=before_s + pass_s + after_s, pass_s=pass_s)
+    timeline = _Timeline(placement, parts, np.zeros(np.broadcast(before_s, layer_s, after_s).shape))
+    for _ in range(num_slots):
+        timeline.fetch(timeline.now)
+    began = drafted = timeline.now
+    for _ in range(WARM_ROUNDS + 1):
+        began = timeline.now
+        drafted = timeline.now = began + before_s
+        for layer in range(placement.num_layers):
+            if layer in placement.resident:
+                timeline.now = timeline.now + layer_s
+            else:
+                timeline.now = np.maximum(timeline.now, timeline.next_copied()) + layer_s
+                timeline.fetch(timeline.now)
+        computed = timeline.now
+        timeline.now = computed + after_s
+    return RoundTimes(round_s=timeline.now - began, pass_s=computed - drafted)
+
+
+class _Timeline:
+    """When the link and the disk are free, and when copies under way will have landed, in order of their fetches."""
+
+    def __init__(self, placement: Placement, parts: PartTimes, zero: Floats) -> None:
+        self.now = self._link_free = self._disk_free = zero
+        self._parts, self._disk = parts, placement.disk
+        self._streamed, self._fetches = placement.streamed, 0
+        self._copied: list[Floats] = []
+        self._ring = [zero] * RING_BUFFERS
+
+    def fetch(self, slot_free: Floats) -> None:
+        """Queue the copy of the next layer of the cycle into a slot that is free at `slot_free`."""
+        layer = self._streamed[self._fetches % len(self._streamed)]
+        self._fetches += 1
+        start = np.maximum(self._link_free, slot_free)
+        if layer in self._disk:
+            buffer_free = self._ring.pop(0)
+            self._disk_free = np.maximum(self._disk_free, buffer_free) + self._parts.read_s
+            start = np.maximum(start, self._disk_free)
+        self._link_free = start + self._parts.copy_s
+        if layer in self._disk:
+            self._ring.append(self._link_free)
+        self._copied.append(self._link_free)
+
+    def next_copied(self) -> Floats:
+        return self._copied.pop(0)
