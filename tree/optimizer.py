@@ -5,6 +5,14 @@ over the tree, root included (Sequoia, arXiv 2402.12374, proposition 3.4). While
 a parent and an earlier sibling are worth at least as much as a node, so the n most valuable nodes are a tree, and the
 best one; no dynamic programme is needed, with bounded levels and branching neither. Measured vectors that
 do increase are smoothed first.
+
+With at most W nodes a level, keep on each level the W most valuable children of the nodes kept above; the n most valuable of
+all that is kept are the best tree. Proof: on every level, the j-th best kept node is worth at least as much as the j-th
+best node of any tree T within the bounds. This holds for the root. If it holds on a level, pair T's j-th best node there
+with the j-th best kept one; every child that T can have is paired with the child of the same rank, worth at least as much, so
+T's next level, at most W such children, is no better than the W best children of the kept nodes. Hence T's n nodes are paired
+with n different kept nodes of no less value, and the n best kept ones are worth as much again. They are a tree: a kept node's
+parent and earlier siblings are kept, and worth at least as much.
 """
 
 from collections.abc import Sequence
@@ -28,6 +36,19 @@ class _Level:
     parents: Ints
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Growth:
+    """How the best tree grows: row n - 1 describes the best tree of n nodes, or of all there are within the bounds.
+
+    expected_tokens: [N] float64, E[tokens per pass] by the smoothed acceptance. nodes_per_level: [N, levels] int64.
+    expanded: [N, levels] int64, how many nodes of each level have children: the rows that a draft computes there.
+    """
+
+    expected_tokens: Floats
+    nodes_per_level: Ints
+    expanded: Ints
+
+
 def isotonic(vector: Sequence[float]) -> Floats:
     """The non-increasing vector nearest to `vector` in least squares (pool adjacent violators)."""
     blocks: list[tuple[float, int]] = []  # (sum, length), means strictly decreasing
@@ -40,13 +61,21 @@ def isotonic(vector: Sequence[float]) -> Floats:
     return np.concatenate([np.full(length, total / length) for total, length in blocks])
 
 
-def best_tree(acceptance: Acceptance, num_nodes: int, num_levels: int, *, max_branching: int | None = None) -> TreeShape:
+def best_tree(
+    acceptance: Acceptance,
+    num_nodes: int,
+    num_levels: int,
+    *,
+    max_branching: int | None = None,
+    max_level_width: int | None = None,
+) -> TreeShape:
     """The tree of `num_nodes` nodes within `num_levels` levels, root counted in both, with the most expected tokens.
 
-    Of equally valuable nodes the shallower comes first, then the earlier in breadth-first order, so the result is
-    unique. A tree has fewer nodes where levels, branching and the ranks that the acceptance knows hold no more.
+    `max_branching` bounds the children of a node, `max_level_width` the nodes of a level. Of equally valuable nodes the
+    shallower comes first, then the earlier in breadth-first order, so the result is unique. A tree has fewer nodes where
+    the bounds and the ranks that the acceptance knows hold no more.
     """
-    levels = _candidates(acceptance, num_nodes, num_levels, max_branching)
+    levels = _candidates(acceptance, num_nodes, num_levels, max_branching, max_level_width)
     # Positions in the candidate levels laid end to end: ascending, they are in breadth-first order.
     chosen = _largest(np.concatenate([level.values for level in levels]), num_nodes)
     starts = np.cumsum([0, 0, *(len(level.values) for level in levels)])  # of the level above each level
@@ -63,6 +92,32 @@ def expected_tokens(shape: TreeShape, acceptance: Acceptance) -> float:
     return float(sum(values))
 
 
+def growth_table(
+    acceptance: Acceptance,
+    num_nodes: int,
+    num_levels: int,
+    *,
+    max_branching: int | None = None,
+    max_level_width: int | None = None,
+) -> Growth:
+    """The shapes of the best trees of 1 to `num_nodes` nodes at once, bounds and ties as in `best_tree`: each is the one
+    before with one node more, the most valuable of the rest."""
+    levels = _candidates(acceptance, num_nodes, num_levels, max_branching, max_level_width)
+    values = np.concatenate([level.values for level in levels])
+    order = np.argsort(-values, kind="stable")[:num_nodes]
+    rows = np.minimum(np.arange(num_nodes), len(order) - 1)  # the last tree again, once nothing is left to add
+    depths = np.repeat(np.arange(len(levels)), [len(level.values) for level in levels])
+    # A node is expanded from its first child on: the first of its siblings in breadth-first order, and the most valuable.
+    first = np.concatenate([[False], *(np.diff(level.parents, prepend=-1) > 0 for level in levels[1:])])
+    arrivals = np.zeros((2, len(order), num_levels), dtype=np.int64)
+    arrivals[0, np.arange(len(order)), depths[order]] = 1
+    arrivals[1, np.flatnonzero(first[order]), depths[order][first[order]] - 1] = 1
+    nodes_per_level, expanded = arrivals.cumsum(axis=1)
+    return Growth(
+        expected_tokens=np.cumsum(values[order])[rows], nodes_per_level=nodes_per_level[rows], expanded=expanded[rows]
+    )
+
+
 def expected_tokens_table(
     acceptance: Acceptance, max_nodes: int, max_levels: int, *, max_branching: int | None = None
 ) -> Floats:
@@ -73,17 +128,21 @@ def expected_tokens_table(
     """
     table = np.zeros((max_nodes + 1, max_levels + 1))
     pool = np.zeros(max_nodes)  # f of the best nodes so far, best first, padded with nodes that do not exist
-    for column, level in enumerate(_candidates(acceptance, max_nodes, max_levels, max_branching), start=1):
+    for column, level in enumerate(_candidates(acceptance, max_nodes, max_levels, max_branching, None), start=1):
         pool = np.sort(np.concatenate([pool, level.values]))[::-1][:max_nodes]
         table[1:, column:] = np.cumsum(pool)[:, None]
     return table
 
 
-def _candidates(acceptance: Acceptance, num_nodes: int, num_levels: int, max_branching: int | None) -> list[_Level]:
+def _candidates(
+    acceptance: Acceptance, num_nodes: int, num_levels: int, max_branching: int | None, max_level_width: int | None
+) -> list[_Level]:
     """Per level, the nodes that may be among the `num_nodes` best of this level and those above it."""
-    for name, value in (("nodes", num_nodes), ("levels", num_levels), ("children", max_branching)):
-        if value is not None and value < 1:
-            raise ValueError(f"a tree cannot be bounded by {value} {name}")
+    bounds = {"nodes": num_nodes, "levels": num_levels, "children": max_branching, "nodes a level": max_level_width}
+    for name, bound in bounds.items():
+        if bound is not None and bound < 1:
+            raise ValueError(f"a tree cannot be bounded by {bound} {name}")
+    width = min(num_nodes, max_level_width or num_nodes)
     levels = [_Level(np.ones(1), np.zeros(1, dtype=np.int64))]
     pool = levels[0].values
     for level in range(num_levels - 1):
@@ -91,7 +150,7 @@ def _candidates(acceptance: Acceptance, num_nodes: int, num_levels: int, max_bra
         values = np.multiply.outer(levels[-1].values, vector).ravel()
         # The n-th best so far only rises with depth: a node that does not beat it never will, nor will its descendants.
         eligible = np.flatnonzero(values > (pool.min() if len(pool) == num_nodes else -1.0))
-        kept = eligible[_largest(values[eligible], num_nodes)]
+        kept = eligible[_largest(values[eligible], width)]
         pool = np.concatenate([pool, values[kept]])
         pool = pool[_largest(pool, num_nodes)]
         kept = kept[values[kept] >= pool.min()]
