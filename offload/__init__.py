@@ -4,6 +4,7 @@ Importing this package is cheap: torch and transformers are imported by `load`.
 """
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,10 +36,11 @@ _refuse_foreign_tree()
 def load(
     model: str,
     *,
-    draft_model: str | None = None,
+    draft_model: str | Sequence[str] | None = None,
     tree: str = "auto",
     verifier: str = "auto",
-    acceptance: str | None = None,
+    acceptance: str | Sequence[str] | None = None,
+    profile: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     gpu_memory: str | int = "auto",
@@ -55,10 +57,11 @@ def load(
 
     settings = EngineSettings.parse(
         model=str(model),
-        draft_model=None if draft_model is None else str(draft_model),
+        draft_model=draft_model,
         tree=str(tree),
         verifier=verifier,
         acceptance=acceptance,
+        profile=profile,
         device=device,
         dtype=dtype,
         gpu_memory=gpu_memory,

@@ -3,32 +3,34 @@
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .admission import Admission
+from .calibrate import QUICK, Subject, measure_hardware
 from .config import EngineSettings
 from .decode import DecodeLoop
 from .device import Device, open_device
 from .device.host import available_bytes
 from .engine import Engine
-from .errors import ModelError, UsageError
-from .model.architecture import Architecture, check_weights, check_window, read_architecture
+from .model.architecture import check_window
 from .model.causal_lm import CausalLM
 from .model.drafter import ModelDrafter
 from .model.kv_cache import KVCache
-from .model.locate import locate_model, read_eos_token_ids
-from .planner.cost import ModelCost, kv_bytes_per_row
-from .planner.plan import Plan, plan_run
-from .planner.tree_choice import resolve_method, resolve_tree
+from .model.locate import read_eos_token_ids
+from .planner.hardware import HardwareProfile
+from .planner.hardware_file import read_hardware
+from .planner.memory import Budgets
+from .planner.plan import TYPICAL_CONTEXT_ROWS, Plan, make_workload, plan_run
+from .planner.search import DraftOption
+from .planner.tree_choice import read_acceptances, read_tree, resolve_method
 from .report import Memory
+from .source import ModelSource, check_source
 from .streaming.stream import LayerStream, ResidentWeights, Weights
-from .text import TextCodec, check_same_vocabulary, open_codec
+from .text import check_same_vocabulary
 from .trace import Trace
-from .weights.checkpoint import Checkpoint, open_checkpoint
-from .weights.layout import LayerLayout
 from .weights.placement import Placement
 from .weights.reader import ReadJob, TensorReader
 from .weights.store import WeightStore, load_through_host
@@ -39,40 +41,6 @@ HOST_RESERVE_BYTES = 2**30
 CUDA_RESERVE_BYTES = 2**30  # context, kernels' workspaces, fragmentation
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
-    """A model that was checked and not yet loaded."""
-
-    folder: Path
-    architecture: Architecture
-    checkpoint: Checkpoint
-    codec: TextCodec | None
-    dtype: torch.dtype
-    layout: LayerLayout
-
-    @property
-    def shared_layout(self) -> LayerLayout:
-        return LayerLayout.pack(self.architecture.shared_shapes.items(), self.dtype)
-
-    @property
-    def cost(self) -> ModelCost:
-        architecture, config = self.architecture, self.architecture.config
-        return ModelCost(
-            num_layers=architecture.num_layers,
-            layer_bytes=self.layout.num_bytes,
-            shared_bytes=self.shared_layout.num_bytes,
-            kv_bytes_per_row=kv_bytes_per_row(
-                architecture.num_layers, architecture.num_kv_heads, architecture.head_dim, self.dtype.itemsize
-            ),
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_heads=config.num_attention_heads,
-            head_dim=architecture.head_dim,
-            vocab_size=architecture.vocab_size,
-            dtype_bytes=self.dtype.itemsize,
-        )
-
-
 def open_engine(
     settings: EngineSettings,
     *,
@@ -80,24 +48,25 @@ def open_engine(
     progress: Progress | None = None,
     trace: Trace | None = None,
     device: Device | None = None,
+    hardware: HardwareProfile | None = None,
     admit: Callable[[Admission], None] | None = None,
 ) -> Engine:
     """Load what `settings` name. Raises the errors of errors.py; nothing stays allocated after one.
 
-    `device` takes the place of the one that the settings name; the engine closes it. `admit` is called when everything is
+    `device` takes the place of the one that the settings name; the engine closes it. `hardware` takes the place of the
+    profile that they name, or of a quick measurement. `admit` is called when everything is
     planned and no weight has been read, so that a request which cannot be finished is refused in time.
     """
     start_s = time.monotonic()
     with ExitStack() as stack:
         device = device or open_device(settings.device, settings.emulate_link_bytes_per_s)
         stack.callback(device.close)
-        target = _check_source(settings.model, "--model", settings, device)
-        draft = None
-        if settings.draft_model is not None:
-            draft = _check_source(settings.draft_model, "--draft-model", settings, device)
-            sizes = (target.architecture.vocab_size, draft.architecture.vocab_size)
-            check_same_vocabulary(target.codec, draft.codec, sizes, "--draft-model")
-        plan = _plan(settings, device, target, draft)
+        target = check_source(settings.model, "--model", settings.dtype, device.torch_device.type)
+        drafts = _drafts(settings, target, device.torch_device.type)
+        budgets = _budgets(settings, device)
+        hardware = hardware or _measure(settings, budgets, device, target, drafts)
+        plan = _plan(settings, hardware, budgets, target, drafts)
+        draft = drafts[plan.draft] if plan.draft is not None else None
         check_window(target.architecture, plan.text_tokens, str(target.folder / "config.json"))
         admission = Admission(plan=plan, codec=target.codec, vocab_size=target.architecture.vocab_size, seed=seed)
         if admit is not None:
@@ -125,76 +94,65 @@ def open_engine(
     )
 
 
-def _check_source(name: str, flag: str, settings: EngineSettings, device: Device) -> _Source:
-    """Config, tokenizer, headers and index of one model, checked against each other."""
-    folder = locate_model(name, flag)
-    architecture = read_architecture(folder)
-    checkpoint = open_checkpoint(folder)
-    check_weights(architecture, checkpoint)
-    dtype = _dtype(settings.dtype, architecture, checkpoint, device)
-    codec = open_codec(folder)
-    if codec is not None and codec.num_tokens > architecture.vocab_size:
-        raise ModelError(
-            f"the tokenizer numbers {codec.num_tokens} tokens, the model's embedding has {architecture.vocab_size}",
-            where=str(folder),
-            cure="use the tokenizer files that belong to this model",
+def _drafts(settings: EngineSettings, target: ModelSource, device_type: str) -> list[ModelSource]:
+    drafts = [check_source(name, "--draft-model", settings.dtype, device_type) for name in settings.draft_models]
+    for draft in drafts:
+        sizes = (target.architecture.vocab_size, draft.architecture.vocab_size)
+        check_same_vocabulary(target.codec, draft.codec, sizes, "--draft-model")
+    return drafts
+
+
+def _budgets(settings: EngineSettings, device: Device) -> Budgets:
+    """What the flags allow; else what is free, less a reserve. An emulated link is there to be used: without a budget of
+    its own nothing is resident."""
+    is_cpu = device.torch_device.type == "cpu"
+    device_bytes, host_bytes = settings.gpu_memory_bytes, settings.host_memory_bytes
+    if device_bytes is None and settings.emulate_link_bytes_per_s is None:
+        device_bytes = max(device.free_bytes() - (HOST_RESERVE_BYTES if is_cpu else CUDA_RESERVE_BYTES), 0)
+    if host_bytes is None:
+        host_bytes = max(available_bytes() - HOST_RESERVE_BYTES, 0)
+    return Budgets(device_bytes=device_bytes, host_bytes=host_bytes, shared=is_cpu and settings.host_memory_bytes is None)
+
+
+def _measure(
+    settings: EngineSettings, budgets: Budgets, device: Device, target: ModelSource, drafts: list[ModelSource]
+) -> HardwareProfile:
+    """The profile that the settings name, or a quick look at this machine, on a device of its own: what measuring
+    allocates is gone before the run begins."""
+    if settings.profile is not None:
+        return read_hardware(Path(settings.profile))
+    layers_bytes = target.model.cost.num_layers * target.model.cost.layer_bytes
+    may_need_disk = budgets.host_bytes is not None and layers_bytes > budgets.host_bytes
+    subjects = [Subject(role="target", model=target.model), *(Subject(role="draft", model=draft.model) for draft in drafts)]
+    own = open_device(settings.device)
+    try:
+        return measure_hardware(
+            own,
+            subjects,
+            QUICK,
+            link_bytes_per_s=settings.emulate_link_bytes_per_s,
+            disk=target.checkpoint if may_need_disk else None,
         )
-    return _Source(
-        folder=folder,
-        architecture=architecture,
-        checkpoint=checkpoint,
-        codec=codec,
-        dtype=dtype,
-        layout=LayerLayout.pack(architecture.layer_shapes.items(), dtype),
-    )
+    finally:
+        own.close()
 
 
-def _dtype(name: str, architecture: Architecture, checkpoint: Checkpoint, device: Device) -> torch.dtype:
-    """auto: the checkpoint's own on a GPU, float32 on the CPU, where 16-bit arithmetic is slow or emulated."""
-    if name != "auto":
-        return {
-            "float16": torch.float16,
-            "bfloat16": torch.bfloat16,
-            "float32": torch.float32,
-            "float64": torch.float64,
-        }[name]
-    if device.torch_device.type == "cpu":
-        return torch.float32
-    first = next(iter(architecture.layer_shapes))
-    return checkpoint.tensors[f"{architecture.prefix}.0.{first}"].dtype
-
-
-def _plan(settings: EngineSettings, device: Device, target: _Source, draft: _Source | None) -> Plan:
-    tree, expected_tokens = resolve_tree(
-        settings.tree,
-        settings.acceptance,
-        has_draft=draft is not None,
-        vocab_size=target.architecture.vocab_size,
-        max_context=settings.max_context,
-    )
-    if tree.max_branching > target.architecture.vocab_size:
-        raise UsageError(
-            f"a node with {tree.max_branching} children, and a vocabulary of {target.architecture.vocab_size} tokens",
-            where="--tree",
-            cure="take a narrower tree",
+def _plan(
+    settings: EngineSettings, hardware: HardwareProfile, budgets: Budgets, target: ModelSource, drafts: list[ModelSource]
+) -> Plan:
+    tree = read_tree(settings.tree, has_draft=bool(drafts))
+    max_positions = target.architecture.max_positions
+    workload = make_workload(settings, target.model.cost, hardware, budgets, max_positions=max_positions)
+    options = [
+        DraftOption(
+            name=draft.folder.name,
+            cost=draft.model.cost,
+            times=hardware.times(draft.model.cost, "draft", TYPICAL_CONTEXT_ROWS),
+            acceptance=acceptance,
         )
-    device_budget = settings.gpu_memory_bytes
-    if device_budget is None and settings.emulate_link_bytes_per_s is None:
-        reserve = CUDA_RESERVE_BYTES if device.torch_device.type == "cuda" else HOST_RESERVE_BYTES
-        device_budget = max(device.free_bytes() - reserve, 0)
-    host_budget = settings.host_memory_bytes
-    if host_budget is None:
-        host_budget = max(available_bytes() - HOST_RESERVE_BYTES, 0)
-    return plan_run(
-        settings,
-        tree,
-        target.cost,
-        draft.cost if draft else None,
-        expected_tokens_per_pass=expected_tokens,
-        max_positions=target.architecture.max_positions,
-        device_budget_bytes=device_budget,
-        host_budget_bytes=host_budget,
-    )
+        for draft, acceptance in zip(drafts, read_acceptances(settings), strict=True)
+    ]
+    return plan_run(settings, tree, workload, options, max_positions=max_positions, budgets=budgets)
 
 
 class _Counter:
@@ -209,7 +167,7 @@ class _Counter:
             self._progress(self._read_bytes, self._total_bytes)
 
 
-def _bytes_to_read(source: _Source, plan: Plan) -> int:
+def _bytes_to_read(source: ModelSource, plan: Plan) -> int:
     prefix, disk = source.architecture.prefix, plan.placement.disk
     on_disk = tuple(f"{prefix}.{layer}." for layer in disk)
     tensors = source.checkpoint.tensors
@@ -218,38 +176,38 @@ def _bytes_to_read(source: _Source, plan: Plan) -> int:
 
 
 def _load_streamed(
-    device: Device, source: _Source, plan: Plan, counter: _Counter, stack: ExitStack
+    device: Device, source: ModelSource, plan: Plan, counter: _Counter, stack: ExitStack
 ) -> tuple[CausalLM, LayerStream, WeightStore]:
     shared = _load_shared(device, source, counter)
     cache = _cache(device, source, plan.context_rows)
-    store = WeightStore(device, source.checkpoint, source.layout, source.architecture.prefix, plan.placement)
+    store = WeightStore(device, source.checkpoint, source.model.layout, source.architecture.prefix, plan.placement)
     stack.callback(store.close)
     store.load(counter)
     stream = LayerStream(device, store, plan.num_slots)
     stack.callback(stream.close)
-    model = CausalLM(source.architecture, device, source.dtype, shared, stream, cache)
+    model = CausalLM(source.architecture, device, source.model.dtype, shared, stream, cache)
     return model, stream, store
 
 
 def _load_draft(
-    device: Device, source: _Source, plan: Plan, vocab_size: int, counter: _Counter, stack: ExitStack
+    device: Device, source: ModelSource, plan: Plan, vocab_size: int, counter: _Counter, stack: ExitStack
 ) -> ModelDrafter:
     """The draft stays on the device whole."""
     shared = _load_shared(device, source, counter)
     num_layers = source.architecture.num_layers
     everything = Placement(num_layers=num_layers, resident=frozenset(range(num_layers)))
-    store = WeightStore(device, source.checkpoint, source.layout, source.architecture.prefix, everything)
+    store = WeightStore(device, source.checkpoint, source.model.layout, source.architecture.prefix, everything)
     stack.callback(store.close)
     store.load(counter)
     weights = ResidentWeights([store.resident[layer] for layer in range(num_layers)])
     cache = _cache(device, source, plan.context_rows)
-    model = CausalLM(source.architecture, device, source.dtype, shared, weights, cache)
+    model = CausalLM(source.architecture, device, source.model.dtype, shared, weights, cache)
     return ModelDrafter(model, device, vocab_size)
 
 
-def _load_shared(device: Device, source: _Source, counter: _Counter) -> Weights:
+def _load_shared(device: Device, source: ModelSource, counter: _Counter) -> Weights:
     """The tensors outside the decoder layers, in one device buffer."""
-    layout, checkpoint = source.shared_layout, source.checkpoint
+    layout, checkpoint = source.model.shared_layout, source.checkpoint
     buffer = device.alloc(layout.num_bytes)
 
     def jobs(host: torch.Tensor) -> list[ReadJob]:
@@ -264,7 +222,7 @@ def _load_shared(device: Device, source: _Source, counter: _Counter) -> Weights:
     return layout.views(buffer)
 
 
-def _cache(device: Device, source: _Source, rows: int) -> KVCache:
+def _cache(device: Device, source: ModelSource, rows: int) -> KVCache:
     architecture = source.architecture
     return KVCache(
         device,
@@ -272,7 +230,7 @@ def _cache(device: Device, source: _Source, rows: int) -> KVCache:
         num_kv_heads=architecture.num_kv_heads,
         head_dim=architecture.head_dim,
         capacity=rows,
-        dtype=source.dtype,
+        dtype=source.model.dtype,
     )
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import UsageError
@@ -43,12 +44,13 @@ def parse_rate(text: str | float, *, flag: str) -> float:
 class EngineSettings:
     """What `offload.load` and the command line accept; field names are the flags. None means auto.
 
-    `model` is a folder with config.json and safetensors, or a hub id; `draft_model` likewise, None for no speculation.
+    `model` is a folder with config.json and safetensors, or a hub id; so is each of `draft_models`, of which the planner takes
+    the best, or none. `acceptances` are acceptance files, one for each draft or one for all; `profile` a hardware profile.
     `tree` is a spec such as "4x6:kary", "none", "auto" or the path of a TreeShape JSON. Sizes are bytes, rates bytes/s.
     """
 
     model: str
-    draft_model: str | None = None
+    draft_models: tuple[str, ...] = ()
     tree: str = "auto"
     verifier: str = "auto"
     device: str = "auto"
@@ -59,14 +61,15 @@ class EngineSettings:
     slots: int | None = None
     max_context: int | None = None
     emulate_link_bytes_per_s: float | None = None
-    acceptance: str | None = None
+    acceptances: tuple[str, ...] = ()
+    profile: str | None = None
 
     @classmethod
     def parse(
         cls,
         *,
         model: str,
-        draft_model: str | None = None,
+        draft_model: str | Sequence[str] | None = None,
         tree: str = "auto",
         verifier: str = "auto",
         device: str = "auto",
@@ -77,12 +80,13 @@ class EngineSettings:
         slots: str | int = "auto",
         max_context: str | int = "auto",
         emulate_link: str | float | None = None,
-        acceptance: str | None = None,
+        acceptance: str | Sequence[str] | None = None,
+        profile: str | None = None,
     ) -> "EngineSettings":
         """From values as the command line has them: "auto", "24GiB", "200MB/s", "3". UsageError names the flag at fault."""
         return cls(
             model=model,
-            draft_model=None if draft_model in (None, "none") else draft_model,
+            draft_models=tuple(name for name in _names(draft_model) if name != "none"),
             tree=tree,
             verifier=verifier,
             device=device,
@@ -93,7 +97,8 @@ class EngineSettings:
             slots=_count(slots, "--slots"),
             max_context=_count(max_context, "--max-context"),
             emulate_link_bytes_per_s=None if emulate_link is None else parse_rate(emulate_link, flag="--emulate-link"),
-            acceptance=acceptance,
+            acceptances=_names(acceptance),
+            profile=profile,
         )
 
     def __post_init__(self) -> None:
@@ -103,6 +108,12 @@ class EngineSettings:
             raise UsageError(f"unknown verifier {self.verifier!r}", where="--verifier", cure=f"one of {', '.join(VERIFIERS)}")
         if not _DEVICE.fullmatch(self.device):
             raise UsageError(f"unknown device {self.device!r}", where="--device", cure="one of auto, cpu, cuda, cuda:N")
+        if len(self.acceptances) > 1 and len(self.acceptances) != len(self.draft_models):
+            raise UsageError(
+                f"{len(self.acceptances)} acceptance files for {len(self.draft_models)} draft models",
+                where="--acceptance",
+                cure="give one for all drafts, or one for each in their order",
+            )
         for flag, value, least in (
             ("--resident-layers", self.resident_layers, 0),
             ("--slots", self.slots, 1),
@@ -116,6 +127,10 @@ class EngineSettings:
                 where="--emulate-link with --device cuda",
                 cure="leave one of the two out",
             )
+
+
+def _names(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
 def _count(value: str | int, flag: str) -> int | None:

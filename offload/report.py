@@ -105,8 +105,8 @@ class Report:
         return " | ".join(parts)
 
     def _predicted(self) -> str:
-        predicted_s = self.plan.predicted_s_per_token
-        return f" (predicted {_seconds(predicted_s)})" if predicted_s is not None else ""
+        predicted_s = self.plan.prediction.s_per_token
+        return f" (predicted {_seconds(predicted_s)})"
 
     def _link(self) -> str:
         rate, share = self.stats.link_bytes_per_s, self.link_utilisation

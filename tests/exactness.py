@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from offload.assemble import open_engine
 from offload.config import EngineSettings
+from planning import L40
 from tree.sampling import SamplingParams, law
 
 VOCAB_SIZE = 6
@@ -68,9 +69,9 @@ def run(target: Path, draft: Path, verifier: str, params: SamplingParams, texts:
     counts: Counter[tuple[int, ...]] = Counter()
     rounds = 0
     settings = EngineSettings(
-        model=str(target), draft_model=str(draft), tree=TREE, verifier=verifier, device="cpu", resident_layers=0, slots=2
+        model=str(target), draft_models=(str(draft),), tree=TREE, verifier=verifier, device="cpu", resident_layers=0, slots=2
     )
-    with open_engine(settings) as engine:
+    with open_engine(settings, hardware=L40) as engine:
         for number in range(texts):
             report = engine.generate(
                 PROMPT,

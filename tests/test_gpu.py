@@ -50,7 +50,7 @@ class RacingCudaDevice(CudaDevice):
 
 def open_tiny(folder: Path, draft: Path | None, device: CudaDevice | None = None, **changes: object) -> Engine:
     settings: dict[str, Any] = {"tree": "4x6:kary" if draft else "none", "dtype": "float32", **changes}
-    settings = {"model": str(folder), "draft_model": str(draft) if draft else None, "device": "cuda", **settings}
+    settings = {"model": str(folder), "draft_models": (str(draft),) if draft else (), "device": "cuda", **settings}
     return open_engine(EngineSettings(**settings), device=device)
 
 

@@ -12,13 +12,15 @@ from offload.cli.main import main
 from offload.config import EngineSettings
 from offload.errors import UsageError
 from offload.planner.tree_choice import DEFAULT_ACCEPTANCE, read_acceptance
+from planning import L40
 
 Models = Callable[..., Path]
 
 
 def recorded(folder: Path, draft: Path, tree: str, temperature: float) -> dict[str, object]:
     recorder = AcceptanceRecorder()
-    with open_engine(EngineSettings(model=str(folder), draft_model=str(draft), device="cpu", tree=tree)) as engine:
+    settings = EngineSettings(model=str(folder), draft_models=(str(draft),), device="cpu", tree=tree)
+    with open_engine(settings, hardware=L40) as engine:
         for step in engine.stream([1, 2, 3], max_new_tokens=60, temperature=temperature, ignore_eos=True):
             recorder.add(step)
     return recorder.document({})

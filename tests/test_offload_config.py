@@ -86,7 +86,8 @@ def test_values_are_read_by_the_flag_that_they_belong_to() -> None:
         max_context="2",
         emulate_link="200MB/s",
     )
-    assert settings.draft_model is None
+    assert settings.draft_models == ()
+    assert EngineSettings.parse(model="m", draft_model=["a", "none", "b"]).draft_models == ("a", "b")
     assert (settings.gpu_memory_bytes, settings.host_memory_bytes) == (22 * 2**30, 10**9)
     assert (settings.resident_layers, settings.slots, settings.max_context) == (0, 2, 2)
     assert settings.emulate_link_bytes_per_s == 200e6

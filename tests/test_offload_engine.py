@@ -17,6 +17,7 @@ from offload.engine import Engine
 from offload.errors import UsageError
 from offload.model.drafter import ModelDrafter
 from offload.report import Report
+from planning import L40
 from tree.shape import TreeShape
 
 Models = Callable[..., Path]
@@ -28,8 +29,8 @@ RUNS_WITHOUT_DRAFT = (("none", 0, 2), ("none", 1, 3), ("none", 3, 2))
 
 def open_tiny(folder: Path, draft: Path | None, device: Device | None = None, **changes: object) -> Engine:
     settings: dict[str, Any] = {"tree": "4x6:kary" if draft else "none", **changes}
-    settings = {"model": str(folder), "draft_model": str(draft) if draft else None, "device": "cpu", **settings}
-    return open_engine(EngineSettings(**settings), device=device)
+    settings = {"model": str(folder), "draft_models": (str(draft),) if draft else (), "device": "cpu", **settings}
+    return open_engine(EngineSettings(**settings), device=device, hardware=L40)
 
 
 def greedy(folder: Path, prompt: list[int], num_tokens: int) -> list[int]:

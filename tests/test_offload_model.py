@@ -18,6 +18,7 @@ from offload.errors import FitError, ModelError
 from offload.model.attention import pass_mask, tree_attention
 from offload.model.causal_lm import CausalLM
 from offload.model.kv_cache import KVCache
+from planning import L40
 from tree.shape import TreeShape
 
 Models = Callable[..., Path]
@@ -26,7 +27,7 @@ Models = Callable[..., Path]
 @contextmanager
 def open_target(folder: Path, **settings_: object) -> Iterator[CausalLM]:
     settings_ = {"resident_layers": 1, "slots": 2, **settings_}
-    with open_engine(EngineSettings(model=str(folder), device="cpu", tree="none", **settings_)) as engine:  # type: ignore[arg-type]
+    with open_engine(EngineSettings(model=str(folder), device="cpu", tree="none", **settings_), hardware=L40) as engine:  # type: ignore[arg-type]
         yield loop_target(engine.loop)
 
 

@@ -9,46 +9,12 @@ from hypothesis import strategies as st
 
 from offload.config import EngineSettings, parse_size
 from offload.errors import FitError, ModelError, UsageError
-from offload.planner.cost import ModelCost, kv_bytes_per_row
-from offload.planner.plan import Plan, plan_run
-from offload.planner.tree_choice import resolve_method, resolve_tree
+from offload.planner.tree_choice import read_tree, resolve_method
 from offload.weights.placement import RING_BUFFERS
+from planning import CHAINS, GIB, LLAMA_2_70B, PUBLISHED, SETTINGS, plan
+from tree.optimizer import best_tree, expected_tokens
 from tree.shape import TreeShape
-
-GIB = 2**30
-LLAMA_2_70B = ModelCost(
-    num_layers=80,
-    layer_bytes=855_654_400 * 2,
-    shared_bytes=2 * 32000 * 8192 * 2,
-    kv_bytes_per_row=kv_bytes_per_row(80, 8, 128, 2),
-    hidden_size=8192,
-    intermediate_size=28672,
-    num_heads=64,
-    head_dim=128,
-    vocab_size=32000,
-    dtype_bytes=2,
-)
-LLAMA_2_7B = replace(
-    LLAMA_2_70B,
-    num_layers=32,
-    layer_bytes=202_383_360 * 2,
-    shared_bytes=2 * 32000 * 4096 * 2,
-    kv_bytes_per_row=kv_bytes_per_row(32, 32, 128, 2),
-)
-SETTINGS = EngineSettings(model="m")
-TREE = TreeShape.chains(4, 6)
-
-
-def plan(settings: EngineSettings = SETTINGS, *, device_gib: float | None, host_gib: float | None = None) -> Plan:
-    return plan_run(
-        settings,
-        TREE,
-        LLAMA_2_70B,
-        LLAMA_2_7B,
-        max_positions=4096,
-        device_budget_bytes=None if device_gib is None else round(device_gib * GIB),
-        host_budget_bytes=None if host_gib is None else round(host_gib * GIB),
-    )
+from tree.spec import OptimalTree
 
 
 def test_a_row_of_70b_keys_and_values_takes_327680_bytes() -> None:
@@ -59,8 +25,7 @@ def test_seconds_per_pass_follow_from_resident_layers_and_rate() -> None:
     """The table of reference figures: 5.48 s with nothing resident at 25 GB/s, 4.52 s with 14 resident layers."""
     for resident, seconds in ((0, 5.48), (14, 4.52), (40, 2.74)):
         made = plan(replace(SETTINGS, resident_layers=resident), device_gib=None)
-        predicted = replace(made, link_bytes_per_s=25e9).predicted_pass_s
-        assert predicted == pytest.approx(seconds, rel=0.01)
+        assert made.prediction.pass_s == pytest.approx(seconds, rel=0.01)
 
 
 @given(st.floats(24, 200))
@@ -93,7 +58,11 @@ def test_a_host_too_small_for_the_ring_is_refused_with_the_sum() -> None:
 
 def test_everything_fits_so_nothing_streams() -> None:
     made = plan(device_gib=200)
-    assert made.placement.streamed == () and made.num_slots == 0 and made.predicted_pass_s is None
+    assert made.placement.streamed == () and made.num_slots == 0 and made.link_bytes_per_s is None
+    assert made.notes == ("the model fits on the device entirely: nothing is streamed",)
+    assert made.prediction.round_s == pytest.approx(
+        made.prediction.draft_s + made.prediction.compute_s + made.prediction.after_s
+    )
 
 
 def test_more_resident_layers_than_layers_is_refused() -> None:
@@ -106,28 +75,30 @@ def test_a_tree_larger_than_the_context_is_refused() -> None:
         plan(replace(SETTINGS, max_context=20), device_gib=None)
 
 
-def resolve(spec: str, *, has_draft: bool = True, vocab_size: int = 32000, max_context: int | None = None) -> TreeShape:
-    return resolve_tree(spec, None, has_draft=has_draft, vocab_size=vocab_size, max_context=max_context)[0]
-
-
-def test_tree_specs_resolve_and_what_needs_a_draft_says_so() -> None:
-    assert resolve("auto", has_draft=False).num_nodes == 1
-    assert resolve("auto").num_nodes > 1
-    assert resolve("4x6:kary") == TREE
-    best, expected = resolve_tree("64x8", None, has_draft=True, vocab_size=32000, max_context=None)
-    assert (best.num_nodes, best.num_levels) == (64, 8) and 4 < expected < 8
+def test_tree_specs_are_read_and_what_needs_a_draft_says_so() -> None:
+    assert read_tree("auto", has_draft=False) is None
+    assert read_tree("none", has_draft=False) == TreeShape.root_only()
+    assert read_tree("4x6:kary", has_draft=True) == CHAINS
+    assert read_tree("64x8", has_draft=True) == OptimalTree(64, 8)
     with pytest.raises(UsageError, match="25 nodes needs a draft"):
-        resolve("4x6:kary", has_draft=False)
+        read_tree("4x6:kary", has_draft=False)
     with pytest.raises(UsageError):
-        resolve("4by6")
+        read_tree("4by6", has_draft=True)
     with pytest.raises(ModelError):
-        resolve("missing.json")
+        read_tree("missing.json", has_draft=True)
+
+
+def test_a_requested_tree_is_the_best_one_for_the_draft_that_is_used() -> None:
+    made = plan(tree=OptimalTree(64, 8), device_gib=48)
+    assert made.tree == best_tree(PUBLISHED, 64, 8) and made.draft == 0
+    assert made.prediction.expected_tokens == pytest.approx(expected_tokens(made.tree, PUBLISHED))
 
 
 def test_chosen_trees_respect_the_vocabulary_and_auto_the_context() -> None:
-    assert resolve("256x4", vocab_size=3).max_branching == 3
-    assert resolve("auto", max_context=40).num_nodes == 10
-    assert resolve("auto", max_context=3).num_nodes == 1
+    few_tokens = replace(LLAMA_2_70B, vocab_size=3)
+    assert plan(tree=OptimalTree(256, 4), target=few_tokens, device_gib=48).tree.max_branching == 3
+    assert plan(replace(SETTINGS, max_context=40), None, device_gib=48).tree.num_nodes <= 10
+    assert plan(replace(SETTINGS, max_context=3), None, device_gib=48).tree.num_nodes == 1
 
 
 def test_the_default_verifier_is_traversal_and_unknown_ones_are_refused() -> None:
@@ -149,10 +120,8 @@ def test_the_budget_that_a_refusal_names_is_enough(
     """More memory once meant larger chunks of the prompt, which then did not fit into what the refusal had asked for."""
     settings = replace(SETTINGS, max_context=max_context, slots=slots, resident_layers=resident_layers)
 
-    def plan_within(device_budget_bytes: int) -> Plan:
-        tree = TreeShape.chains(width, 6)
-        budgets = {"device_budget_bytes": device_budget_bytes, "host_budget_bytes": None}
-        return plan_run(settings, tree, LLAMA_2_70B, None, max_positions=4096, **budgets)
+    def plan_within(device_bytes: int) -> None:
+        plan(settings, TreeShape.chains(width, 6), device_gib=device_bytes / GIB)
 
     try:
         plan_within(budget_bytes)

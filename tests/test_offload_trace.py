@@ -9,6 +9,7 @@ from typing import Any
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.trace import LANES, Trace
+from planning import L40
 
 Models = Callable[..., Path]
 
@@ -18,7 +19,7 @@ def traced_run(folder: Path) -> Trace:
     layer_bytes = 40_000
     settings = EngineSettings(
         model=str(folder),
-        draft_model=str(folder),
+        draft_models=(str(folder),),
         tree="2x2:kary",
         device="cpu",
         resident_layers=1,
@@ -26,7 +27,7 @@ def traced_run(folder: Path) -> Trace:
         host_memory_bytes=3 * layer_bytes,
         emulate_link_bytes_per_s=5e6,
     )
-    with open_engine(settings, trace=trace) as engine:
+    with open_engine(settings, trace=trace, hardware=L40) as engine:
         engine.generate([1, 2, 3], max_new_tokens=9, ignore_eos=True)
     return trace
 

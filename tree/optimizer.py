@@ -145,8 +145,9 @@ def _candidates(
     width = min(num_nodes, max_level_width or num_nodes)
     levels = [_Level(np.ones(1), np.zeros(1, dtype=np.int64))]
     pool = levels[0].values
+    smooth = [isotonic(vector)[:max_branching] for vector in acceptance.levels]
     for level in range(num_levels - 1):
-        vector = isotonic(acceptance.vector(level))[:max_branching]
+        vector = smooth[min(level, len(smooth) - 1)]
         values = np.multiply.outer(levels[-1].values, vector).ravel()
         # The n-th best so far only rises with depth: a node that does not beat it never will, nor will its descendants.
         eligible = np.flatnonzero(values > (pool.min() if len(pool) == num_nodes else -1.0))

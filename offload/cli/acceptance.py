@@ -51,11 +51,11 @@ class AcceptanceRecorder:
         }
 
 
-def provenance(arguments: argparse.Namespace, settings: EngineSettings) -> dict[str, object]:
-    """What the acceptance depends on. Models by name, not by path: the file may travel."""
+def provenance(arguments: argparse.Namespace, settings: EngineSettings, draft: int | None) -> dict[str, object]:
+    """What the acceptance depends on; `draft` is the place of the one used. Models by name: the file may travel."""
     return {
         "target": Path(settings.model).name,
-        "draft": Path(settings.draft_model or "").name,
+        "draft": Path(settings.draft_models[draft]).name if draft is not None else None,
         "temperature": arguments.temperature,
         "top_k": arguments.top_k,
         "top_p": arguments.top_p,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from ..config import EngineSettings
 from ..errors import DeviceError, UsageError
-from ..planner.tree_choice import read_acceptance, read_tree
+from ..planner.hardware_file import read_hardware
+from ..planner.tree_choice import read_acceptances, read_tree
 from ..trace import Trace
 from .acceptance import AcceptanceRecorder, provenance, write_json
 from .parser import DEMO_PROMPT
@@ -49,9 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace, settings: EngineSettings) -> None:
     """UsageError or ModelError for what the flags, and the small files that they name, tell before any model is read."""
-    read_tree(settings.tree, has_draft=settings.draft_model is not None)
-    if settings.acceptance is not None:
-        read_acceptance(Path(settings.acceptance))
+    read_tree(settings.tree, has_draft=bool(settings.draft_models))
+    read_acceptances(settings)
+    if settings.profile is not None:
+        read_hardware(Path(settings.profile))
     templated = "--chat" if arguments.chat else "--system-prompt" if arguments.system_prompt is not None else None
     against = "--raw" if arguments.raw else "--prompt-ids" if arguments.prompt_ids is not None else None
     if templated and against:
@@ -62,7 +64,7 @@ def _check(arguments: argparse.Namespace, settings: EngineSettings) -> None:
     for flag, name in files.items():
         if name is not None:
             check_writable(flag, Path(name))
-    if arguments.record_acceptance is not None and settings.draft_model is None:
+    if arguments.record_acceptance is not None and not settings.draft_models:
         raise UsageError("nothing to count without a draft", where="--record-acceptance", cure="name a --draft-model")
     if arguments.trace and arguments.trace.endswith(".png") and find_spec("matplotlib") is None:
         raise UsageError("a picture needs matplotlib", where="--trace", cure="install matplotlib, or name a .json file")
@@ -157,7 +159,7 @@ def _write_files(
         if trace is not None:
             trace.save(Path(arguments.trace))
         if arguments.record_acceptance:
-            write_json(Path(arguments.record_acceptance), recorder.document(provenance(arguments, settings)))
+            write_json(Path(arguments.record_acceptance), recorder.document(provenance(arguments, settings, report.plan.draft)))
     except OSError as error:
         raise DeviceError(
             f"the text above is complete, but a file could not be written: {error}",

@@ -91,10 +91,18 @@ def add_profile_flags(parser: argparse.ArgumentParser) -> None:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and machine")
     group.add_argument("--model", metavar="PATH|HUB_ID", help="target model; default: the bundled demo pair")
-    group.add_argument("--draft-model", metavar="PATH|HUB_ID|none", help="draft model; none = no speculation")
+    group.add_argument(
+        "--draft-model",
+        action="append",
+        metavar="PATH|HUB_ID|none",
+        help="draft model; none = no speculation; several: the planner takes the best",
+    )
     group.add_argument("--tree", default="auto", metavar="SPEC", help="auto, none, 768x18, 4x6:kary, or a JSON file")
     group.add_argument("--verifier", default="auto", choices=VERIFIERS, help="how sampled trees are verified, all exactly")
-    group.add_argument("--acceptance", metavar="FILE", help="acceptance profile that NxL trees are optimised for")
+    group.add_argument(
+        "--acceptance", action="append", metavar="FILE", help="acceptance profile of the draft, which trees are optimised for"
+    )
+    group.add_argument("--profile", metavar="FILE", help="hardware profile for the planner; default: a quick measurement")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     group.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's on CUDA, float32 on CPU")
     group.add_argument("--gpu-memory", default="auto", metavar="SIZE", help="device memory budget, e.g. 22GiB")

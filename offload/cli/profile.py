@@ -22,8 +22,8 @@ MEASURING_TREE = "256x12"
 
 def run(arguments: argparse.Namespace) -> int:
     settings = engine_settings(arguments, emulate_demo_link=False)
-    if settings.draft_model is None:
-        raise UsageError("a pair has two models", where="profile acceptance", cure="name a --draft-model")
+    if len(settings.draft_models) != 1:
+        raise UsageError("a pair is a target and one draft", where="profile acceptance", cure="name a --draft-model")
     if settings.tree == "auto":
         settings = replace(settings, tree=MEASURING_TREE)
     if arguments.output:
@@ -75,4 +75,4 @@ def _measure(
             recorder.add(step)
         if not arguments.quiet:
             say(f"prompt {number} of {len(prompts)}: {generation.stats.tokens_per_pass:.2f} tokens/pass")
-    return recorder.document({**provenance(arguments, settings), "prompts": len(prompts)}, per_level=arguments.per_level)
+    return recorder.document({**provenance(arguments, settings, 0), "prompts": len(prompts)}, per_level=arguments.per_level)

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from ..config import EngineSettings
-from ..demo import ACCEPTANCE, DRAFT, LINK, TARGET
+from ..demo import DRAFT, LINK, TARGET, acceptance_at
 from ..errors import UsageError
 from .terminal import say
 
@@ -16,7 +16,7 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
     model, draft_model, emulate_link = arguments.model, arguments.draft_model, arguments.emulate_link
     acceptance = arguments.acceptance
     if model is None:
-        acceptance = acceptance or str(ACCEPTANCE)
+        acceptance = acceptance or str(acceptance_at(getattr(arguments, "temperature", 0.0)))
         model, draft_model = str(TARGET), str(DRAFT) if draft_model is None else draft_model
         if emulate_link is None and emulate_demo_link and not arguments.device.startswith("cuda"):
             emulate_link = LINK
@@ -32,6 +32,7 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
         tree=arguments.tree,
         verifier=arguments.verifier,
         acceptance=acceptance,
+        profile=arguments.profile,
         device=arguments.device,
         dtype=arguments.dtype,
         gpu_memory=arguments.gpu_memory,

@@ -3,6 +3,7 @@
 The model is built on the meta device, which costs no memory and asks transformers itself for names and shapes.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,17 +72,22 @@ def read_architecture(folder: Path) -> Architecture:
     one that we would not compute exactly."""
     where = str(folder / "config.json")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return architecture_of(AutoConfig.from_pretrained(folder, trust_remote_code=False), where)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises anything here: OSError, ValueError, KeyError, StrictDataclassError
+        raise _not_buildable(error, where) from error
+
+
+def architecture_of(config: Any, where: str) -> Architecture:
+    """The architecture that transformers builds from `config`, which came from `where`. Errors as in `read_architecture`."""
+    try:
         _check_sizes(config)
         register()
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, trust_remote_code=False)
-    except Exception as error:  # transformers raises anything here: OSError, ValueError, KeyError, StrictDataclassError
-        raise ModelError(
-            f"not a causal language model that transformers can build: {_one_line(error)}",
-            where=where,
-            cure="give the folder of a dense decoder such as Llama, Mistral, Qwen2 or Qwen3",
-        ) from error
+    except Exception as error:
+        raise _not_buildable(error, where) from error
     _refuse_unsupported(config, model, where)
     prefix = "model.layers"
     layers = list(model.get_submodule(prefix).children())
@@ -97,6 +103,15 @@ def read_architecture(folder: Path) -> Architecture:
         layer_shapes=shapes[0],
         shared_shapes=shared,
     )
+
+
+def shortened(architecture: Architecture, num_layers: int) -> Architecture:
+    """The same model with `num_layers` decoder layers, for measuring."""
+    config = copy.deepcopy(architecture.config)
+    config.num_hidden_layers = num_layers
+    if (kinds := getattr(config, "layer_types", None)) is not None:
+        config.layer_types = (kinds * num_layers)[:num_layers]
+    return architecture_of(config, "a shortened model")
 
 
 def check_weights(architecture: Architecture, checkpoint: Checkpoint) -> None:
@@ -149,6 +164,14 @@ def _refuse_unsupported(config: Any, model: PreTrainedModel, where: str) -> None
         raise _unsupported("its attention is not plain grouped-query attention", config, where)
     if getattr(config, "max_position_embeddings", None) is None:
         raise _unsupported("its config names no max_position_embeddings", config, where)
+
+
+def _not_buildable(error: Exception, where: str) -> ModelError:
+    return ModelError(
+        f"not a causal language model that transformers can build: {_one_line(error)}",
+        where=where,
+        cure="give the folder of a dense decoder such as Llama, Mistral, Qwen2 or Qwen3",
+    )
 
 
 def _unsupported(reason: str, config: Any, where: str) -> ModelError:

@@ -1,30 +1,42 @@
-"""Turns "auto" into numbers, once, before anything is loaded: which layer lives where, slots, context, rows per pass.
+"""Turns "auto" into numbers, once, before anything is loaded: draft, tree, which layer lives where, slots, rows per pass.
 
-Pure: budgets come in as numbers, a frozen Plan goes out, or a FitError that shows the sum.
+Pure: budgets and rates come in as numbers, a frozen Plan goes out, or a FitError that shows the sum.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
+from tree.acceptance import Acceptance
+from tree.optimizer import best_tree, expected_tokens
 from tree.shape import TreeShape
+from tree.spec import OptimalTree
 
 from ..config import EngineSettings
-from ..errors import FitError
-from ..streaming.schedule import spread_evenly
-from ..weights.placement import RING_BUFFERS, Placement
-from .cost import ModelCost, activation_bytes, ledger_lines, logits_bytes, size_text
+from ..errors import FitError, UsageError
+from ..weights.placement import Placement
+from .cost import ModelCost
+from .hardware import HardwareProfile
+from .memory import MAX_AUTO_SLOTS, MIN_SLOTS, Budgets, MemoryPlan, plan_memory
+from .search import MAX_NODES, DraftOption, Prediction, Workload, best_choice, predict
 
-DEFAULT_TEXT_TOKENS = 4096
-# A prompt pass costs a whole stream of the weights, so chunks are as large as activations in this share of memory allow.
-ACTIVATION_SHARE = 8
-CHUNK_ROWS = (4096, 2048, 1024, 512, 256, 128, 64)
-MIN_SLOTS, MAX_AUTO_SLOTS = 2, 3
+# Attention costs grow with the context; predictions are for a text in its middle, and texts are seldom longer than this.
+TYPICAL_CONTEXT_ROWS = 512
+SLOTS = (MIN_SLOTS, MAX_AUTO_SLOTS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Every decision of a run. Ledgers are bytes by named part; `context_rows` counts prompt, new tokens and tree."""
+    """Every decision of a run. Ledgers are bytes by named part; `context_rows` counts prompt, new tokens and tree.
 
+    `draft` is the place of the chosen draft among those offered, None for none. `link_bytes_per_s` is what copies can
+    reach, None when nothing is streamed.
+    """
+
+    draft: int | None
     placement: Placement
     num_slots: int
     tree: TreeShape
@@ -36,33 +48,27 @@ class Plan:
     device_budget_bytes: int | None
     host_ledger: Mapping[str, int]
     host_budget_bytes: int | None
-    expected_tokens_per_pass: float = 1.0
-    link_bytes_per_s: float | None = None
+    link_bytes_per_s: float | None
+    prediction: Prediction
+    autoregressive_s_per_token: float | None
+    notes: tuple[str, ...] = ()
 
     @property
     def text_tokens(self) -> int:
         """Most tokens of prompt and answer together: what the rows leave beside the tree, and the model has positions for."""
         return min(self.context_rows - self.tree.num_nodes + 1, self.max_positions)
 
-    @property
-    def predicted_pass_s(self) -> float | None:
-        """Streaming time of one pass; None when nothing is streamed or the link was not measured."""
-        if not self.bytes_per_pass or self.link_bytes_per_s is None:
-            return None
-        return self.bytes_per_pass / self.link_bytes_per_s
-
-    @property
-    def predicted_s_per_token(self) -> float | None:
-        """Streaming alone, at the acceptance that the tree was planned with."""
-        pass_s = self.predicted_pass_s
-        return None if pass_s is None else pass_s / self.expected_tokens_per_pass
-
     def to_json(self) -> dict[str, object]:
+        """What `--json` reports of the plan of a run."""
+        prediction = self.prediction
         return {
-            "predicted_pass_s": self.predicted_pass_s,
-            "predicted_round_s": self.predicted_pass_s,
-            "predicted_s_per_token": self.predicted_s_per_token,
-            "expected_tokens_per_pass": self.expected_tokens_per_pass,
+            "predicted_pass_s": prediction.pass_s,
+            "predicted_draft_s": prediction.draft_s,
+            "predicted_compute_s": prediction.compute_s,
+            "predicted_round_s": prediction.round_s,
+            "predicted_s_per_token": prediction.s_per_token,
+            "autoregressive_s_per_token": self.autoregressive_s_per_token,
+            "expected_tokens_per_pass": prediction.expected_tokens,
             "link_bytes_per_s": self.link_bytes_per_s,
             "context_rows": self.context_rows,
             "pass_rows": self.pass_rows,
@@ -70,129 +76,165 @@ class Plan:
             "device_budget_bytes": self.device_budget_bytes,
             "host_bytes": dict(self.host_ledger),
             "host_budget_bytes": self.host_budget_bytes,
+            "notes": list(self.notes),
         }
+
+
+def make_workload(
+    settings: EngineSettings,
+    target: ModelCost,
+    hardware: HardwareProfile,
+    budgets: Budgets,
+    *,
+    max_positions: int,
+    context_rows: int = TYPICAL_CONTEXT_ROWS,
+) -> Workload:
+    """What the search needs to know of this target on this machine."""
+
+    def memory(draft: DraftOption | None, num_nodes: int, num_slots: int) -> MemoryPlan:
+        cost = draft.cost if draft else None
+        return plan_memory(settings, target, cost, num_nodes, num_slots, max_positions=max_positions, budgets=budgets)
+
+    return Workload(
+        target=target,
+        times=hardware.times(target, "target", context_rows),
+        verify=hardware.verify_times(target.vocab_size),
+        link_bytes_per_s=settings.emulate_link_bytes_per_s or hardware.link_bytes_per_s,
+        disk_bytes_per_s=hardware.disk_bytes_per_s or math.inf,
+        memory=memory,
+    )
 
 
 def plan_run(
     settings: EngineSettings,
-    tree: TreeShape,
-    target: ModelCost,
-    draft: ModelCost | None,
+    tree: TreeShape | OptimalTree | None,
+    workload: Workload,
+    drafts: Sequence[DraftOption],
     *,
-    expected_tokens_per_pass: float = 1.0,
     max_positions: int,
-    device_budget_bytes: int | None,
-    host_budget_bytes: int | None,
+    budgets: Budgets,
 ) -> Plan:
-    """The plan for `settings` within the budgets (None: unbounded). Raises FitError when they cannot hold even two slots,
-    one ring of host buffers, or the context asked for."""
-    context_rows = settings.max_context or min(max_positions, DEFAULT_TEXT_TOKENS) + tree.num_nodes - 1
-    if tree.num_nodes + 1 > context_rows:
-        raise FitError(
-            f"a tree of {tree.num_nodes} nodes leaves no room in a context of {context_rows} rows",
-            where="--max-context, --tree",
-            cure="raise --max-context or take a smaller tree",
-        )
-    fixed = {
-        "embedding, norm and head": target.shared_bytes,
-        "key/value cache": target.kv_bytes_per_row * context_rows,
-        "draft model": draft.shared_bytes + draft.num_layers * draft.layer_bytes if draft else 0,
-        "draft key/value cache": draft.kv_bytes_per_row * context_rows if draft else 0,
-        "logits": logits_bytes(target, tree.num_nodes),
-    }
-    pass_rows = _pass_rows(settings, target, tree, context_rows, fixed, device_budget_bytes)
-    fixed["activations"] = activation_bytes(target, pass_rows, context_rows)
-    num_resident, num_slots = _residency(settings, target, fixed, device_budget_bytes)
-    resident = spread_evenly(num_resident, target.num_layers)
-    ledger = {
-        **fixed,
-        f"{num_resident} resident layers": num_resident * target.layer_bytes,
-        f"{num_slots} slots": num_slots * target.layer_bytes,
-    }
-    _check_device(ledger, device_budget_bytes)
-    placement, host_ledger = _host(target, resident, host_budget_bytes)
+    """The plan with the least predicted seconds per token. `tree` None leaves the choice of a tree, and whether to use a
+    draft at all, to the planner. Raises FitError when the budgets hold no plan."""
+    slots = (settings.slots,) if settings.slots else SLOTS
+    plain = best_choice(workload, [None], slots)
+    if tree is None:
+        draft, shape, memory = _choose(settings, workload, drafts, slots)
+    else:
+        draft, shape, memory = _fixed(tree, workload, drafts, slots)
+    prediction = _predict(workload, memory, shape, drafts[draft] if draft is not None else None)
+    streams = bool(memory.placement.streamed)
+    plain_s = plain.s_per_token if plain else None
     return Plan(
-        placement=placement,
-        num_slots=num_slots,
-        tree=tree,
-        context_rows=context_rows,
-        pass_rows=pass_rows,
+        draft=draft,
+        placement=memory.placement,
+        num_slots=memory.num_slots,
+        tree=shape,
+        context_rows=memory.context_rows,
+        pass_rows=memory.pass_rows,
         max_positions=max_positions,
-        bytes_per_pass=len(placement.streamed) * target.layer_bytes,
-        device_ledger=ledger,
-        device_budget_bytes=device_budget_bytes,
-        host_ledger=host_ledger,
-        host_budget_bytes=host_budget_bytes,
-        expected_tokens_per_pass=expected_tokens_per_pass,
+        bytes_per_pass=len(memory.placement.streamed) * workload.target.layer_bytes,
+        device_ledger=memory.device_ledger,
+        device_budget_bytes=budgets.device_bytes,
+        host_ledger=memory.host_ledger,
+        host_budget_bytes=budgets.host_bytes,
+        link_bytes_per_s=workload.link_bytes_per_s if streams else None,
+        prediction=prediction,
+        autoregressive_s_per_token=plain_s,
+        notes=tuple(_notes(workload, memory, drafts if tree is None else (), draft)),
     )
 
 
-def _pass_rows(
-    settings: EngineSettings,
-    target: ModelCost,
-    tree: TreeShape,
-    context_rows: int,
-    others: Mapping[str, int],
-    budget: int | None,
-) -> int:
-    """Rows of the largest chunk that takes its share at most, and nothing from what must be there: a chunk is never the
-    reason why a budget is refused."""
-    least = tree.num_nodes + 1
-    num_resident = min(settings.resident_layers or 0, target.num_layers)
-    num_layers = num_resident + ((settings.slots or MIN_SLOTS) if num_resident < target.num_layers else 0)
-    needed = sum(others.values()) + num_layers * target.layer_bytes
-    room = None if budget is None else min(budget // ACTIVATION_SHARE, budget - needed)
-    for rows in CHUNK_ROWS:
-        if rows >= least and (room is None or activation_bytes(target, rows, context_rows) <= room):
-            return min(rows, context_rows)
-    return min(least, context_rows)
+def _choose(
+    settings: EngineSettings, workload: Workload, drafts: Sequence[DraftOption], slots: Sequence[int]
+) -> tuple[int | None, TreeShape, MemoryPlan]:
+    max_nodes = max(settings.max_context // 4, 1) if settings.max_context else MAX_NODES
+    choice = best_choice(workload, [None, *drafts], slots, max_nodes=max_nodes)
+    if choice is None:
+        workload.memory(None, 1, slots[0])  # raises, and says by how much
+        raise AssertionError("no plan, and yet the smallest fits")
+    if choice.draft is None:
+        return None, TreeShape.root_only(), choice.memory
+    shape = best_tree(
+        choice.draft.acceptance,
+        choice.num_nodes,
+        choice.num_levels,
+        max_branching=workload.target.vocab_size,
+        max_level_width=choice.max_level_width,
+    )
+    return drafts.index(choice.draft), shape, choice.memory
 
 
-def _residency(settings: EngineSettings, target: ModelCost, fixed: Mapping[str, int], budget: int | None) -> tuple[int, int]:
-    """(resident layers, slots): what the user said, the rest as many residents as the budget leaves room for."""
-    layers, layer_bytes = target.num_layers, target.layer_bytes
-    if settings.resident_layers is not None:
-        if settings.resident_layers > layers:
-            raise FitError(
-                f"{settings.resident_layers} resident layers asked for, the model has {layers}",
-                where="--resident-layers",
-                cure=f"give at most {layers}",
+def _fixed(
+    tree: TreeShape | OptimalTree, workload: Workload, drafts: Sequence[DraftOption], slots: Sequence[int]
+) -> tuple[int | None, TreeShape, MemoryPlan]:
+    """The tree that was asked for, with the draft and the slots that suit it best. The root alone needs no draft."""
+    if not drafts or tree.num_nodes == 1:
+        memory = min(_memories(workload, None, 1, slots), key=lambda memory: _predict(workload, memory, _ROOT, None).round_s)
+        return None, _ROOT, memory
+    points = []
+    for place, draft in enumerate(drafts):
+        shape = shape_for(tree, draft.acceptance, workload.target.vocab_size)
+        for memory in _memories(workload, draft, shape.num_nodes, slots):
+            points.append((_predict(workload, memory, shape, draft).s_per_token, place, shape, memory))
+    _, place, shape, memory = min(points, key=lambda point: point[:2])
+    return place, shape, memory
+
+
+_ROOT = TreeShape.root_only()
+
+
+def shape_for(tree: TreeShape | OptimalTree, acceptance: Acceptance, vocab_size: int) -> TreeShape:
+    """A shape as it is; for a request, the best one for `acceptance` in which no node has more children than there are
+    tokens. UsageError for a shape that has such a node."""
+    if isinstance(tree, TreeShape):
+        if tree.max_branching > vocab_size:
+            raise UsageError(
+                f"a node with {tree.max_branching} children, and a vocabulary of {vocab_size} tokens",
+                where="--tree",
+                cure="take a narrower tree",
             )
-        slots = settings.slots or MIN_SLOTS
-        return settings.resident_layers, slots if settings.resident_layers < layers else 0
-    room = None if budget is None else budget - sum(fixed.values())
-    if room is None:
-        return 0, settings.slots or MAX_AUTO_SLOTS
-    if room >= layers * layer_bytes:
-        return layers, 0
-    slots = settings.slots or min(max(room // layer_bytes, MIN_SLOTS), MAX_AUTO_SLOTS)
-    return min(max(room // layer_bytes - slots, 0), layers - 1), slots
+        return tree
+    return best_tree(acceptance, tree.num_nodes, tree.num_levels, max_branching=vocab_size)
 
 
-def _check_device(ledger: Mapping[str, int], budget: int | None) -> None:
-    if budget is not None and sum(ledger.values()) > budget:
-        raise FitError(
-            ledger_lines(ledger, budget),
-            where="--gpu-memory",
-            cure=f"allow at least {size_text(sum(ledger.values()))}, or lower --max-context, --tree, --resident-layers",
-        )
+def _memories(workload: Workload, draft: DraftOption | None, num_nodes: int, slots: Sequence[int]) -> list[MemoryPlan]:
+    """One for every number of slots that fits; FitError when none does."""
+    found = [workload.memory(draft, num_nodes, slots[0])]
+    for num_slots in slots[1:]:
+        try:
+            found.append(workload.memory(draft, num_nodes, num_slots))
+        except FitError:
+            break
+    return found
 
 
-def _host(target: ModelCost, resident: frozenset[int], budget: int | None) -> tuple[Placement, dict[str, int]]:
-    """Host layers as the budget allows; the others on disk, spread evenly so that reading never pauses."""
-    placement = Placement(num_layers=target.num_layers, resident=resident)
-    streamed = placement.streamed
-    if budget is None or len(streamed) * target.layer_bytes <= budget:
-        return placement, {"pinned layers": len(streamed) * target.layer_bytes}
-    ring_bytes = RING_BUFFERS * target.layer_bytes
-    num_host = (budget - ring_bytes) // target.layer_bytes
-    if num_host < 0:
-        raise FitError(
-            ledger_lines({f"a ring of {RING_BUFFERS} layers for reading from disk": ring_bytes}, budget),
-            where="--host-memory",
-            cure=f"allow at least {size_text(ring_bytes)}",
-        )
-    chosen = spread_evenly(len(streamed) - num_host, len(streamed))
-    disk = frozenset(layer for order, layer in enumerate(streamed) if order in chosen)
-    placement = Placement(num_layers=target.num_layers, resident=resident, disk=disk)
-    return placement, {"pinned layers": num_host * target.layer_bytes, "disk ring": ring_bytes}
+def _predict(workload: Workload, memory: MemoryPlan, shape: TreeShape, draft: DraftOption | None) -> Prediction:
+    if draft is None:
+        return predict(workload, memory, 1, 0.0, 1.0)
+    draft_s = float(draft.draft_s(expanded_per_level(shape)))
+    return predict(workload, memory, shape.num_nodes, draft_s, expected_tokens(shape, draft.acceptance))
+
+
+def expanded_per_level(shape: TreeShape) -> npt.NDArray[np.int64]:
+    """How many nodes of each level have children."""
+    return np.array([len(nodes) for nodes in shape.expanded], dtype=np.int64)
+
+
+def _notes(
+    workload: Workload,
+    memory: MemoryPlan,
+    drafts: Sequence[DraftOption],
+    draft: int | None,
+) -> Iterator[str]:
+    placement = memory.placement
+    if not placement.streamed:
+        yield "the model fits on the device entirely: nothing is streamed"
+    if drafts and draft is None:
+        yield "no draft is used: each of those offered would take longer than the tokens it brings"
+    if placement.disk:
+        disk_s = len(placement.disk) * workload.target.layer_bytes / workload.disk_bytes_per_s
+        if disk_s > len(placement.streamed) * workload.target.layer_bytes / workload.link_bytes_per_s:
+            yield f"the disk sets the pace: {len(placement.disk)} layers are read from it in every pass"
+        if math.isinf(workload.disk_bytes_per_s):
+            yield "the disk's rate is unknown: the prediction leaves it out"

@@ -8,43 +8,25 @@ from tree.acceptance import Acceptance
 from tree.shape import TreeShape
 from tree.spec import OptimalTree, parse_tree_spec
 
+from ..config import EngineSettings
 from ..errors import UsageError
 from .files import read_file
 
 if TYPE_CHECKING:
     from tree.verify import Method
 
-# Small enough to cost little where compute is slow, and most of what larger trees yield: tokens per pass grow with the
-# logarithm of the nodes.
-AUTO_TREE = OptimalTree(64, 10)
 # What NxL trees are optimised for when no profile is given: the vector that Sequoia publishes for a 70B and its 8B draft.
 DEFAULT_ACCEPTANCE = Path(__file__).parents[2] / "profiles/acceptance/llama-3-8b__llama-3-70b__cnn__published.json"
 
 
-def resolve_tree(
-    spec: str, acceptance: str | None, *, has_draft: bool, vocab_size: int, max_context: int | None
-) -> tuple[TreeShape, float]:
-    """The shape that `--tree` names, optimised for the `acceptance` file if it is an NxL, and the tokens per pass to
-    expect of it by that file. No node of an optimised tree has more than `vocab_size` children, and auto takes at most a
-    quarter of `max_context` rows. Errors as in `read_tree`."""
-    from tree.optimizer import best_tree, expected_tokens  # numpy; reading flags needs none of it
+def read_tree(spec: str, *, has_draft: bool) -> TreeShape | OptimalTree | None:
+    """What `--tree` says: none, WxL:kary, NxL (a request, not yet a shape), or the path of a TreeShape JSON; None for auto,
+    which is the planner's to choose.
 
-    profile = read_acceptance(Path(acceptance) if acceptance is not None else DEFAULT_ACCEPTANCE)
-    tree = read_tree(spec, has_draft=has_draft)
-    if not isinstance(tree, OptimalTree):
-        return tree, expected_tokens(tree, profile)
-    num_nodes = min(tree.num_nodes, max(max_context // 4, 1)) if spec == "auto" and max_context else tree.num_nodes
-    shape = best_tree(profile, num_nodes, tree.num_levels, max_branching=vocab_size)
-    return shape, expected_tokens(shape, profile)
-
-
-def read_tree(spec: str, *, has_draft: bool) -> TreeShape | OptimalTree:
-    """What `--tree` says: auto, none, WxL:kary, NxL (a request, not yet a shape), or the path of a TreeShape JSON.
-
-    Without a draft, auto is the root alone and anything larger is a UsageError. ModelError for a file that is invalid.
+    UsageError for anything larger than the root without a draft; ModelError for a file that is invalid.
     """
     if spec == "auto":
-        return AUTO_TREE if has_draft else TreeShape.root_only()
+        return None
     tree = _from_file(Path(spec)) if spec.endswith(".json") or _is_file(spec) else _from_spec(spec)
     if tree.num_nodes > 1 and not has_draft:
         raise UsageError(
@@ -59,6 +41,14 @@ def resolve_method(name: str) -> "Method":
     """The verifier that `--verifier` names (EngineSettings has checked it). auto: traversal, which accepts most of a
     sampled tree; at temperature 0 all of them are the same greedy walk."""
     return "traversal" if name == "auto" else cast("Method", name)
+
+
+def read_acceptances(settings: EngineSettings) -> tuple[Acceptance, ...]:
+    """One for each of the draft models: its own file, the one for all, or the published default. ModelError for a file
+    that is none."""
+    files = settings.acceptances or (str(DEFAULT_ACCEPTANCE),)
+    read = tuple(read_acceptance(Path(name)) for name in files)
+    return read if len(read) == len(settings.draft_models) else read[:1] * len(settings.draft_models)
 
 
 def read_acceptance(path: Path) -> Acceptance:

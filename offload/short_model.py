@@ -1,0 +1,111 @@
+"""Models of a few layers full of noise: what a forward pass takes, without the model whose layers they are."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+
+from tree.sampling import SamplingParams, law, sample_without_replacement
+from tree.shape import TreeShape
+
+from .device import Device
+from .model.architecture import shortened
+from .model.attention import pass_mask
+from .model.causal_lm import CausalLM
+from .model.drafter import ModelDrafter
+from .model.kv_cache import KVCache
+from .planner.hardware import Role
+from .source import TypedModel
+
+# Layers share weights, from several buffers in turn, so that those of a small model do not stay in a cache.
+FEW_LAYERS, MORE_LAYERS = 1, 3
+ROTATED_BYTES = 2**26
+NOISE_NUMBERS = 2**18
+PARAMS = SamplingParams(temperature=0.6)
+
+
+class _Repeated:
+    """A weight source: `num_layers` layers from a few buffers in turn, across passes."""
+
+    def __init__(self, buffers: Sequence[Mapping[str, torch.Tensor]], num_layers: int) -> None:
+        self._buffers, self._num_layers, self._next = buffers, num_layers, 0
+
+    def one_pass(self) -> Iterator[Mapping[str, torch.Tensor]]:
+        for _ in range(self._num_layers):
+            self._next = (self._next + 1) % len(self._buffers)
+            yield self._buffers[self._next]
+
+
+class ShortModel:
+    """A model of a few layers, ready to be timed."""
+
+    def __init__(self, device: Device, role: Role, model: CausalLM) -> None:
+        self._device, self._model = device, model
+        self._drafter = ModelDrafter(model, device, model.architecture.vocab_size) if role == "draft" else None
+        self._generator = torch.Generator(device.torch_device).manual_seed(0)
+
+    def work(self, rows: int, context_rows: int) -> Callable[[], object]:
+        """What a pass over `rows` nodes does; for a draft, a level of as many nodes and the drawing of their children."""
+        self._model.cache.truncate(0)
+        self._model.cache.length = context_rows
+        if self._drafter is not None:
+            return self._level(self._drafter, rows)
+        token_ids = self._device.upload(torch.zeros(rows, dtype=torch.int64))
+        positions = self._device.upload(torch.full((rows,), context_rows))
+        tree_mask = self._device.upload(torch.ones(rows, rows, dtype=torch.bool).tril())
+        mask = pass_mask(context_rows, 0, tree_mask)
+
+        def forward() -> None:
+            self._model.forward(token_ids, positions, mask, rows)
+            self._model.cache.truncate(context_rows)
+
+        return forward
+
+    def _level(self, drafter: ModelDrafter, rows: int) -> Callable[[], object]:
+        cache = self._model.cache
+        context_rows = cache.length
+        drafter.restart()
+        cache.length = context_rows
+        shape, nodes = TreeShape((-1, *([0] * rows), *range(1, rows + 1))), tuple(range(1, rows + 1))
+        token_ids = self._device.upload(torch.zeros(rows, dtype=torch.int64))
+        drafter.extend_context([0] * (context_rows + 1))
+        drafter.begin(shape)
+
+        def level() -> None:
+            logits = drafter.expand(nodes, token_ids)
+            sample_without_replacement(law(logits, PARAMS), 1, self._generator, ranking=logits)
+            drafter.commit((0,))
+
+        return level
+
+
+def short_models(device: Device, model: TypedModel, role: Role, capacity: int) -> tuple[ShortModel, ShortModel]:
+    """One of FEW_LAYERS and one of MORE_LAYERS, on the same noise."""
+    layout, shared = model.layout, model.shared_layout
+    num_buffers = max(1, min(model.architecture.num_layers, ROTATED_BYTES // layout.num_bytes))
+    buffers = [layout.views(_noise(device, layout.num_bytes, model.dtype)) for _ in range(num_buffers)]
+    shared_views = shared.views(_noise(device, shared.num_bytes, model.dtype))
+
+    def short(num_layers: int) -> ShortModel:
+        architecture = shortened(model.architecture, num_layers)
+        cache = KVCache(
+            device,
+            num_layers=num_layers,
+            num_kv_heads=architecture.num_kv_heads,
+            head_dim=architecture.head_dim,
+            capacity=capacity,
+            dtype=model.dtype,
+        )
+        weights = _Repeated(buffers, num_layers)
+        return ShortModel(device, role, CausalLM(architecture, device, model.dtype, shared_views, weights, cache))
+
+    return short(FEW_LAYERS), short(MORE_LAYERS)
+
+
+def _noise(device: Device, num_bytes: int, dtype: torch.dtype) -> torch.Tensor:
+    """Device memory full of small random numbers: zeros would multiply faster than weights do on some devices."""
+    buffer = device.alloc(num_bytes)
+    numbers = buffer[: num_bytes // dtype.itemsize * dtype.itemsize].view(dtype)
+    block = device.upload((torch.randn(NOISE_NUMBERS) * 0.02).to(dtype))
+    for part in numbers.split(NOISE_NUMBERS):
+        part.copy_(block[: len(part)])
+    return buffer

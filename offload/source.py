@@ -1,0 +1,93 @@
+"""A model that was looked at and not yet loaded: what it is, where its tensors are, how large it will be."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .errors import ModelError
+from .model.architecture import Architecture, check_weights, read_architecture
+from .model.locate import locate_model
+from .planner.cost import ModelCost, kv_bytes_per_row
+from .text import TextCodec, open_codec
+from .weights.checkpoint import Checkpoint, open_checkpoint
+from .weights.layout import LayerLayout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TypedModel:
+    """An architecture in the dtype it will run in: everything that has a size."""
+
+    architecture: Architecture
+    dtype: torch.dtype
+
+    @property
+    def layout(self) -> LayerLayout:
+        """Of one decoder layer."""
+        return LayerLayout.pack(self.architecture.layer_shapes.items(), self.dtype)
+
+    @property
+    def shared_layout(self) -> LayerLayout:
+        """Of the tensors outside the decoder layers."""
+        return LayerLayout.pack(self.architecture.shared_shapes.items(), self.dtype)
+
+    @property
+    def cost(self) -> ModelCost:
+        architecture, config, itemsize = self.architecture, self.architecture.config, self.dtype.itemsize
+        kv_bytes = kv_bytes_per_row(architecture.num_layers, architecture.num_kv_heads, architecture.head_dim, itemsize)
+        return ModelCost(
+            num_layers=architecture.num_layers,
+            layer_bytes=self.layout.num_bytes,
+            shared_bytes=self.shared_layout.num_bytes,
+            kv_bytes_per_row=kv_bytes,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_heads=config.num_attention_heads,
+            head_dim=architecture.head_dim,
+            vocab_size=architecture.vocab_size,
+            dtype_bytes=itemsize,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """A model folder whose config, tokenizer, headers and index were checked against each other."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    codec: TextCodec | None
+    model: TypedModel
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.model.architecture
+
+
+def check_source(name: str, flag: str, dtype: str, device_type: str) -> ModelSource:
+    """The model `name`, a folder or a hub id, as `flag` gave it. Errors of errors.py for whatever is wrong with it."""
+    folder = locate_model(name, flag)
+    architecture = read_architecture(folder)
+    checkpoint = open_checkpoint(folder)
+    check_weights(architecture, checkpoint)
+    codec = open_codec(folder)
+    if codec is not None and codec.num_tokens > architecture.vocab_size:
+        raise ModelError(
+            f"the tokenizer numbers {codec.num_tokens} tokens, the model's embedding has {architecture.vocab_size}",
+            where=str(folder),
+            cure="use the tokenizer files that belong to this model",
+        )
+    first = checkpoint.tensors[f"{architecture.prefix}.0.{next(iter(architecture.layer_shapes))}"]
+    model = TypedModel(architecture=architecture, dtype=resolve_dtype(dtype, first.dtype, device_type))
+    return ModelSource(folder=folder, checkpoint=checkpoint, codec=codec, model=model)
+
+
+def resolve_dtype(name: str, stored: torch.dtype, device_type: str) -> torch.dtype:
+    """auto: the checkpoint's own on a GPU, float32 on the CPU, where 16-bit arithmetic is slow or emulated."""
+    if name != "auto":
+        return {
+            "float16": torch.float16,
+            "bfloat16": torch.bfloat16,
+            "float32": torch.float32,
+            "float64": torch.float64,
+        }[name]
+    return torch.float32 if device_type == "cpu" else stored

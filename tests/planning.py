@@ -1,0 +1,88 @@
+"""Machines and models for tests of the planner: published shapes, round rates."""
+
+from dataclasses import replace
+
+from offload.config import EngineSettings
+from offload.planner.cost import ModelCost, kv_bytes_per_row
+from offload.planner.hardware import HardwareProfile, ModelTimes
+from offload.planner.memory import Budgets
+from offload.planner.plan import Plan, make_workload, plan_run
+from offload.planner.search import DraftOption
+from offload.planner.tree_choice import DEFAULT_ACCEPTANCE, read_acceptance
+from tree.acceptance import Acceptance
+from tree.shape import TreeShape
+from tree.spec import OptimalTree
+
+GIB = 2**30
+LLAMA_2_70B = ModelCost(
+    num_layers=80,
+    layer_bytes=855_654_400 * 2,
+    shared_bytes=2 * 32000 * 8192 * 2,
+    kv_bytes_per_row=kv_bytes_per_row(80, 8, 128, 2),
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_heads=64,
+    head_dim=128,
+    vocab_size=32000,
+    dtype_bytes=2,
+)
+LLAMA_2_7B = replace(
+    LLAMA_2_70B,
+    num_layers=32,
+    layer_bytes=202_383_360 * 2,
+    shared_bytes=2 * 32000 * 4096 * 2,
+    kv_bytes_per_row=kv_bytes_per_row(32, 32, 128, 2),
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_heads=32,
+)
+L40 = HardwareProfile(
+    device_name="an L40 in round numbers",
+    device_type="cuda",
+    source="tests",
+    link_bytes_per_s=25e9,
+    disk_bytes_per_s=5e9,
+    flops_per_s=110e12,
+    device_memory_bytes_per_s=864e9,
+    layer_overhead_s=1e-4,
+)
+SETTINGS = EngineSettings(model="m")
+CHAINS = TreeShape.chains(4, 6)
+PUBLISHED = read_acceptance(DEFAULT_ACCEPTANCE)
+
+
+def constant_times(rows: tuple[int, ...], layer_s: tuple[float, ...], rest_s: float = 0.0) -> ModelTimes:
+    return ModelTimes(context_rows=0, rows=rows, layer_s=layer_s, rest_s=(rest_s,) * len(rows))
+
+
+def draft_option(
+    cost: ModelCost = LLAMA_2_7B,
+    acceptance: Acceptance = PUBLISHED,
+    hardware: HardwareProfile = L40,
+    name: str = "draft",
+    times: ModelTimes | None = None,
+) -> DraftOption:
+    times = times or hardware.times(cost, "draft", 512)
+    return DraftOption(name=name, cost=cost, times=times, acceptance=acceptance)
+
+
+def budgets(device_gib: float | None, host_gib: float | None = None, *, shared: bool = False) -> Budgets:
+    device = None if device_gib is None else round(device_gib * GIB)
+    return Budgets(device_bytes=device, host_bytes=None if host_gib is None else round(host_gib * GIB), shared=shared)
+
+
+def plan(
+    settings: EngineSettings = SETTINGS,
+    tree: TreeShape | OptimalTree | None = CHAINS,
+    *,
+    device_gib: float | None,
+    host_gib: float | None = None,
+    shared: bool = False,
+    drafts: tuple[DraftOption, ...] | None = None,
+    hardware: HardwareProfile = L40,
+    target: ModelCost = LLAMA_2_70B,
+) -> Plan:
+    limits = budgets(device_gib, host_gib, shared=shared)
+    workload = make_workload(settings, target, hardware, limits, max_positions=4096)
+    drafts = (draft_option(hardware=hardware),) if drafts is None else drafts
+    return plan_run(settings, tree, workload, drafts, max_positions=4096, budgets=limits)
