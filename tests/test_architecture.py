@@ -30,7 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "trace": {*FLOOR, *NUMBERS},
     "text": {*FLOOR, *NUMBERS},
     "model": MACHINE,
-    "planner": {*FLOOR, "device", "weights", "streaming.schedule"},  # which layers are resident is part of the schedule
+    # which layers are resident is part of the schedule; shapes come from where models are found, without building any
+    "planner": {*FLOOR, "device", "weights", "streaming.schedule", "model.locate"},
     "report": {*FLOOR, *NUMBERS, "planner"},
     "admission": {*FLOOR, *NUMBERS, "planner"},
     "decode": ENGINE,
