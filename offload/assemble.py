@@ -66,6 +66,7 @@ class _Source:
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             num_heads=config.num_attention_heads,
+            head_dim=architecture.head_dim,
             vocab_size=architecture.vocab_size,
             dtype_bytes=self.dtype.itemsize,
         )

@@ -24,6 +24,7 @@ LLAMA_2_70B = ModelCost(
     hidden_size=8192,
     intermediate_size=28672,
     num_heads=64,
+    head_dim=128,
     vocab_size=32000,
     dtype_bytes=2,
 )

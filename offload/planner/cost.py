@@ -17,6 +17,7 @@ class ModelCost:
     hidden_size: int
     intermediate_size: int
     num_heads: int
+    head_dim: int
     vocab_size: int
     dtype_bytes: int
 
@@ -24,6 +25,16 @@ class ModelCost:
 def kv_bytes_per_row(num_layers: int, num_kv_heads: int, head_dim: int, dtype_bytes: int) -> int:
     """Keys and values of one token: 327,680 bytes for Llama-2-70B in float16."""
     return 2 * num_layers * num_kv_heads * head_dim * dtype_bytes
+
+
+def layer_flops(model: ModelCost, rows: int) -> float:
+    """Multiplications and additions of one layer's matrices: two per weight and row."""
+    return 2.0 * rows * model.layer_bytes / model.dtype_bytes
+
+
+def attention_flops(model: ModelCost, rows: int, context_rows: int) -> float:
+    """Of scores and their weighted sums in one layer, over cached and new rows."""
+    return 4.0 * rows * (rows + context_rows) * model.num_heads * model.head_dim
 
 
 def activation_bytes(model: ModelCost, rows: int, context_rows: int) -> int:

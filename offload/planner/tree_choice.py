@@ -1,22 +1,19 @@
 """From what `--tree` and `--verifier` say to a shape and a method. Cheap to import: what the flags say is checked before
 torch is there."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, cast
 
 from tree.acceptance import Acceptance
 from tree.shape import TreeShape
 from tree.spec import OptimalTree, parse_tree_spec
 
-from ..errors import ModelError, UsageError
+from ..errors import UsageError
+from .files import read_file
 
 if TYPE_CHECKING:
     from tree.verify import Method
 
-T = TypeVar("T")
-
-MAX_FILE_BYTES = 16 * 2**20
 # Small enough to cost little where compute is slow, and most of what larger trees yield: tokens per pass grow with the
 # logarithm of the nodes.
 AUTO_TREE = OptimalTree(64, 10)
@@ -66,7 +63,7 @@ def resolve_method(name: str) -> "Method":
 
 def read_acceptance(path: Path) -> Acceptance:
     """The acceptance profile in `path`. ModelError when it is not one."""
-    return _read(path, Acceptance.from_json, "an acceptance profile", "see profiles/README.md for the format")
+    return read_file(path, Acceptance.from_json, "an acceptance profile", "see profiles/README.md for the format")
 
 
 def _is_file(spec: str) -> bool:
@@ -84,13 +81,4 @@ def _from_spec(spec: str) -> TreeShape | OptimalTree:
 
 
 def _from_file(path: Path) -> TreeShape:
-    return _read(path, TreeShape.from_json, "a tree", "write one with TreeShape.to_json")
-
-
-def _read(path: Path, parse: Callable[[object], T], what: str, cure: str) -> T:
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"{path.stat().st_size} bytes is too large")
-        return parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"not {what}: {error}", where=str(path), cure=cure) from error
+    return read_file(path, TreeShape.from_json, "a tree", "write one with TreeShape.to_json")

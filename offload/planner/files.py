@@ -1,0 +1,31 @@
+"""Small files that people write or that travel: read whole, bounded in size, with errors that name the file."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from ..errors import ModelError
+
+T = TypeVar("T")
+
+MAX_FILE_BYTES = 16 * 2**20
+
+
+def read_file(path: Path, parse: Callable[[object], T], what: str, cure: str) -> T:
+    """parse(the JSON document in `path`). ModelError for a file that is too large, cannot be read, is no JSON, or for
+    which `parse` raises a ValueError."""
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes is too large")
+        return parse(_json(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"not {what}: {error}", where=str(path), cure=cure) from error
+
+
+def _json(text: str) -> object:
+    try:
+        document: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it must be JSON: {error}") from error
+    return document

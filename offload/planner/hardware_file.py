@@ -1,0 +1,123 @@
+"""profiles/hardware/*.json: a HardwareProfile as a document, and back, every key checked."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .files import read_file
+from .hardware import RATES, REQUIRED_RATES, HardwareProfile, MeasuredModel, ModelTimes, VerifyTimes
+
+SCHEMA_VERSION = 1
+_TEXTS = ("device_name", "device_type", "source")
+_KNOWN = {"schema_version", "published", "layer_overhead_s", "models", "verify", "facts", *_TEXTS, *RATES}
+
+
+def read_hardware(path: Path) -> HardwareProfile:
+    """The profile in `path`. ModelError when it is not one."""
+    return read_file(path, from_json, "a hardware profile", "see profiles/README.md, or make one with `profile hardware`")
+
+
+def to_json(profile: HardwareProfile) -> dict[str, object]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **{name: getattr(profile, name) for name in (*_TEXTS, "published", *RATES, "layer_overhead_s")},
+        "models": [
+            {"role": model.role, "shape": dict(model.shape), "times": [_table(times) for times in model.times]}
+            for model in profile.models
+        ],
+        "verify": [_table(times) for times in profile.verify],
+        "facts": dict(profile.facts),
+    }
+
+
+def from_json(document: object) -> HardwareProfile:
+    """From a parsed document. ValueError names the fault: a key that is missing or unknown, a rate that is none."""
+    if not isinstance(document, Mapping):
+        raise ValueError(f"a hardware profile is a JSON object, not {type(document).__name__}")
+    if document.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"schema_version is {document.get('schema_version')!r}, expected {SCHEMA_VERSION}")
+    if unknown := sorted(set(document) - _KNOWN):
+        raise ValueError(f"unknown key {unknown[0]!r}")
+    if missing := [name for name in (*_TEXTS, *REQUIRED_RATES) if document.get(name) is None]:
+        raise ValueError(f"missing key {missing[0]!r}")
+    facts = document.get("facts", {})
+    if not isinstance(facts, Mapping):
+        raise ValueError("facts is not an object")
+
+    def rate(name: str) -> float | None:
+        return None if document.get(name) is None else _number(document[name], name)
+
+    def size(name: str) -> int | None:
+        return None if document.get(name) is None else _whole(document[name], name)
+
+    return HardwareProfile(
+        device_name=str(document["device_name"]),
+        device_type=str(document["device_type"]),
+        source=str(document["source"]),
+        published=document.get("published") is True,
+        device_memory_bytes=size("device_memory_bytes"),
+        host_memory_bytes=size("host_memory_bytes"),
+        link_bytes_per_s=_number(document["link_bytes_per_s"], "link_bytes_per_s"),
+        pageable_link_bytes_per_s=rate("pageable_link_bytes_per_s"),
+        disk_bytes_per_s=rate("disk_bytes_per_s"),
+        flops_per_s=_number(document["flops_per_s"], "flops_per_s"),
+        device_memory_bytes_per_s=_number(document["device_memory_bytes_per_s"], "device_memory_bytes_per_s"),
+        layer_overhead_s=_number(document.get("layer_overhead_s", 0.0), "layer_overhead_s"),
+        models=tuple(_measured_model(entry) for entry in _list(document, "models")),
+        verify=tuple(_verify_times(entry) for entry in _list(document, "verify")),
+        facts=dict(facts),
+    )
+
+
+def _table(times: ModelTimes | VerifyTimes) -> dict[str, object]:
+    values = {name: getattr(times, name) for name in times.__dataclass_fields__}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _number(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is {value!r}, not a number")
+    return value
+
+
+def _whole(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} is {value!r}, not a whole number")
+    return value
+
+
+def _list(document: Mapping[str, object], name: str) -> Sequence[object]:
+    value = document.get(name, [])
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is not a list")
+    return value
+
+
+def _measured_model(entry: object) -> MeasuredModel:
+    match entry:
+        case {"role": "target" | "draft" as role, "shape": dict(shape), "times": [_, *_] as tables}:
+            times = tuple(sorted((_model_times(table) for table in tables), key=lambda table: table.context_rows))
+            return MeasuredModel(role=role, shape={name: _whole(value, name) for name, value in shape.items()}, times=times)
+    raise ValueError("an entry of models is not {role, shape, times}")
+
+
+def _model_times(entry: object) -> ModelTimes:
+    match entry:
+        case {"context_rows": int(context_rows), "rows": [*rows], "layer_s": [*layer_s], "rest_s": [*rest_s]}:
+            return ModelTimes(
+                context_rows=context_rows,
+                rows=tuple(_whole(value, "rows") for value in rows),
+                layer_s=tuple(_number(value, "layer_s") for value in layer_s),
+                rest_s=tuple(_number(value, "rest_s") for value in rest_s),
+            )
+    raise ValueError("an entry of times is not {context_rows, rows, layer_s, rest_s}")
+
+
+def _verify_times(entry: object) -> VerifyTimes:
+    match entry:
+        case {"vocab_size": int(vocab_size), "nodes": [*nodes], "verify_s": [*verify_s]} if vocab_size > 0:
+            return VerifyTimes(
+                vocab_size=vocab_size,
+                nodes=tuple(_whole(value, "nodes") for value in nodes),
+                verify_s=tuple(_number(value, "verify_s") for value in verify_s),
+            )
+    raise ValueError("an entry of verify is not {vocab_size, nodes, verify_s}")
