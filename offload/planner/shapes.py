@@ -3,7 +3,6 @@
 The facts of well-known models are in profiles/models, so that a plan for one needs nothing of it on this machine.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +10,10 @@ from pathlib import Path
 from ..errors import ModelError
 from ..model.locate import find_config
 from .cost import ModelCost, kv_bytes_per_row
+from .files import read_file
 
 PRESETS = Path(__file__).parents[2] / "profiles/models"
-MAX_FILE_BYTES = 2**20
+CURE = "give the config.json of a dense Llama, Mistral, Qwen2 or Qwen3"
 MAX_LAYERS = 2048  # as model/architecture.py, which would refuse to build it
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -64,6 +64,7 @@ class ModelShape:
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
             num_heads=self.num_heads,
+            head_dim=self.head_dim,
             vocab_size=self.vocab_size,
             dtype_bytes=dtype_bytes,
         )
@@ -151,14 +152,12 @@ def _read_preset(name: str) -> ModelShape:
 
 
 def _read_json(path: Path) -> dict[str, object]:
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"{path.stat().st_size} bytes is too large")
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(document, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise _invalid(f"not the JSON of a model: {error}", str(path)) from error
+    return read_file(path, _object, "the JSON of a model", CURE)
+
+
+def _object(document: object) -> dict[str, object]:
+    if not isinstance(document, dict):
+        raise ValueError("it must be an object")
     return document
 
 
@@ -194,4 +193,4 @@ def _aligned_bytes(tensors: list[int], dtype_bytes: int) -> int:
 
 
 def _invalid(what: str, where: str) -> ModelError:
-    return ModelError(what, where=where, cure="give the config.json of a dense Llama, Mistral, Qwen2 or Qwen3")
+    return ModelError(what, where=where, cure=CURE)
