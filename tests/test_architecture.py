@@ -17,7 +17,7 @@ FLOOR = {"errors", "config", "version"}
 NUMBERS = {"stats", "trace", "text", "device.base"}  # records and words: they read no weights and move none
 MACHINE = {*FLOOR, "device", "weights", "streaming"}
 ENGINE = {*MACHINE, *NUMBERS, "model", "planner"}
-ALL = {*ENGINE, "admission", "decode", "report", "engine", "assemble", "demo"}
+ALL = {*ENGINE, "admission", "decode", "report", "engine", "assemble", "demo", "doctor"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "decode": ENGINE,
     "engine": {*ENGINE, "admission", "decode", "report"},
     "assemble": {*ENGINE, "admission", "decode", "report", "engine"},
+    "doctor": ENGINE,  # looks at files, devices and sizes as a run would, and runs nothing
     "demo": FLOOR,  # data, and the script that made it
     "cli": ALL,
     "__init__": {*ENGINE, "engine", "assemble"},  # the package's face: `offload.load`

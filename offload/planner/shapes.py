@@ -92,7 +92,7 @@ class ModelShape:
 def find_shape(name: str, flag: str) -> ModelShape:
     """The shape of a folder with config.json, a preset of profiles/models, or a hub id in the local cache. A folder comes
     before a preset of the same name, as it does where weights are loaded. Nothing is fetched. ModelError names `flag`."""
-    if name in preset_names() and not (Path(name) / "config.json").is_file():
+    if is_preset(name):
         return _read_preset(name)
     path = find_config(name, flag)
     if path is None:
@@ -107,6 +107,11 @@ def find_shape(name: str, flag: str) -> ModelShape:
 def preset_names() -> tuple[str, ...]:
     """The models of profiles/models, sorted."""
     return tuple(sorted(path.stem for path in PRESETS.glob("*.json")))
+
+
+def is_preset(name: str) -> bool:
+    """Whether `name` means a preset: there is one, and no model of that name in the working directory."""
+    return name in preset_names() and not (Path(name) / "config.json").is_file()
 
 
 def shape_from_config(config: Mapping[str, object], *, where: str) -> ModelShape:
