@@ -30,6 +30,7 @@ setup(
         "offload.cli",
         "offload.demo",
         "offload.device",
+        "offload.doctor",
         "offload.model",
         "offload.planner",
         "offload.streaming",

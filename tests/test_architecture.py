@@ -17,7 +17,7 @@ FLOOR = {"errors", "config", "version"}
 NUMBERS = {"stats", "trace", "text", "device.base"}  # records and words: they read no weights and move none
 MACHINE = {*FLOOR, "device", "weights", "streaming"}
 ENGINE = {*MACHINE, *NUMBERS, "model", "planner"}
-ALL = {*ENGINE, "admission", "decode", "report", "engine", "assemble", "demo"}
+ALL = {*ENGINE, "admission", "decode", "report", "engine", "assemble", "demo", "doctor"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -30,7 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "trace": {*FLOOR, *NUMBERS},
     "text": {*FLOOR, *NUMBERS},
     "model": MACHINE,
-    "planner": {*FLOOR, "device", "weights", "streaming.schedule"},  # which layers are resident is part of the schedule
+    # which layers are resident is part of the schedule; shapes come from where models are found, without building any
+    "planner": {*FLOOR, "device", "weights", "streaming.schedule", "model.locate"},
     "report": {*FLOOR, *NUMBERS, "planner"},
     "admission": {*FLOOR, *NUMBERS, "planner"},
     "decode": ENGINE,
@@ -39,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibrate": {*ENGINE, "source", "short_model"},
     "engine": {*ENGINE, "admission", "decode", "report"},
     "assemble": {*ENGINE, "admission", "calibrate", "decode", "engine", "report", "source"},
+    "doctor": ENGINE,  # looks at files, devices and sizes as a run would, and runs nothing
     "demo": FLOOR,  # data, and the script that made it
     "cli": ALL,
     "__init__": {*ENGINE, "engine", "assemble"},  # the package's face: `offload.load`

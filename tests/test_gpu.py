@@ -14,6 +14,8 @@ from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.device.base import CopyTicket, Ticket
 from offload.device.cuda import CudaDevice, RegisteredBuffer
+from offload.doctor.gather import gather_facts
+from offload.doctor.judge import judge
 from offload.engine import Engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -131,3 +133,11 @@ def test_an_exception_in_a_layer_leaves_the_engine_usable(models: Models) -> Non
             engine.generate(PROMPT, max_new_tokens=12)
         hook.remove()
         assert engine.generate(PROMPT, max_new_tokens=12).token_ids == expected
+
+
+def test_doctor_registers_memory_and_looks_at_the_link_under_load() -> None:
+    facts = gather_facts(model=None, draft_model=None, device="cuda")
+    assert facts.gpu is not None and facts.copies is not None
+    assert facts.copies.pinned_bytes == facts.copies.tried_bytes and facts.copies.bytes_per_s > 1e9
+    assert facts.gpu.activity.under_load or facts.gpu.driver == "unknown"
+    assert {finding.name: finding.status for finding in judge(facts)}["GPU"] == "ok"

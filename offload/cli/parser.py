@@ -8,7 +8,7 @@ from typing import NoReturn
 from ..config import DTYPES, VERIFIERS
 from ..errors import UsageError
 
-COMMANDS = ("generate", "profile", "verify", "version")
+COMMANDS = ("generate", "profile", "doctor", "verify", "version")
 DEMO_PROMPT = "The Congress of the United States should"
 
 
@@ -65,13 +65,19 @@ def build_parser() -> Parser:
     add_output_flags(generate)
     profile = commands.add_parser("profile", help="measure a model pair", allow_abbrev=False)
     add_profile_flags(profile)
+    doctor = commands.add_parser("doctor", help="what on this machine will make it slow or fail", allow_abbrev=False)
+    doctor.add_argument(
+        "--model", metavar="PATH|HUB_ID|PRESET", help="look at this model too; scale:PRESET[:LAYERS] for its size"
+    )
+    doctor.add_argument("--draft-model", metavar="PATH|HUB_ID|PRESET|none", help="and whether this draft fits it")
+    doctor.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     verify = commands.add_parser("verify", help="check a checkpoint before a long run", allow_abbrev=False)
     verify.add_argument("--model", required=True, metavar="PATH", help="folder or hub id")
     verify.add_argument("--full", action="store_true", help="compare contents with the manifest, too")
     verify.add_argument("--write-manifest", action="store_true", help="hash every file and write the manifest")
     verify.add_argument("--manifest", metavar="FILE", help="default: treestream.manifest.json in the model folder")
     version = commands.add_parser("version", help="versions of everything that matters", allow_abbrev=False)
-    for command in (verify, version):
+    for command in (doctor, verify, version):
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
         add_verbosity_flags(command)
     return parser

@@ -176,3 +176,11 @@ def is_available() -> bool:
 def version() -> str | None:
     """The CUDA version torch was built for, None for a CPU build."""
     return torch.version.cuda
+
+
+def uuid(index: int) -> str | None:
+    """The name under which the driver's management library knows CUDA device `index`, as their numbers differ; None where
+    there is no such device."""
+    if index >= torch.cuda.device_count():
+        return None
+    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"

@@ -14,6 +14,7 @@ import torch
 from ..errors import FitError
 
 _TOUCH_THREADS = 4
+_UNLIMITED_BYTES = 2**60  # the first version of control groups says "no limit" with a number near 2**63
 _CGROUP_LIMITS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -65,10 +66,17 @@ def move(dst: torch.Tensor, src: torch.Tensor) -> None:
 def available_bytes() -> int:
     """Host memory this process may still take: the lesser of what the machine and its control group have left."""
     available = int(psutil.virtual_memory().available)
+    group = cgroup_memory()
+    return available if group is None else min(available, max(group[0] - group[1], 0))
+
+
+def cgroup_memory() -> tuple[int, int] | None:
+    """(limit, usage) of this process's control group in bytes; None where nothing limits it."""
     for limit, usage in _CGROUP_LIMITS:
         try:
-            left = int(Path(limit).read_text()) - int(Path(usage).read_text())
+            limit_bytes, usage_bytes = int(Path(limit).read_text()), int(Path(usage).read_text())
         except (OSError, ValueError):  # no such group, or "max"
             continue
-        available = min(available, max(left, 0))
-    return available
+        if limit_bytes < _UNLIMITED_BYTES:
+            return limit_bytes, usage_bytes
+    return None

@@ -1,0 +1,25 @@
+"""`doctor`: what on this machine will make it slow or fail, one line each, with the cure."""
+
+import argparse
+import json
+
+from ..config import EngineSettings
+from ..doctor.judge import exit_code, judge, worst_status
+from .terminal import say
+
+
+def run(arguments: argparse.Namespace) -> int:
+    EngineSettings(model=arguments.model or "", device=arguments.device)  # which refuses a device that cannot exist
+    from ..doctor.gather import gather_facts  # torch; what the flags say was checked without it
+
+    draft_model = None if arguments.draft_model == "none" else arguments.draft_model
+    findings = judge(gather_facts(model=arguments.model, draft_model=draft_model, device=arguments.device))
+    if arguments.json:
+        document = {"schema_version": 1, "findings": [finding.to_json() for finding in findings]}
+        print(json.dumps({**document, "status": worst_status(findings)}))
+    else:
+        print("\n".join(finding.line() for finding in findings))
+    if not arguments.quiet:
+        counts = [sum(finding.status == status for finding in findings) for status in ("fail", "warn")]
+        say(f"{counts[0]} failed, {counts[1]} warnings, {len(findings) - sum(counts)} ok")
+    return exit_code(findings)

@@ -1,0 +1,155 @@
+"""Is a model fit to be run: its files, its tokenizer, and whether a draft speaks the same tokens. Fetches nothing."""
+
+import contextlib
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..errors import ModelError, OffloadError
+from ..model.architecture import check_weights, read_architecture
+from ..model.locate import find_config
+from ..planner.cost import GIB, ModelCost
+from ..planner.shapes import ModelShape, find_shape, is_preset
+from ..text import TextCodec, check_same_vocabulary, open_codec
+from ..weights.checkpoint import Checkpoint, open_checkpoint
+from ..weights.reader import ReadJob, TensorReader
+from .facts import Check, DiskFacts, size_text
+
+SCALE = "scale:"  # bench's model of a preset's shape, made in memory: scale:PRESET[:LAYERS]
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+CPU_DTYPE = "float32"  # what --dtype auto is there
+DISK_TEST_S = 2.0
+DISK_TEST_BYTES = 4 * GIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspected:
+    """What could be learned of a model. Without `checkpoint`, its weights were not there or not sound."""
+
+    checks: tuple[Check, ...]
+    cost: ModelCost | None = None
+    vocab_size: int | None = None
+    codec: TextCodec | None = None
+    checkpoint: Checkpoint | None = None
+
+
+def inspect_model(name: str, flag: str, label: str, *, on_gpu: bool) -> Inspected:
+    """Everything about the model that `flag` names; faults are among the checks, of which the first is called `label`."""
+    is_scaled = name.startswith(SCALE)
+    try:
+        config = None if is_scaled or is_preset(name) else find_config(name, flag)
+        if config is not None:
+            return _inspect_folder(config.parent, flag, label, on_gpu)
+        shape = _scaled(name, flag) if is_scaled else find_shape(name, flag)  # which refuses a name that is nowhere
+    except OffloadError as error:
+        return Inspected(checks=(_fault(label, error),))
+    value = f"{name}: {shape.num_parameters / 1e9:.2f} B parameters by its shape, no files looked at"
+    return Inspected(checks=(Check(name=label, value=value),), cost=_cost(shape, on_gpu), vocab_size=shape.vocab_size)
+
+
+def compare_vocabularies(target: Inspected, draft: Inspected) -> tuple[Check, ...]:
+    """Whether both number their tokens alike; nothing where one of them could not be read."""
+    if target.vocab_size is None or draft.vocab_size is None:
+        return ()
+    sizes = (target.vocab_size, draft.vocab_size)
+    if target.checkpoint is None or draft.checkpoint is None:
+        if sizes[0] == sizes[1]:
+            return (Check(name="vocabulary", value=f"{sizes[0]} tokens in both, by their shapes"),)
+        value = f"{sizes[0]} tokens in the target, {sizes[1]} in the draft, by their shapes"
+        return (Check(name="vocabulary", value=value, cure="right only if it is padding: run doctor on the models' folders"),)
+    try:
+        check_same_vocabulary(target.codec, draft.codec, sizes, "--draft-model")
+    except ModelError as error:
+        return (_fault("vocabulary", error),)
+    return (Check(name="vocabulary", value=f"{sizes[0]} tokens, the same in draft and target"),)
+
+
+def time_disk(checkpoint: Checkpoint, limit_s: float = DISK_TEST_S) -> DiskFacts:
+    """Reads tensors in the order of the files, past the page cache, until `limit_s` or DISK_TEST_BYTES are over.
+    DeviceError when the disk fails."""
+    tensors = sorted(checkpoint.tensors.values(), key=lambda tensor: (tensor.path, tensor.offset_bytes))
+    buffer = torch.empty(max(tensor.num_bytes for tensor in tensors), dtype=torch.uint8)
+    read_bytes = 0
+    start_s = time.monotonic()
+
+    def count(num_bytes: int) -> None:
+        nonlocal read_bytes
+        read_bytes += num_bytes
+        if read_bytes >= DISK_TEST_BYTES or time.monotonic() - start_s >= limit_s:
+            raise _Enough
+
+    with TensorReader(checkpoint) as reader, contextlib.suppress(_Enough):
+        is_direct = reader.num_direct_files > 0
+        for tensor in tensors:
+            destination = buffer[: tensor.num_bytes].view(tensor.dtype).view(tensor.shape)
+            reader.read([ReadJob(tensor=tensor, destination=destination)], count)
+    read_s = time.monotonic() - start_s
+    return DiskFacts(read_bytes=read_bytes, read_s=read_s, total_bytes=checkpoint.num_bytes, is_direct=is_direct)
+
+
+class _Enough(Exception):
+    """Ends a reading that has lasted long enough; the reader stops its threads."""
+
+
+def _inspect_folder(folder: Path, flag: str, label: str, on_gpu: bool) -> Inspected:
+    checkpoint = open_checkpoint(folder)
+    architecture = read_architecture(folder)
+    check_weights(architecture, checkpoint)
+    size, files = size_text(checkpoint.num_bytes), f"{len(checkpoint.files)} file{'s' * (len(checkpoint.files) > 1)}"
+    value = f"{architecture.config.model_type}, {architecture.num_layers} layers, {size} in {files}, headers and index sound"
+    codec, tokenizer = _inspect_tokenizer(folder, label, architecture.vocab_size)
+    return Inspected(
+        checks=(Check(name=label, value=value), tokenizer),
+        cost=_cost_of_folder(folder, flag, on_gpu),
+        vocab_size=architecture.vocab_size,
+        codec=codec,
+        checkpoint=checkpoint,
+    )
+
+
+def _inspect_tokenizer(folder: Path, label: str, vocab_size: int) -> tuple[TextCodec | None, Check]:
+    name = "tokenizer" if label == "model" else f"{label} tokens"
+    try:
+        codec = open_codec(folder)
+    except ModelError as error:
+        return None, _fault(name, error)
+    if codec is None:
+        cure = "copy the tokenizer files into the folder; without them only --prompt-ids works"
+        return None, Check(name=name, value="none in the model's folder", cure=cure)
+    if codec.num_tokens > vocab_size:
+        value = f"numbers {codec.num_tokens} tokens, the model's embedding has {vocab_size}"
+        cure = "use the tokenizer files that belong to this model"
+        return codec, Check(name=name, value=value, cure=cure, exit_code=ModelError.exit_code)
+    return codec, Check(name=name, value=f"{codec.num_tokens} tokens")
+
+
+def _scaled(name: str, flag: str) -> ModelShape:
+    preset, _, layers = name.removeprefix(SCALE).partition(":")
+    shape = find_shape(preset, flag)
+    if not layers:
+        return shape
+    if not (layers.isdecimal() and 1 <= int(layers) <= shape.num_layers):
+        raise ModelError(
+            f"{layers!r} is not a number of layers of {preset}",
+            where=flag,
+            cure=f"give 1 to {shape.num_layers}: {SCALE}PRESET:N",
+        )
+    return replace(shape, num_layers=int(layers))
+
+
+def _cost_of_folder(folder: Path, flag: str, on_gpu: bool) -> ModelCost | None:
+    """None for a family that runs, and whose shape we do not know from its config alone."""
+    try:
+        return _cost(find_shape(str(folder), flag), on_gpu)
+    except ModelError:
+        return None
+
+
+def _cost(shape: ModelShape, on_gpu: bool) -> ModelCost:
+    return shape.cost(DTYPE_BYTES[shape.dtype if on_gpu else CPU_DTYPE])
+
+
+def _fault(name: str, error: OffloadError) -> Check:
+    return Check(name=name, value=error.what, cure=error.cure, exit_code=ModelError.exit_code)

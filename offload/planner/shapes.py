@@ -1,0 +1,201 @@
+"""What planning needs to know of a model, from its config.json alone: no weights, no torch, no network.
+
+The facts of well-known models are in profiles/models, so that a plan for one needs nothing of it on this machine.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import ModelError
+from ..model.locate import find_config
+from .cost import ModelCost, kv_bytes_per_row
+from .files import read_file
+
+PRESETS = Path(__file__).parents[2] / "profiles/models"
+CURE = "give the config.json of a dense Llama, Mistral, Qwen2 or Qwen3"
+MAX_LAYERS = 2048  # as model/architecture.py, which would refuse to build it
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+ALIGNMENT_BYTES = 256  # as weights/layout.py, which imports torch; a test holds both to the same sizes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """A dense decoder of equal layers: grouped-query attention, a gated MLP, two norms. Sizes count elements."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    tied_embeddings: bool = False
+    query_key_value_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    query_key_norm: bool = False
+    dtype: str = "float16"
+
+    @property
+    def layer_parameters(self) -> int:
+        """Elements of one decoder layer: 855,654,400 for Llama-2-70B."""
+        return sum(self._layer_tensors())
+
+    @property
+    def shared_parameters(self) -> int:
+        """Elements outside the layers: embedding, final norm, head. A head tied to the embedding is counted once."""
+        return sum(self._shared_tensors())
+
+    @property
+    def num_parameters(self) -> int:
+        return self.num_layers * self.layer_parameters + self.shared_parameters
+
+    def cost(self, dtype_bytes: int) -> ModelCost:
+        """Bytes in a dtype of `dtype_bytes`, every tensor aligned as in a layer's buffer."""
+        return ModelCost(
+            num_layers=self.num_layers,
+            layer_bytes=_aligned_bytes(self._layer_tensors(), dtype_bytes),
+            shared_bytes=_aligned_bytes(self._shared_tensors(), dtype_bytes),
+            kv_bytes_per_row=kv_bytes_per_row(self.num_layers, self.num_kv_heads, self.head_dim, dtype_bytes),
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            vocab_size=self.vocab_size,
+            dtype_bytes=dtype_bytes,
+        )
+
+    def _layer_tensors(self) -> list[int]:
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = [hidden * queries, hidden * keys, hidden * keys, queries * hidden]
+        sizes = attention + 3 * [hidden * inner] + 2 * [hidden]
+        if self.query_key_value_bias:
+            sizes += [queries, keys, keys]
+        if self.output_bias:
+            sizes += [hidden]
+        if self.mlp_bias:
+            sizes += [inner, inner, hidden]
+        if self.query_key_norm:
+            sizes += [self.head_dim, self.head_dim]
+        return sizes
+
+    def _shared_tensors(self) -> list[int]:
+        embedding = self.vocab_size * self.hidden_size
+        return [embedding, self.hidden_size] if self.tied_embeddings else [embedding, self.hidden_size, embedding]
+
+
+def find_shape(name: str, flag: str) -> ModelShape:
+    """The shape of a folder with config.json, a preset of profiles/models, or a hub id in the local cache. A folder comes
+    before a preset of the same name, as it does where weights are loaded. Nothing is fetched. ModelError names `flag`."""
+    if is_preset(name):
+        return _read_preset(name)
+    path = find_config(name, flag)
+    if path is None:
+        raise ModelError(
+            f"{name} is no folder, no preset, and not in the local cache",
+            where=flag,
+            cure=f"give a folder with config.json, a hub id that is downloaded, or one of {', '.join(preset_names())}",
+        )
+    return replace(shape_from_config(_read_json(path), where=str(path)), name=name)
+
+
+def preset_names() -> tuple[str, ...]:
+    """The models of profiles/models, sorted."""
+    return tuple(sorted(path.stem for path in PRESETS.glob("*.json")))
+
+
+def is_preset(name: str) -> bool:
+    """Whether `name` means a preset: there is one, and no model of that name in the working directory."""
+    return name in preset_names() and not (Path(name) / "config.json").is_file()
+
+
+def shape_from_config(config: Mapping[str, object], *, where: str) -> ModelShape:
+    """The shape that a Hugging Face config.json describes. What a family's own configuration class would fill in is filled
+    in here; for anything else that is missing or wrong, ModelError names the key and `where`."""
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise _invalid(f"model_type is {family!r}, and shapes are known of {', '.join(FAMILIES)}", where)
+    if config.get("quantization_config"):
+        raise _invalid("quantization_config is set, and only unquantised weights are streamed", where)
+    hidden_size, num_heads = _count(config, "hidden_size", where), _count(config, "num_attention_heads", where)
+    num_kv_heads = _count(config, "num_key_value_heads", where, default=num_heads if family == "llama" else None)
+    head_dim = _count(config, "head_dim", where, default=128 if family == "qwen3" else hidden_size // num_heads)
+    if num_heads % num_kv_heads:
+        raise _invalid(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}", where)
+    attention_bias = family in ("llama", "qwen3") and _flag(config, "attention_bias", where)
+    return ModelShape(
+        name=str(family),
+        num_layers=_count(config, "num_hidden_layers", where, most=MAX_LAYERS),
+        hidden_size=hidden_size,
+        intermediate_size=_count(config, "intermediate_size", where),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=_count(config, "vocab_size", where),
+        max_positions=_count(config, "max_position_embeddings", where),
+        tied_embeddings=_flag(config, "tie_word_embeddings", where),
+        query_key_value_bias=attention_bias or family == "qwen2",
+        output_bias=attention_bias,
+        mlp_bias=family == "llama" and _flag(config, "mlp_bias", where),
+        query_key_norm=family == "qwen3",
+        dtype=_dtype(config, where),
+    )
+
+
+def _read_preset(name: str) -> ModelShape:
+    path = PRESETS / f"{name}.json"
+    document = _read_json(path)
+    config = document.get("config")
+    if document.get("schema_version") != 1 or not isinstance(document.get("source"), str) or not isinstance(config, dict):
+        raise _invalid("not a model shape: it needs schema_version 1, source and config", str(path))
+    return replace(shape_from_config(config, where=str(path)), name=name)
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    return read_file(path, _object, "the JSON of a model", CURE)
+
+
+def _object(document: object) -> dict[str, object]:
+    if not isinstance(document, dict):
+        raise ValueError("it must be an object")
+    return document
+
+
+def _count(config: Mapping[str, object], key: str, where: str, *, default: int | None = None, most: int = 2**31) -> int:
+    """A positive whole number; `default` when the key is absent or null, as in configuration classes."""
+    value = config.get(key)
+    if value is None and default is not None:
+        value = default
+    if value is None:
+        raise _invalid(f"{key} is missing", where)
+    if type(value) is not int or not 1 <= value <= most:
+        raise _invalid(f"{key} is {value!r}, not a whole number from 1 to {most}", where)
+    return value
+
+
+def _flag(config: Mapping[str, object], key: str, where: str) -> bool:
+    value = config.get(key, False)
+    if type(value) is not bool:
+        raise _invalid(f"{key} is {value!r}, not true or false", where)
+    return value
+
+
+def _dtype(config: Mapping[str, object], where: str) -> str:
+    """transformers writes `dtype`, and wrote `torch_dtype` before. Half precision where neither says anything."""
+    value = config.get("dtype") or config.get("torch_dtype") or "float16"
+    if value not in DTYPES:
+        raise _invalid(f"dtype is {value!r}, not one of {', '.join(DTYPES)}", where)
+    return str(value)
+
+
+def _aligned_bytes(tensors: list[int], dtype_bytes: int) -> int:
+    return sum(-(-size * dtype_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for size in tensors)
+
+
+def _invalid(what: str, where: str) -> ModelError:
+    return ModelError(what, where=where, cure=CURE)
