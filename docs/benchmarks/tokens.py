@@ -6,7 +6,7 @@ For each temperature and verifier: acceptance is measured on one set of prompts,
 tree by the first round's counts). For each size the optimal tree and the number of chains are then chosen by that profile,
 never after the fact, both within the same levels, and decode other prompts with other seeds, on the CPU, from resident
 layers. A text is a fixed number of passes, so that no pass is cut short by a text's end. At temperature 0 every verifier is
-the same walk and seeds change nothing: each prompt decodes a longer text instead.
+the same walk; there a seed samples how the prompt goes on for a while, and what is decoded after that is the text.
 
 The standard error is that of a mean over texts, since the passes of one text are alike. "expected" is the mean of what the
 verifiers themselves expect given tree and logits (Rao-Blackwell), which is less noisy. One JSON object on the last line;
@@ -19,7 +19,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from tree.verify import METHODS
 SIZES = {16: 6, 64: 5, 256: 4, 768: 3}  # nodes: seeds per prompt; small trees are cheap and their differences small
 LEVELS = 32
 PASSES_PER_TEXT = 6
-GREEDY_PASSES_PER_TEXT = 24
+GREEDY_PROMPT_TOKENS = 32  # of the target itself, sampled at temperature 1
 OPENINGS = (  # of texts that no profile was measured on
     "Fellow citizens of the Senate:",
     "The state of our finances is",
@@ -57,7 +57,7 @@ BROAD = best_tree(Acceptance((tuple(0.38 * rank**-1.5 for rank in range(1, 65)),
 PROFILE_ROUNDS = (range(1000, 1003), range(2000, 2009))  # seeds per prompt
 PROFILE_NODES = 128  # of the second round
 LEAST_TRIED = 100  # times, for a level to have a vector of its own
-MAX_NEW_TOKENS, MAX_CONTEXT = 900, 1024 + max(SIZES)  # more tokens than the passes take, within the pair's window of 1024
+MAX_NEW_TOKENS, MAX_CONTEXT = 800, 1024 + max(SIZES)  # more tokens than the passes take, within the pair's window of 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,30 +70,36 @@ class Setting:
         return self.verifier if self.temperature else "greedy"
 
 
-def decode(setting: Setting, shape: TreeShape, texts: list[tuple[str, int]], num_passes: int) -> Iterator[list[Step]]:
-    """The first `num_passes` passes over `shape` of each text, a prompt with a seed."""
+def texts_to_decode(setting: Setting, prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str | list[int], int]]:
+    """Every prompt with every seed; at temperature 0, the same for all trees, every prompt as it goes on by every seed."""
+    texts = list(itertools.product(prompts, seeds))
+    if setting.temperature:
+        return list(texts)
+    with offload.load(str(TARGET), device="cpu", tree="none") as engine:
+        options: dict[str, Any] = {"max_new_tokens": GREEDY_PROMPT_TOKENS, "temperature": 1.0, "ignore_eos": True}
+        reports = [(engine.generate(prompt, seed=seed, **options), seed) for prompt, seed in texts]
+    return [([*report.prompt_token_ids, *report.token_ids], seed) for report, seed in reports]
+
+
+def decode(setting: Setting, shape: TreeShape, prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[list[Step]]:
+    """The first passes over `shape` of each text, prompt by prompt."""
+    texts = texts_to_decode(setting, prompts, seeds)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tree.json"
         file.write_text(json.dumps(shape.to_json()), encoding="utf-8")
         options: dict[str, Any] = {"tree": str(file), "verifier": setting.verifier, "max_context": MAX_CONTEXT}
         with offload.load(str(TARGET), draft_model=str(DRAFT), device="cpu", **options) as engine:
+            request: dict[str, Any] = {"temperature": setting.temperature, "ignore_eos": True}
             for prompt, seed in texts:
-                request = {
-                    "max_new_tokens": MAX_NEW_TOKENS,
-                    "temperature": setting.temperature,
-                    "seed": seed,
-                    "ignore_eos": True,
-                }
-                yield list(itertools.islice(engine.stream(prompt, **request), num_passes))
+                stream = engine.stream(prompt, max_new_tokens=MAX_NEW_TOKENS, seed=seed, **request)
+                yield list(itertools.islice(stream, PASSES_PER_TEXT))
 
 
 def measure_acceptance(setting: Setting) -> Acceptance:
     """By level and rank, from the counts of both rounds."""
     counter, shape, total = AcceptanceCounter(), BROAD, 0
     for seeds in PROFILE_ROUNDS:
-        num_passes = PASSES_PER_TEXT if setting.temperature else PASSES_PER_TEXT * len(seeds)
-        texts = list(itertools.product(read_prompts(PROMPTS), seeds if setting.temperature else seeds[:1]))
-        for steps in decode(setting, shape, texts, num_passes):
+        for steps in decode(setting, shape, read_prompts(PROMPTS), seeds):
             total += len(steps)
             for step in steps:
                 counter.add(step.shape, step.verdict.path)
@@ -116,20 +122,19 @@ def independent_chains(width: int, num_nodes: int) -> TreeShape:
 
 
 def measure(setting: Setting, shape: TreeShape, num_seeds: int) -> dict[str, object]:
-    num_passes = PASSES_PER_TEXT if setting.temperature else GREEDY_PASSES_PER_TEXT
-    texts = list(itertools.product(OPENINGS, range(num_seeds) if setting.temperature else range(1)))
     counts, expected = [], []  # means over each text
-    for steps in decode(setting, shape, texts, num_passes):
-        assert len(steps) == num_passes and all(step.shape == shape for step in steps)
+    for steps in decode(setting, shape, OPENINGS, range(num_seeds)):
+        assert len(steps) == PASSES_PER_TEXT and all(step.shape == shape for step in steps)
         counts.append(statistics.fmean(len(step.verdict.path) for step in steps))
         expected.append(statistics.fmean(step.verdict.expected_tokens for step in steps))
     return {
-        "texts": len(texts),
-        "passes": len(texts) * num_passes,
+        "texts": len(counts),
+        "passes": len(counts) * PASSES_PER_TEXT,
         "tokens_per_pass": statistics.fmean(counts),
-        "standard_error": statistics.stdev(counts) / len(texts) ** 0.5,
+        "standard_error": statistics.stdev(counts) / len(counts) ** 0.5,
         "expected": statistics.fmean(expected),
-        "expected_standard_error": statistics.stdev(expected) / len(texts) ** 0.5,
+        "expected_standard_error": statistics.stdev(expected) / len(counts) ** 0.5,
+        "expected_by_text": expected,
     }
 
 
