@@ -52,6 +52,17 @@ def test_acceptance_may_differ_by_level() -> None:
     assert pooled == (pytest.approx([4 / 7, 3 / 7 * 1 / 2]),)
 
 
+def test_levels_that_were_hardly_tried_share_the_last_vector() -> None:
+    counter = AcceptanceCounter()
+    shape = TreeShape.chain(5)
+    for end in (0, 1, 1, 2, 2, 2, 3, 4):  # level 0: 7 of 8; 1: 5 of 7; 2: 2 of 5; 3: 1 of 2
+        counter.add(shape, shape.path(end))
+    levels = counter.to_acceptance("", per_level=True, least_tried=5).levels
+    assert levels == (pytest.approx([7 / 8]), pytest.approx([5 / 7]), pytest.approx([3 / 7]))
+    assert counter.to_acceptance("", per_level=True, least_tried=9).levels == (pytest.approx([15 / 22]),)
+    assert len(counter.to_acceptance("", per_level=True).levels) == 4
+
+
 def test_a_rank_is_tried_only_where_the_child_exists_and_is_reached() -> None:
     counter = AcceptanceCounter()
     counter.add(TreeShape.chain(2), (0,))  # rejects its only child: says nothing of rank 1

@@ -11,6 +11,8 @@ from tree.sampling import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
     SamplingParams,
+    _nucleus_by_sorting,
+    _nucleus_of_leading,
     law,
     row_blocks,
     sample,
@@ -113,6 +115,40 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p(size: int, top_p: float,
     assert full[kept].sum() >= top_p - 1e-12
     assert full[kept].sum() - full[kept].min() < top_p + 1e-12
     assert not (~kept).any() or full[~kept].max() <= full[kept].min()
+
+
+def rows_of_every_kind(vocab_size: int, rng: torch.Generator) -> torch.Tensor:
+    """Laws [16, V]: peaked, flat, one-hot, long-tailed; ties by the hundred, at every threshold; zeros; mass short of 1."""
+    noise = torch.randn(4, vocab_size, generator=rng)
+    zipf = -1.5 * torch.arange(1, vocab_size + 1).log()
+    rows = [
+        *(noise * 9),
+        *noise,
+        *(zipf + noise).round(decimals=0),
+        torch.zeros(vocab_size),
+        noise[0].masked_fill(noise[0] < noise[0].median(), -math.inf),
+    ]
+    laws = torch.stack(rows).softmax(-1)
+    return torch.cat([laws, laws[:1] * 0.5, torch.eye(vocab_size)[-1:]])
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 255, 256, 257, 4096, 4100, 9000])
+@pytest.mark.parametrize("top_p", [1e-6, 0.5, 0.9, 1 - 1e-6])
+def test_a_nucleus_without_a_full_sort_is_the_sorted_one_bit_for_bit(
+    vocab_size: int, top_p: float, rng: torch.Generator
+) -> None:
+    for laws in (rows_of_every_kind(vocab_size, rng), rows_of_every_kind(vocab_size, rng).double()):
+        assert torch.equal(_nucleus_of_leading(laws, top_p), _nucleus_by_sorting(laws, top_p))
+    for shaped in (laws[0], laws.view(2, 8, vocab_size), laws[:0], laws.t().contiguous().t()):
+        assert torch.equal(_nucleus_of_leading(shaped, top_p), _nucleus_by_sorting(shaped, top_p))
+
+
+def test_a_row_of_nan_spoils_no_other_nucleus(rng: torch.Generator) -> None:
+    laws = rows_of_every_kind(300, rng)
+    laws[3] = math.nan
+    others = torch.arange(len(laws)) != 3
+    nucleus = _nucleus_of_leading(laws, 0.9)
+    assert nucleus[3].isnan().all() and torch.equal(nucleus[others], _nucleus_by_sorting(laws, 0.9)[others])
 
 
 @pytest.mark.parametrize(

@@ -90,17 +90,18 @@ class AcceptanceCounter:
         self._tried.update(other._tried)
         self._accepted.update(other._accepted)
 
-    def to_acceptance(self, source: str, *, per_level: bool = False) -> Acceptance:
+    def to_acceptance(self, source: str, *, per_level: bool = False, least_tried: int = 1) -> Acceptance:
         """Estimate, over all levels together or one vector per level; ends before the first rank or level never tried.
 
-        ValueError if nothing was tried.
+        per_level: the last vector is that of the first level whose successor's first child was tried less than `least_tried`
+        times; it counts all deeper levels too. ValueError if nothing was tried.
         """
-        if not per_level:
-            return Acceptance((self._vector({level for level, _ in self._tried}),), source)
-        vectors: list[tuple[float, ...]] = []
-        while self._tried[len(vectors), 0]:
-            vectors.append(self._vector({len(vectors)}))
-        return Acceptance(tuple(vectors), source)
+        num_levels = 1 + max((level for level, _ in self._tried), default=0)
+        own = 0  # levels with a vector of their own; what is below them shares the next one
+        while per_level and self._tried[own + 1, 0] >= least_tried:
+            own += 1
+        groups = [range(level, level + 1) for level in range(own)] + [range(own, num_levels)]
+        return Acceptance(tuple(self._vector(levels) for levels in groups), source)
 
     def _vector(self, levels: Iterable[int]) -> tuple[float, ...]:
         """p_k = h_k (1 - h_1) ... (1 - h_k-1) from the hazards h_k = accepted / tried of each rank."""

@@ -17,6 +17,9 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
 # Rows are handled in blocks of about this many entries, which bounds temporaries (64 MiB in float32, 128 in float64).
 BLOCK_ENTRIES = 1 << 24
 
+# How many of a row's most probable tokens are looked at, first and next, before the row is sorted whole.
+NUCLEUS_SIZES = (256, 4096)
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -93,10 +96,7 @@ def support_sizes(laws: Tensor) -> Tensor:
 def top_k_tokens(logits: Tensor, k: int) -> Tensor:
     """The k most probable tokens per row of `logits` [n, V], best first; equal logits by token id -> int64 [n, k]."""
     _check_enough_tokens(logits, k)
-    kept = logits.masked_fill(~_top_k_mask(logits, k), -math.inf)
-    token_ids = kept.topk(k, dim=-1).indices.sort(-1).values  # topk promises no order among equals: sort by id, then
-    order = logits.gather(-1, token_ids).argsort(dim=-1, descending=True, stable=True)  # stably by logit
-    return token_ids.gather(-1, order)
+    return _leading(logits.masked_fill(~_top_k_mask(logits, k), -math.inf), k)[1]
 
 
 def _race(laws: Tensor, generator: torch.Generator) -> Tensor:
@@ -117,12 +117,56 @@ def _top_k_mask(values: Tensor, k: int) -> Tensor:
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """Probabilities [..., V] restricted to the smallest set of the most probable tokens whose mass reaches top_p."""
+    if probabilities.device.type == "cpu":
+        return _nucleus_of_leading(probabilities, top_p)
+    return _nucleus_by_sorting(probabilities, top_p)  # asking which rows are done would wait for the device
+
+
+def _nucleus_by_sorting(probabilities: Tensor, top_p: float) -> Tensor:
     ordered, token_ids = probabilities.sort(dim=-1, descending=True, stable=True)
-    # A token stays if the mass before it is short of top_p: cumulative sums, shifted by one, the first is always kept.
-    dropped = ordered.cumsum(-1)[..., :-1] >= top_p
-    ordered[..., 1:].masked_fill_(dropped, 0.0)
+    ordered[..., 1:].masked_fill_(_dropped(ordered, top_p), 0.0)
     ordered /= ordered.sum(-1, keepdim=True)
     return torch.empty_like(ordered).scatter_(-1, token_ids, ordered)
+
+
+def _nucleus_of_leading(probabilities: Tensor, top_p: float) -> Tensor:
+    """The same, bit for bit, but no more of a row is sorted than its nucleus needs: a tenth of the time on a CPU."""
+    vocab_size = probabilities.shape[-1]
+    rows = probabilities.reshape(math.prod(probabilities.shape[:-1]), vocab_size)
+    kept, result = torch.zeros_like(rows), torch.zeros_like(rows)
+    pending, ends = torch.arange(len(rows)), []
+    for size in (*(size for size in NUCLEUS_SIZES if size < vocab_size), vocab_size):
+        leading, token_ids = _leading(rows if len(pending) == len(rows) else rows[pending], size)
+        dropped = _dropped(leading, top_p)
+        least = leading.gather(-1, dropped.logical_not().sum(-1, keepdim=True))  # kept
+        # All its equals must be in sight: of these, those with the lowest ids are kept.
+        done = (leading[:, -1] < least[:, 0]) | (size == vocab_size)
+        leading[:, 1:].masked_fill_(dropped, 0.0)
+        kept[pending[done], :size] = leading[done]
+        ends.append((pending[done, None], token_ids[done]))
+        pending = pending[~done]
+        if not len(pending):
+            break
+    kept_sum = kept.sum(-1, keepdim=True)  # of whole rows, zeros included: float sums depend on the length
+    for row, token_ids in ends:
+        result[row, token_ids] = kept[row[:, 0], : token_ids.shape[1]] / kept_sum[row[:, 0]]
+    return result.view_as(probabilities)
+
+
+def _dropped(ordered: Tensor, top_p: float) -> Tensor:
+    """Which of `ordered` [..., 1:], largest first, lie beyond the nucleus. A token stays if the mass before it is short of
+    top_p: cumulative sums, shifted by one; the first is always kept."""
+    return ordered.cumsum(-1)[..., :-1] >= top_p
+
+
+def _leading(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row [n, V] and their token ids, [n, k] each: largest first, equal values by token id. Which
+    of the equals at the threshold are among them is undefined."""
+    if k == values.shape[-1]:
+        return values.sort(dim=-1, descending=True, stable=True)
+    token_ids = values.topk(k, dim=-1, sorted=False).indices.sort(-1).values  # no order among equals: sort by id, then
+    ordered, order = values.gather(-1, token_ids).sort(dim=-1, descending=True, stable=True)  # stably by value
+    return ordered, token_ids.gather(-1, order)
 
 
 def _check_enough_tokens(rows: Tensor, k: int) -> None:
