@@ -17,7 +17,7 @@ FLOOR = {"errors", "config", "version"}
 NUMBERS = {"stats", "trace", "text", "device.base"}  # records and words: they read no weights and move none
 MACHINE = {*FLOOR, "device", "weights", "streaming"}
 ENGINE = {*MACHINE, *NUMBERS, "model", "planner"}
-ALL = {*ENGINE, "admission", "decode", "report", "engine", "assemble", "demo"}
+ALL = {*ENGINE, "sessions", "admission", "decode", "report", "engine", "assemble", "demo"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "planner": {*FLOOR, "device", "weights", "streaming.schedule"},  # which layers are resident is part of the schedule
     "report": {*FLOOR, *NUMBERS, "planner"},
     "admission": {*FLOOR, *NUMBERS, "planner"},
-    "decode": ENGINE,
+    "sessions": {*FLOOR, "device", "model", "planner"},  # which rows a sequence may take over; caches are the model's
+    "decode": {*ENGINE, "sessions"},
     "engine": {*ENGINE, "admission", "decode", "report"},
     "assemble": {*ENGINE, "admission", "decode", "report", "engine"},
     "demo": FLOOR,  # data, and the script that made it
