@@ -61,13 +61,10 @@ class ShortModel:
         return forward
 
     def _level(self, drafter: ModelDrafter, rows: int) -> Callable[[], object]:
-        cache = self._model.cache
-        context_rows = cache.length
-        drafter.restart()
-        cache.length = context_rows
+        context_rows = self._model.cache.length
         shape, nodes = TreeShape((-1, *([0] * rows), *range(1, rows + 1))), tuple(range(1, rows + 1))
         token_ids = self._device.upload(torch.zeros(rows, dtype=torch.int64))
-        drafter.extend_context([0] * (context_rows + 1))
+        drafter.restart([0] * (context_rows + 1))
         drafter.begin(shape)
 
         def level() -> None:

@@ -17,7 +17,7 @@ FLOOR = {"errors", "config", "version"}
 NUMBERS = {"stats", "trace", "text", "device.base"}  # records and words: they read no weights and move none
 MACHINE = {*FLOOR, "device", "weights", "streaming"}
 ENGINE = {*MACHINE, *NUMBERS, "model", "planner"}
-ALL = {*ENGINE, "admission", "decode", "report", "engine", "assemble", "demo", "doctor"}
+ALL = {*ENGINE, "sessions", "conversation", "admission", "decode", "report", "engine", "assemble", "demo", "doctor"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -28,16 +28,20 @@ ALLOWED: dict[str, set[str]] = {
     "streaming": {*FLOOR, "device", "weights"},
     "stats": {*FLOOR, *NUMBERS},
     "trace": {*FLOOR, *NUMBERS},
-    "text": {*FLOOR, *NUMBERS},
+    "template_process": set(),  # runs alone: what it imports is what an untrusted template shares a process with
+    "template": FLOOR,
+    "text": {*FLOOR, *NUMBERS, "template"},
+    "conversation": {*FLOOR, "text"},
     "model": MACHINE,
     # which layers are resident is part of the schedule; shapes come from where models are found, without building any
     "planner": {*FLOOR, "device", "weights", "streaming.schedule", "model.locate"},
     "report": {*FLOOR, *NUMBERS, "planner"},
     "admission": {*FLOOR, *NUMBERS, "planner"},
-    "decode": ENGINE,
     "source": ENGINE,  # a model looked at and not yet loaded: what calibrate measures and assemble loads
     "short_model": {*ENGINE, "source"},
     "calibrate": {*ENGINE, "source", "short_model"},
+    "sessions": {*FLOOR, "device", "model", "planner"},  # which rows a sequence may take over; caches are the model's
+    "decode": {*ENGINE, "sessions"},
     "engine": {*ENGINE, "admission", "decode", "report"},
     "assemble": {*ENGINE, "admission", "calibrate", "decode", "engine", "report", "source"},
     "doctor": ENGINE,  # looks at files, devices and sizes as a run would, and runs nothing
