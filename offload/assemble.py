@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -21,7 +20,7 @@ from .model.drafter import ModelDrafter
 from .model.kv_cache import KVCache
 from .model.locate import read_eos_token_ids
 from .planner.hardware import HardwareProfile
-from .planner.hardware_file import read_hardware
+from .planner.hardware_file import find_hardware
 from .planner.memory import Budgets
 from .planner.plan import TYPICAL_CONTEXT_ROWS, Plan, make_workload, plan_run
 from .planner.search import DraftOption
@@ -120,7 +119,7 @@ def _measure(
     """The profile that the settings name, or a quick look at this machine, on a device of its own: what measuring
     allocates is gone before the run begins."""
     if settings.profile is not None:
-        return read_hardware(Path(settings.profile))
+        return find_hardware(settings.profile)
     layers_bytes = target.model.cost.num_layers * target.model.cost.layer_bytes
     may_need_disk = budgets.host_bytes is not None and layers_bytes > budgets.host_bytes
     subjects = [Subject(role="target", model=target.model), *(Subject(role="draft", model=draft.model) for draft in drafts)]

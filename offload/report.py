@@ -97,11 +97,11 @@ class Report:
     def line(self) -> str:
         """`256 tokens in 201 s | 0.79 s/token | first token 6.1 s | 7.9 tokens/pass of 768 nodes | link 24.6 GB/s ...`"""
         stats, plan = self.stats, self.plan
-        parts = [f"{len(self.token_ids)} tokens in {_seconds(stats.first_token_s + stats.decode_s)} s"]
+        parts = [f"{len(self.token_ids)} tokens in {seconds_text(stats.first_token_s + stats.decode_s)} s"]
         if stats.s_per_token is not None:
-            parts.append(f"{_seconds(stats.s_per_token)} s/token{self._predicted()}")
+            parts.append(f"{seconds_text(stats.s_per_token)} s/token{self._predicted()}")
         reused = f" ({stats.reused_tokens} of {len(self.prompt_token_ids)} prompt tokens reused)" if stats.reused_tokens else ""
-        parts.append(f"first token {_seconds(stats.first_token_s)} s{reused}")
+        parts.append(f"first token {seconds_text(stats.first_token_s)} s{reused}")
         if stats.tokens_per_pass is not None:
             parts.append(f"{stats.tokens_per_pass:.1f} tokens/pass of {plan.tree.num_nodes} nodes")
         parts.append(self._link())
@@ -110,7 +110,7 @@ class Report:
 
     def _predicted(self) -> str:
         predicted_s = self.plan.prediction.s_per_token
-        return f" (predicted {_seconds(predicted_s)})"
+        return f" (predicted {seconds_text(predicted_s)})"
 
     def _link(self) -> str:
         rate, share = self.stats.link_bytes_per_s, self.link_utilisation
@@ -119,14 +119,14 @@ class Report:
         name = "emulated link" if self.emulated_link else "link"
         if not rate or share is None:
             return f"{name}: one pass only"
-        return f"{name} {_rate(rate)}, {share * 100:.0f} % of peak"
+        return f"{name} {rate_text(rate)}, {share * 100:.0f} % of peak"
 
 
-def _seconds(seconds: float) -> str:
+def seconds_text(seconds: float) -> str:
     return f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}"
 
 
-def _rate(bytes_per_s: float) -> str:
+def rate_text(bytes_per_s: float) -> str:
     if bytes_per_s < 1e6:
         return f"{bytes_per_s / 1e3:.0f} kB/s"
     return f"{bytes_per_s / 1e9:.1f} GB/s" if bytes_per_s >= 1e9 else f"{bytes_per_s / 1e6:.0f} MB/s"

@@ -24,7 +24,7 @@ SWEEPS = 12  # the least sum takes hundreds and looks the same
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
+class Layout:
     """Everything in pixels, at [node]."""
 
     width: float
@@ -44,7 +44,7 @@ def draw_svg(shape: TreeShape, *, values: Sequence[float] | None = None, path: S
     """
     opacities = _opacities(shape, values)
     accepted = _accepted(shape, path)
-    layout = _lay_out(shape)
+    layout = place_nodes(shape)
     parts = [
         *_head(shape, layout, len(accepted)),
         *_labels(shape, layout),
@@ -58,7 +58,8 @@ def draw_svg(shape: TreeShape, *, values: Sequence[float] | None = None, path: S
 # -- where things are ----------------------------------------------------------------------------------------------------
 
 
-def _lay_out(shape: TreeShape) -> _Layout:
+def place_nodes(shape: TreeShape) -> Layout:
+    """Where a picture has its nodes: levels in rows, parents above their children as far as there is room."""
     places = _places(shape)
     left, right = min(places), max(places)
     distance = _clamp(MAX_WIDTH / max(1.0, right - left), MIN_DISTANCE, MAX_DISTANCE)
@@ -66,7 +67,7 @@ def _lay_out(shape: TreeShape) -> _Layout:
     radius = min(0.36 * distance, 0.3 * row_height, MAX_RADIUS)
     border = MARGIN + radius
     width = max(MIN_WIDTH, LABEL_WIDTH + (right - left) * distance + 2 * border)
-    return _Layout(
+    return Layout(
         width=width,
         height=CAPTION_HEIGHT + (shape.num_levels - 1) * row_height + 2 * border,
         row_height=row_height,
@@ -115,7 +116,7 @@ def _clamp(value: float, low: float, high: float) -> float:
 # -- what is drawn -------------------------------------------------------------------------------------------------------
 
 
-def _head(shape: TreeShape, layout: _Layout, num_accepted: int) -> list[str]:
+def _head(shape: TreeShape, layout: Layout, num_accepted: int) -> list[str]:
     sizes = [len(level) for level in shape.levels]
     widest = max(sizes)
     caption = f"{_count(shape.num_nodes, 'node')}, {_count(shape.num_levels, 'level')}"
@@ -132,7 +133,7 @@ def _head(shape: TreeShape, layout: _Layout, num_accepted: int) -> list[str]:
     ]
 
 
-def _labels(shape: TreeShape, layout: _Layout) -> list[str]:
+def _labels(shape: TreeShape, layout: Layout) -> list[str]:
     """Number of nodes beside each row, or beside every few rows where text is higher than they are."""
     lines = [f'<g fill="{FAINT}">', f'<text x="{_pixels(MARGIN)}" y="{_pixels(CAPTION_HEIGHT + 4)}">level: nodes</text>']
     step = math.ceil(1.2 * FONT_SIZE / layout.row_height)
@@ -143,7 +144,7 @@ def _labels(shape: TreeShape, layout: _Layout) -> list[str]:
     return [*lines, "</g>"]
 
 
-def _edges(shape: TreeShape, layout: _Layout, opacities: list[float], accepted: frozenset[int]) -> list[str]:
+def _edges(shape: TreeShape, layout: Layout, opacities: list[float], accepted: frozenset[int]) -> list[str]:
     """One path element per opacity, holding all its edges; the accepted ones come last, on top."""
     curves: dict[tuple[bool, str], list[str]] = {}
     for node in range(1, shape.num_nodes):
@@ -162,7 +163,7 @@ def _edges(shape: TreeShape, layout: _Layout, opacities: list[float], accepted: 
 
 
 def _nodes(
-    shape: TreeShape, layout: _Layout, opacities: list[float], accepted: frozenset[int], values: Sequence[float] | None
+    shape: TreeShape, layout: Layout, opacities: list[float], accepted: frozenset[int], values: Sequence[float] | None
 ) -> list[str]:
     lines, radius = [f'<g fill="{INK}">'], _pixels(layout.radius)
     for node in range(shape.num_nodes):

@@ -5,10 +5,10 @@ import math
 from collections.abc import Callable
 from typing import NoReturn
 
-from ..config import DTYPES, VERIFIERS
+from ..config import DTYPES, VERIFIERS, parse_rate
 from ..errors import UsageError
 
-COMMANDS = ("generate", "profile", "doctor", "verify", "version")
+COMMANDS = ("generate", "plan", "profile", "doctor", "verify", "version")
 DEMO_PROMPT = "The Congress of the United States should"
 
 
@@ -47,6 +47,19 @@ def number(law: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
     return parse
 
 
+def rate(flag: str) -> Callable[[str], float]:
+    """A type for argparse: bytes per second."""
+    return lambda text: parse_rate(text, flag=flag)
+
+
+def flops(text: str) -> float:
+    """A type for argparse: operations per second, 90TFLOP/s or a plain number."""
+    scale = {"T": 1e12, "G": 1e9, "P": 1e15}
+    digits = text.removesuffix("FLOP/s").removesuffix("FLOPS")
+    value = number("positive and finite", lambda value: 0 < value < math.inf)
+    return value(digits[:-1]) * scale[digits[-1]] if digits[-1:] in scale else value(digits)
+
+
 _temperature = number("0 (greedy) or positive and finite", lambda value: 0 <= value < math.inf)
 _probability = number("in (0, 1]", lambda value: 0 < value <= 1)
 
@@ -63,6 +76,8 @@ def build_parser() -> Parser:
     add_model_flags(generate)
     add_request_flags(generate)
     add_output_flags(generate)
+    plan = commands.add_parser("plan", help="what would run and how fast, without a GPU or weights", allow_abbrev=False)
+    add_plan_flags(plan)
     profile = commands.add_parser("profile", help="measure a model pair", allow_abbrev=False)
     add_profile_flags(profile)
     doctor = commands.add_parser("doctor", help="what on this machine will make it slow or fail", allow_abbrev=False)
@@ -81,6 +96,35 @@ def build_parser() -> Parser:
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
         add_verbosity_flags(command)
     return parser
+
+
+def add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("models")
+    group.add_argument("--model", metavar="PATH|HUB_ID|PRESET", help="a folder with config.json, or a preset: llama-2-70b")
+    group.add_argument("--draft-model", action="append", metavar="PATH|HUB_ID|PRESET|none", help="several: the best is taken")
+    group.add_argument("--tree", default="auto", metavar="SPEC", help="auto, none, 768x18, 4x6:kary, or a JSON file")
+    group.add_argument("--acceptance", action="append", metavar="FILE", help="acceptance profile of each draft, or of all")
+    group.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: the model's own")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--profile", metavar="FILE|NAME", help="hardware profile, or one of profiles/hardware: l40")
+    machine.add_argument("--link", type=rate("--link"), metavar="RATE", help="host to device, e.g. 25GB/s")
+    machine.add_argument("--flops", type=flops, metavar="RATE", help="matrix multiplication, e.g. 90TFLOP/s")
+    machine.add_argument("--disk", type=rate("--disk"), metavar="RATE", help="sequential reads, e.g. 3GB/s")
+    machine.add_argument("--gpu-memory", default="auto", metavar="SIZE", help="device memory budget, e.g. 22GiB")
+    machine.add_argument("--host-memory", "--ram", default="auto", metavar="SIZE", help="what exceeds it comes from disk")
+    machine.add_argument("--resident-layers", default="auto", metavar="N", help="layers that stay on the device")
+    machine.add_argument("--slots", default="auto", metavar="N", help="device buffers for streamed layers")
+    machine.add_argument("--max-context", default="auto", metavar="N", help="rows of the key/value caches")
+    machine.add_argument("--context", type=whole(1), metavar="N", help="tokens that attention looks back on, for timing")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
+    output.add_argument("--draw", metavar="FILE", help="draw the tree to FILE.svg or FILE.png")
+    output.add_argument("--compare-drafts", action="store_true", help="what each draft brings, with its best tree")
+    output.add_argument(
+        "--sweep", metavar="RESOURCE=LOW..HIGH", help="gpu-memory, host-memory or link, e.g. gpu-memory=12GiB..80GiB"
+    )
+    output.add_argument("--plot", metavar="FILE", help="draw the sweep")
+    add_verbosity_flags(parser)
 
 
 def add_profile_flags(parser: argparse.ArgumentParser) -> None:

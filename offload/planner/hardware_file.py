@@ -3,12 +3,27 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..errors import ModelError
 from .files import read_file
 from .hardware import RATES, REQUIRED_RATES, HardwareProfile, MeasuredModel, ModelTimes, VerifyTimes
 
 SCHEMA_VERSION = 1
+PRESETS = Path(__file__).parents[2] / "profiles/hardware"
 _TEXTS = ("device_name", "device_type", "source")
 _KNOWN = {"schema_version", "published", "layer_overhead_s", "models", "verify", "facts", *_TEXTS, *RATES}
+
+
+def find_hardware(name: str) -> HardwareProfile:
+    """The profile in the file `name`, or that of profiles/hardware which is called so. ModelError when there is neither."""
+    presets = sorted(path.stem for path in PRESETS.glob("*.json"))
+    path = PRESETS / f"{name}.json" if name in presets else Path(name)
+    if not path.exists():
+        raise ModelError(
+            f"no hardware profile {name!r}",
+            where="--profile",
+            cure=f"make one with `profile hardware`, or take one of {', '.join(presets)}",
+        )
+    return read_hardware(path)
 
 
 def read_hardware(path: Path) -> HardwareProfile:

@@ -1,0 +1,140 @@
+"""A plan as people read it, in five seconds, and as its JSON."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ..errors import OffloadError
+from ..planner.cost import GIB
+from ..report import rate_text, seconds_text
+
+if TYPE_CHECKING:
+    from ..planner.advice import DraftVerdict, Win
+    from ..planner.hardware import HardwareProfile
+    from ..planner.plan import Plan
+    from ..planner.shapes import ModelShape
+
+COLUMN = 40
+SHOWN_WINS = 3
+
+
+def json_document(made: "Plan") -> dict[str, object]:
+    """The object of `plan --json`, field by field in docs/cli.md."""
+    placement, prediction = made.placement, made.prediction
+    return {
+        "schema_version": 1,
+        "fits": True,
+        "resident_layers": len(placement.resident),
+        "streamed_layers": len(placement.streamed),
+        "disk_layers": len(placement.disk),
+        "slots": made.num_slots,
+        "bytes_per_pass": made.bytes_per_pass,
+        "link_bytes_per_s": made.link_bytes_per_s,
+        "predicted_pass_s": prediction.pass_s,
+        "predicted_compute_s": prediction.compute_s,
+        "predicted_draft_s": prediction.draft_s,
+        "predicted_round_s": prediction.round_s,
+        "predicted_s_per_token": prediction.s_per_token,
+        "autoregressive_s_per_token": made.autoregressive_s_per_token,
+        "tree": {
+            "nodes": made.tree.num_nodes,
+            "levels": made.tree.num_levels,
+            "nodes_per_level": [len(level) for level in made.tree.levels],
+            "expected_tokens_per_pass": prediction.expected_tokens,
+        },
+        "draft": made.draft,
+        "memory": {
+            "device_bytes": dict(made.device_ledger),
+            "device_budget_bytes": made.device_budget_bytes,
+            "host_bytes": sum(made.host_ledger.values()),
+            "host_ledger": dict(made.host_ledger),
+            "host_budget_bytes": made.host_budget_bytes,
+        },
+        "notes": list(made.notes),
+    }
+
+
+def refusal_document(error: OffloadError) -> dict[str, object]:
+    return {"schema_version": 1, "fits": False, "error": {"what": error.what, "where": error.where, "cure": error.cure}}
+
+
+def screen(
+    made: "Plan",
+    target: "ModelShape",
+    drafts: Sequence["ModelShape"],
+    hardware: "HardwareProfile",
+    wins: Sequence["Win"],
+) -> str:
+    draft = drafts[made.draft].name if made.draft is not None else "no draft"
+    lines = [
+        f"{target.name}, {target.num_layers} layers x {target.layer_parameters / 1e6:.0f} M parameters | {draft} | "
+        f"{hardware.device_name}" + (" (published figures)" if hardware.published else ""),
+        "",
+        *_ledgers(made),
+        "",
+        *_verdict(made),
+        *(f"note: {note}" for note in made.notes),
+    ]
+    for win in wins[:SHOWN_WINS]:
+        less = 1 - win.s_per_token / made.prediction.s_per_token
+        lines.append(f"win: {win.change}: {seconds_text(win.s_per_token)} s/token, {less * 100:.0f} % less")
+    return "\n".join(lines)
+
+
+def _ledgers(made: "Plan") -> list[str]:
+    """Device on the left, host on the right, each with its sum and its budget."""
+    left = _column("device", made.device_ledger, made.device_budget_bytes)
+    right = _column("host", made.host_ledger, made.host_budget_bytes)
+    height = max(len(left), len(right))
+    left += [""] * (height - len(left))
+    right += [""] * (height - len(right))
+    return [f"{one:<{COLUMN}}{other}".rstrip() for one, other in zip(left, right, strict=True)]
+
+
+def _column(title: str, ledger: Mapping[str, int], budget_bytes: int | None) -> list[str]:
+    of_budget = f" of {budget_bytes / GIB:.1f}" if budget_bytes is not None else ""
+    total = f"{title} {sum(ledger.values()) / GIB:.1f}{of_budget} GiB"
+    return [total, *(f"  {name:<26}{num_bytes / GIB:7.2f}" for name, num_bytes in ledger.items() if num_bytes)]
+
+
+def _verdict(made: "Plan") -> list[str]:
+    prediction, placement = made.prediction, made.placement
+    if placement.streamed:
+        rate = rate_text(made.link_bytes_per_s or 0.0)
+        bound = "" if prediction.compute_s < prediction.pass_s else ", which is more than the link needs"
+        first = (
+            f"FITS. One pass streams {made.bytes_per_pass / GIB:.1f} GiB: {seconds_text(prediction.pass_s)} s at {rate} "
+            f"(compute {seconds_text(prediction.compute_s)} s{bound})"
+        )
+    else:
+        first = f"FITS. Nothing is streamed: {seconds_text(prediction.pass_s)} s a pass"
+    plain = made.autoregressive_s_per_token
+    parts = [f"{seconds_text(plain)} s/token without a tree"] if plain is not None else []
+    if made.tree.num_nodes > 1:
+        parts.append(
+            f"{seconds_text(prediction.s_per_token)} s/token with a tree of {made.tree.num_nodes} nodes in "
+            f"{made.tree.num_levels} levels: {prediction.expected_tokens:.1f} tokens a pass, draft "
+            f"{seconds_text(prediction.draft_s)} s"
+        )
+    return [first, "  " + " | ".join(parts)]
+
+
+def verdict_lines(verdicts: Sequence["DraftVerdict"], plain_s: float) -> list[str]:
+    """One row a draft; the last column is what the law of Decoding Speculative Decoding alone would give."""
+    head = f"{'draft':<20}{'tree':>10}{'tokens/pass':>13}{'level s':>10}{'target s':>10}{'s/token':>10}{'by the law':>12}"
+    rows = [
+        f"{one.name:<20}{f'{one.num_nodes}x{one.num_levels}':>10}{one.expected_tokens:>13.2f}{one.level_s:>10.4f}"
+        f"{one.target_s:>10.3f}{one.s_per_token:>10.3f}{1 / one.law_tokens_per_s:>12.3f}"
+        for one in verdicts
+    ]
+    return [head, *rows, f"{'none':<20}{'1x1':>10}{1.0:>13.2f}{'':>10}{'':>10}{plain_s:>10.3f}"]
+
+
+def sweep_lines(name: str, points: Sequence[tuple[float, "Plan"]]) -> list[str]:
+    unit, scale = ("GB/s", 1e9) if name == "link" else ("GiB", GIB)
+    lines = [f"{f'{name} {unit}':>18}{'resident':>10}{'disk':>6}{'nodes':>7}{'levels':>8}{'s/token':>10}"]
+    for value, made in points:
+        lines.append(
+            f"{value / scale:>18.2f}{len(made.placement.resident):>10}{len(made.placement.disk):>6}{made.tree.num_nodes:>7}"
+            f"{made.tree.num_levels:>8}{made.prediction.s_per_token:>10.4g}"
+        )
+    return lines
