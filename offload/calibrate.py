@@ -3,7 +3,6 @@ that will run, one at a time, so that a model need not fit, nor be there: its we
 """
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,10 @@ from .planner.hardware import HardwareProfile, MeasuredModel, ModelTimes, Role, 
 from .short_model import FEW_LAYERS, MORE_LAYERS, PARAMS, short_models
 from .source import TypedModel
 from .weights.checkpoint import Checkpoint
-from .weights.reader import ReadJob, TensorReader
+from .weights.disk_speed import measure_disk
+
+DISK_BYTES = 8 * 2**30
+BUSY_PRODUCTS = 8  # of 1024 x 1024 matrices, beside a copy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +42,8 @@ QUICK = Effort(rows=(1, 4, 16, 64, 256, 1024), contexts=(512,), repeats=2, longe
 FULL = Effort(
     rows=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 768, 1024, 2048, 4096),
     contexts=(64, 1024, 4096),
-    repeats=5,
-    longest_s=2.0,
+    repeats=3,
+    longest_s=0.5,
     copy_bytes=2**30,
     disk_s=3.0,
 )
@@ -85,12 +87,17 @@ def measure_hardware(
         source="measured",
         device_memory_bytes=device.free_bytes(),
         link_bytes_per_s=link_bytes_per_s,
-        disk_bytes_per_s=measure_disk(disk, effort.disk_s) if disk is not None else None,
+        disk_bytes_per_s=_disk_bytes_per_s(disk, effort) if disk is not None else None,
         flops_per_s=max(layer_flops(cost, rows) / s for rows, s in zip(times.rows, times.layer_s, strict=True)),
         device_memory_bytes_per_s=cost.layer_bytes / times.layer_s[0],
         models=tuple(models),
         verify=(verify_times,),
     )
+
+
+def _disk_bytes_per_s(disk: Checkpoint, effort: Effort) -> float:
+    speed = measure_disk(disk, effort.disk_s, DISK_BYTES)
+    return speed.read_bytes / speed.read_s
 
 
 def measure_link(device: Device, num_bytes: int, repeats: int) -> float:
@@ -107,16 +114,30 @@ def measure_link(device: Device, num_bytes: int, repeats: int) -> float:
     return max(rates)
 
 
-def measure_disk(checkpoint: Checkpoint, seconds: float) -> float:
-    """Bytes per second of reading tensors one after another, past the page cache, for about `seconds`."""
-    num_bytes, start_s = 0, time.monotonic()
-    with TensorReader(checkpoint) as reader:
-        for tensor in checkpoint.tensors.values():
-            reader.read([ReadJob(tensor=tensor, destination=torch.empty(tensor.shape, dtype=tensor.dtype))])
-            num_bytes += tensor.num_bytes
-            if time.monotonic() - start_s > seconds:
-                break
-    return num_bytes / (time.monotonic() - start_s)
+def measure_copies(device: Device, sizes: Sequence[int], repeats: int) -> dict[str, dict[int, float]]:
+    """Median bytes per second by copy size: from pinned memory, from pageable memory, and from pinned memory while the
+    device multiplies matrices."""
+    pinned, slot = device.pin(max(sizes), ()), device.alloc(max(sizes))
+    pageable = torch.zeros(max(sizes), dtype=torch.uint8)
+    square = torch.randn(1024, 1024, device=device.torch_device)
+
+    def rate(source: torch.Tensor, num_bytes: int, *, busy: bool) -> float:
+        seconds = []
+        for _ in range(repeats):
+            ticket = device.copy_async(slot[:num_bytes], source[:num_bytes], device.mark())
+            if busy:
+                for _ in range(BUSY_PRODUCTS):
+                    torch.mm(square, square)
+            device.drain(ticket)
+            device.wait(ticket)
+            interval = device.interval(ticket)
+            seconds.append(max(interval.end_s - interval.start_s, 1e-9))
+        return num_bytes / statistics.median(seconds)
+
+    kinds = {"pinned": (pinned.tensor, False), "pageable": (pageable, False), "pinned, busy device": (pinned.tensor, True)}
+    rates = {kind: {size: rate(source, size, busy=busy) for size in sizes} for kind, (source, busy) in kinds.items()}
+    pinned.close()
+    return rates
 
 
 def measure_model(device: Device, subject: Subject, effort: Effort) -> MeasuredModel:

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 from .errors import ModelError
-from .model.architecture import Architecture, check_weights, read_architecture
+from .model.architecture import Architecture, architecture_of, check_weights, read_architecture
 from .model.locate import locate_model
 from .planner.cost import ModelCost, kv_bytes_per_row
+from .planner.shapes import read_preset_config
 from .text import TextCodec, open_codec
 from .weights.checkpoint import Checkpoint, open_checkpoint
 from .weights.layout import LayerLayout
@@ -79,6 +81,14 @@ def check_source(name: str, flag: str, dtype: str, device_type: str) -> ModelSou
     first = checkpoint.tensors[f"{architecture.prefix}.0.{next(iter(architecture.layer_shapes))}"]
     model = TypedModel(architecture=architecture, dtype=resolve_dtype(dtype, first.dtype, device_type))
     return ModelSource(folder=folder, checkpoint=checkpoint, codec=codec, model=model)
+
+
+def typed_preset(name: str, dtype: str, device_type: str) -> TypedModel:
+    """The preset `name` of profiles/models, which has a shape and no weights."""
+    config, where = read_preset_config(name)
+    stored = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[str(config["dtype"])]
+    architecture = architecture_of(AutoConfig.for_model(**config), where)
+    return TypedModel(architecture=architecture, dtype=resolve_dtype(dtype, stored, device_type))
 
 
 def resolve_dtype(name: str, stored: torch.dtype, device_type: str) -> torch.dtype:

@@ -23,6 +23,8 @@ def main(argv: list[str]) -> int:
             from .generate import run
         elif arguments.command == "plan":
             from .plan import run
+        elif arguments.command == "profile" and arguments.what == "hardware":
+            from .profile_hardware import run
         elif arguments.command == "profile":
             from .profile import run
         elif arguments.command == "doctor":

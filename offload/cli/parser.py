@@ -128,13 +128,17 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_profile_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("acceptance",), help="acceptance: how often the k-th child is the accepted one")
+    parser.add_argument(
+        "what",
+        choices=("acceptance", "hardware"),
+        help="acceptance: how often the k-th child is the accepted one; hardware: what this machine does, and how fast",
+    )
     add_model_flags(parser)
     group = parser.add_argument_group("measurement")
     group.add_argument("--dataset", metavar="FILE", help="prompts, a JSON object with turns a line; default: the demo's")
     group.add_argument("--per-level", action="store_true", help="one vector per level of the tree instead of one for all")
     add_sampling_flags(group)
-    group.add_argument("--output", metavar="FILE", help="write the profile to FILE rather than to stdout")
+    group.add_argument("--output", metavar="FILE", help="write the profile to FILE; default: stdout, or profiles/hardware")
     add_verbosity_flags(parser)
 
 

@@ -1,11 +1,7 @@
 """Is a model fit to be run: its files, its tokenizer, and whether a draft speaks the same tokens. Fetches nothing."""
 
-import contextlib
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from ..errors import ModelError, OffloadError
 from ..model.architecture import check_weights, read_architecture
@@ -14,7 +10,7 @@ from ..planner.cost import GIB, ModelCost
 from ..planner.shapes import ModelShape, find_shape, is_preset
 from ..text import TextCodec, check_same_vocabulary, open_codec
 from ..weights.checkpoint import Checkpoint, open_checkpoint
-from ..weights.reader import ReadJob, TensorReader
+from ..weights.disk_speed import measure_disk
 from .facts import Check, DiskFacts, size_text
 
 SCALE = "scale:"  # bench's model of a preset's shape, made in memory: scale:PRESET[:LAYERS]
@@ -67,30 +63,11 @@ def compare_vocabularies(target: Inspected, draft: Inspected) -> tuple[Check, ..
 
 
 def time_disk(checkpoint: Checkpoint, limit_s: float = DISK_TEST_S) -> DiskFacts:
-    """Reads tensors in the order of the files, past the page cache, until `limit_s` or DISK_TEST_BYTES are over.
-    DeviceError when the disk fails."""
-    tensors = sorted(checkpoint.tensors.values(), key=lambda tensor: (tensor.path, tensor.offset_bytes))
-    buffer = torch.empty(max(tensor.num_bytes for tensor in tensors), dtype=torch.uint8)
-    read_bytes = 0
-    start_s = time.monotonic()
-
-    def count(num_bytes: int) -> None:
-        nonlocal read_bytes
-        read_bytes += num_bytes
-        if read_bytes >= DISK_TEST_BYTES or time.monotonic() - start_s >= limit_s:
-            raise _Enough
-
-    with TensorReader(checkpoint) as reader, contextlib.suppress(_Enough):
-        is_direct = reader.num_direct_files > 0
-        for tensor in tensors:
-            destination = buffer[: tensor.num_bytes].view(tensor.dtype).view(tensor.shape)
-            reader.read([ReadJob(tensor=tensor, destination=destination)], count)
-    read_s = time.monotonic() - start_s
-    return DiskFacts(read_bytes=read_bytes, read_s=read_s, total_bytes=checkpoint.num_bytes, is_direct=is_direct)
-
-
-class _Enough(Exception):
-    """Ends a reading that has lasted long enough; the reader stops its threads."""
+    """How fast the model's files are read. DeviceError when the disk fails."""
+    speed = measure_disk(checkpoint, limit_s, DISK_TEST_BYTES)
+    return DiskFacts(
+        read_bytes=speed.read_bytes, read_s=speed.read_s, total_bytes=checkpoint.num_bytes, is_direct=speed.is_direct
+    )
 
 
 def _inspect_folder(folder: Path, flag: str, label: str, on_gpu: bool) -> Inspected:

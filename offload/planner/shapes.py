@@ -93,7 +93,8 @@ def find_shape(name: str, flag: str) -> ModelShape:
     """The shape of a folder with config.json, a preset of profiles/models, or a hub id in the local cache. A folder comes
     before a preset of the same name, as it does where weights are loaded. Nothing is fetched. ModelError names `flag`."""
     if is_preset(name):
-        return _read_preset(name)
+        config, where = read_preset_config(name)
+        return replace(shape_from_config(config, where=where), name=name)
     path = find_config(name, flag)
     if path is None:
         raise ModelError(
@@ -147,13 +148,14 @@ def shape_from_config(config: Mapping[str, object], *, where: str) -> ModelShape
     )
 
 
-def _read_preset(name: str) -> ModelShape:
+def read_preset_config(name: str) -> tuple[dict[str, object], str]:
+    """What profiles/models keeps of the config.json of preset `name`, and the file it stands in."""
     path = PRESETS / f"{name}.json"
     document = _read_json(path)
     config = document.get("config")
     if document.get("schema_version") != 1 or not isinstance(document.get("source"), str) or not isinstance(config, dict):
         raise _invalid("not a model shape: it needs schema_version 1, source and config", str(path))
-    return replace(shape_from_config(config, where=str(path)), name=name)
+    return config, str(path)
 
 
 def _read_json(path: Path) -> dict[str, object]:

@@ -1,0 +1,127 @@
+"""`profile hardware`: measure this machine with the layers of the models that will run, and write the profile down."""
+
+import argparse
+import json
+import platform
+import re
+import sys
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config import EngineSettings
+from ..demo import DRAFT, TARGET
+from ..errors import UsageError
+from ..planner.hardware_file import PRESETS, to_json
+from ..report import environment
+from .acceptance import write_json
+from .settings import check_writable
+from .terminal import say
+
+if TYPE_CHECKING:
+    from ..device import Device
+    from ..planner.hardware import HardwareProfile
+    from ..source import TypedModel
+    from ..weights.checkpoint import Checkpoint
+
+COPY_SIZES = tuple(2**power for power in range(20, 31, 2))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    model, drafts = arguments.model, [name for name in arguments.draft_model or [] if name != "none"]
+    if model is None:
+        model, drafts = str(TARGET), drafts or [str(DRAFT)]
+        if not arguments.quiet:
+            say("no --model given: the layers of the bundled demo pair are measured")
+    settings = EngineSettings.parse(
+        model=model, draft_model=drafts, device=arguments.device, dtype=arguments.dtype, emulate_link=arguments.emulate_link
+    )
+    if arguments.output and arguments.output != "-":
+        check_writable("--output", Path(arguments.output))
+    from ..device import open_device
+
+    device = open_device(settings.device)
+    try:
+        profile = _measure(settings, device, quiet=arguments.quiet)
+    finally:
+        device.close()
+    document = to_json(profile)
+    if arguments.output == "-":
+        print(json.dumps(document))
+        return 0
+    path = Path(arguments.output) if arguments.output else PRESETS / file_name(profile.device_name)
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is no folder", where="--output", cure="name a file in an existing folder")
+    write_json(path, document)
+    if not arguments.quiet:
+        say(f"{path}\n  use it with --profile {path}")
+    return 0
+
+
+def file_name(device_name: str) -> str:
+    """`nvidia-l40_myhost_2026-11-21.json`."""
+    device, host = (re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") for name in (device_name, platform.node()))
+    return f"{device}_{host}_{datetime.now(timezone.utc):%Y-%m-%d}.json"
+
+
+def _measure(settings: EngineSettings, device: "Device", *, quiet: bool) -> "HardwareProfile":
+    from ..calibrate import FULL, Subject, measure_hardware
+    from ..device.host import available_bytes
+
+    target, disk = _typed(settings.model, "--model", settings, device)
+    subjects = [Subject(role="target", model=target)]
+    for name in settings.draft_models:
+        subjects.append(Subject(role="draft", model=_typed(name, "--draft-model", settings, device)[0]))
+    show = not quiet and sys.stderr.isatty()
+    profile = measure_hardware(
+        device,
+        subjects,
+        FULL,
+        link_bytes_per_s=settings.emulate_link_bytes_per_s,
+        disk=disk,
+        progress=lambda part: say(f"measuring {part}") if show else None,
+    )
+    return replace(
+        profile,
+        source="measured" + (" with an emulated link" if settings.emulate_link_bytes_per_s else ""),
+        host_memory_bytes=available_bytes(),
+        facts={
+            "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "host": platform.processor() or platform.machine(),
+            "models": [settings.model, *settings.draft_models],
+            **environment(device.name),
+            **_machine(device),
+        },
+    )
+
+
+def _typed(name: str, flag: str, settings: EngineSettings, device: "Device") -> tuple["TypedModel", "Checkpoint | None"]:
+    """A preset has a shape and nothing to read from disk; a folder has both."""
+    from ..planner.shapes import is_preset
+    from ..source import check_source, typed_preset
+
+    device_type = device.torch_device.type
+    if is_preset(name):
+        return typed_preset(name, settings.dtype, device_type), None
+    source = check_source(name, flag, settings.dtype, device_type)
+    return source.model, source.checkpoint
+
+
+def _machine(device: "Device") -> dict[str, object]:
+    """What people want to know of a machine when they compare profiles; the planner reads none of it."""
+    from ..calibrate import FULL, measure_copies
+    from ..doctor.gather import gather_facts
+
+    facts = gather_facts(model=None, draft_model=None, device=str(device.torch_device))
+    return {
+        "host_facts": _plain(asdict(facts.host)),
+        "gpu_facts": _plain(asdict(facts.gpu)) if facts.gpu else None,
+        "registration": asdict(facts.copies) if facts.copies else None,
+        "link_bytes_per_s_by_copy": measure_copies(device, COPY_SIZES, FULL.repeats),
+    }
+
+
+def _plain(values: dict[str, object]) -> dict[str, object]:
+    """As JSON has it: no sets."""
+    return {name: sorted(value) if isinstance(value, frozenset) else value for name, value in values.items()}
