@@ -148,6 +148,7 @@ def test_memory_held_by_others_is_named_and_fails_only_where_the_model_no_longer
     assert only_fault(failed).cure == "end the processes that hold it" and exit_code(judge(failed)) == DOES_NOT_FIT
     never = replace(HEALTHY, need=replace(NEED, least_device_bytes=30 * GIB))
     assert "larger GPU" in str(only_fault(never).cure) and exit_code(judge(never)) == DOES_NOT_FIT
+    assert found(replace(never, gpu_usable=False), "VRAM").status == "ok"  # what runs on the CPU device needs none of it
 
 
 @pytest.mark.parametrize(
