@@ -14,6 +14,7 @@ import pytest
 
 from command_line import DOES_NOT_FIT, INVALID, assert_usage_error, run_command
 from offload.demo import DRAFT, TARGET
+from offload.device import host as host_memory
 from offload.device.cpu import CpuDevice
 from offload.doctor import gather, nvml
 from offload.doctor import models as doctor_models
@@ -148,6 +149,7 @@ def test_memory_held_by_others_is_named_and_fails_only_where_the_model_no_longer
     assert only_fault(failed).cure == "end the processes that hold it" and exit_code(judge(failed)) == DOES_NOT_FIT
     never = replace(HEALTHY, need=replace(NEED, least_device_bytes=30 * GIB))
     assert "larger GPU" in str(only_fault(never).cure) and exit_code(judge(never)) == DOES_NOT_FIT
+    assert found(replace(never, gpu_usable=False), "VRAM").status == "ok"  # what runs on the CPU device needs none of it
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,9 @@ def test_memlock_counts_only_where_a_registration_was_refused() -> None:
     faults = {finding.name: finding for finding in judge(refused) if finding.status != "ok"}
     assert set(faults) == {"pinned", "memlock"} and faults["memlock"].cure == "ulimit -l unlimited"
     assert "registered 2.0 GiB of 8.0 GiB tried" in faults["pinned"].value
-    assert found(replace(HEALTHY, copies=replace(COPIES, pinned_bytes=0)), "memlock").status == "ok"  # unlimited
+    for enough in (None, 64 * GIB):  # then something else refused
+        host = replace(HOST, memlock_bytes=enough)
+        assert found(replace(HEALTHY, host=host, copies=replace(COPIES, pinned_bytes=0)), "memlock").status == "ok"
 
 
 def test_failures_end_with_the_code_of_the_worst() -> None:
@@ -361,6 +365,28 @@ def test_nodes_are_those_of_the_cpus_that_this_process_may_use(tmp_path: Path, m
     assert (gather.gather_host().nodes, gather.gather_host().own_nodes) == ({0, 1, 2}, {0, 1})
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {6})
     assert gather.gather_host().own_nodes == {1}
+
+
+@pytest.mark.parametrize(
+    "limit, usage, group, left",
+    [
+        ("1000", "400", (1000, 400), 600),
+        ("1000", "4000", (1000, 4000), 0),
+        ("max", "400", None, None),
+        ("9223372036854771712", "400", None, None),
+        (None, None, None, None),
+    ],
+)
+def test_a_control_group_limits_what_is_available(
+    limit: str | None, usage: str | None, group: object, left: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = (tmp_path / "limit", tmp_path / "usage")
+    for path, text in zip(paths, (limit, usage), strict=True):
+        if text is not None:
+            path.write_text(f"{text}\n")
+    monkeypatch.setattr(host_memory, "_CGROUP_LIMITS", [tuple(map(str, paths))])
+    assert host_memory.cgroup_memory() == group
+    assert host_memory.available_bytes() == left if left is not None else host_memory.available_bytes() > 1000
 
 
 def test_the_disk_is_read_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:

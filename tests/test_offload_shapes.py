@@ -29,7 +29,7 @@ LLAMA = {
     "vocab_size": 100,
     "max_position_embeddings": 128,
 }
-# Parameter counts in the indexes (total_size / bytes of the dtype) or model cards of the published checkpoints.
+# Parameter counts that the hub states for the published checkpoints.
 PUBLISHED = {
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,
@@ -40,7 +40,13 @@ PUBLISHED = {
     "llama-3.2-3b": 3_212_749_824,
     "mistral-7b": 7_248_023_552,
     "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
     "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
     "qwen3-8b": 8_190_735_360,
     "qwen3-32b": 32_762_123_264,
     "tinyllama-1.1b": 1_100_048_384,

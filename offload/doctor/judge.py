@@ -41,7 +41,8 @@ def judge(facts: Facts) -> list[Finding]:
     host, gpu, need = facts.host, facts.gpu, facts.need
     findings = [_versions(facts), _gpu(facts)]
     if gpu is not None:
-        findings += [_link(gpu, facts.copies), _clocks(gpu), _device_memory(gpu, need), _numa(gpu, host)]
+        memory = _device_memory(gpu, need if facts.gpu_usable else None)  # else the need is that of the CPU device
+        findings += [_link(gpu, facts.copies), _clocks(gpu), memory, _numa(gpu, host)]
     if facts.copies is not None:
         findings.append(_pinned(facts.copies, need))
     findings += [_system(host), _host_memory(host, need), _cgroup(host, need), _memlock(host, facts.copies)]
