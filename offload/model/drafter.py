@@ -11,6 +11,7 @@ from tree.shape import TreeShape
 from ..device import Device
 from .attention import pass_mask
 from .causal_lm import CausalLM
+from .fixed_pass import MAX_ROWS, FixedPasses, waits_in_a_pass
 
 # The draft reads the prompt in chunks of this many tokens: its logits are wanted for the last one only.
 PROMPT_CHUNK_TOKENS = 1024
@@ -20,11 +21,14 @@ class ModelDrafter:
     """Implements tree.draft.TreeModel over a CausalLM with its own cache.
 
     `vocab_size` is the target's: draft logits are cut or padded (never proposed) to it, for families whose sizes pad one
-    vocabulary differently.
+    vocabulary differently. Small passes have fixed shapes where the device replays recordings; elsewhere each is as large as it
+    must be, which is the same but for rounding.
     """
 
     def __init__(self, model: CausalLM, device: Device, vocab_size: int) -> None:
         self._model, self._device, self._vocab_size = model, device, vocab_size
+        fixed = device.replays and not waits_in_a_pass(model.architecture.config)
+        self._fixed = FixedPasses(model, device) if fixed else None
         self._context: list[int] = []
         self._shape = TreeShape.root_only()
         self._nodes: list[int] = []  # expanded nodes, in the order of their pending cache rows
@@ -32,7 +36,10 @@ class ModelDrafter:
     def restart(self) -> None:
         """Forget the sequence."""
         self._context.clear()
-        self._model.cache.truncate(0)
+        if self._fixed is None:
+            self._model.cache.truncate(0)
+        else:
+            self._fixed.restart()
 
     def extend_context(self, token_ids: Sequence[int]) -> None:
         """Committed tokens, the last of which is the next root. Host only; `begin` catches up."""
@@ -73,7 +80,10 @@ class ModelDrafter:
     def _forward(self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, num_logits: int) -> torch.Tensor:
         known = self._model.architecture.vocab_size
         token_ids = self._device.upload(token_ids).clamp(max=known - 1)
-        logits = self._model.forward(token_ids, self._device.upload(positions), mask, num_logits).float()
+        if self._fixed is not None and len(token_ids) <= MAX_ROWS:
+            logits = self._fixed.run(token_ids, positions, mask)[-num_logits:].float()
+        else:
+            logits = self._model.forward(token_ids, self._device.upload(positions), mask, num_logits).float()
         if known < self._vocab_size:
             return F.pad(logits, (0, self._vocab_size - known), value=-torch.inf)
         return logits[:, : self._vocab_size]
