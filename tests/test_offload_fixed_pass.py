@@ -99,6 +99,17 @@ def test_each_shape_is_recorded_once(models: Models) -> None:
         assert 1 <= device.num_recordings <= 5  # rows 1, 2, 4, 8, 16
 
 
+def test_prompts_are_not_recorded(models: Models) -> None:
+    """A pass for one logit out of a hundred would keep the memory of a hundred."""
+    device = RecordingDevice()
+    with open_tiny(models(), device) as engine:
+        engine.generate([3] * 100, max_new_tokens=1)
+        assert device.num_recordings == 0
+        texts = [engine.generate([3] * length, max_new_tokens=9, ignore_eos=True).token_ids for length in (2, 66)]
+    with open_tiny(models(), CpuDevice()) as engine:
+        assert texts == [engine.generate([3] * length, max_new_tokens=9, ignore_eos=True).token_ids for length in (2, 66)]
+
+
 def test_what_an_earlier_text_left_behind_is_not_read(models: Models) -> None:
     """NaN in a masked row would spoil a pass of fixed shape: 0 * NaN."""
     generator = torch.Generator().manual_seed(5)

@@ -11,7 +11,7 @@ from tree.shape import TreeShape
 from ..device import Device
 from .attention import pass_mask
 from .causal_lm import CausalLM
-from .fixed_pass import MAX_ROWS, FixedPasses, waits_in_a_pass
+from .fixed_pass import FixedPasses, waits_in_a_pass
 
 # The draft reads the prompt in chunks of this many tokens: its logits are wanted for the last one only.
 PROMPT_CHUNK_TOKENS = 1024
@@ -79,11 +79,11 @@ class ModelDrafter:
 
     def _forward(self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, num_logits: int) -> torch.Tensor:
         known = self._model.architecture.vocab_size
-        token_ids = self._device.upload(token_ids).clamp(max=known - 1)
-        if self._fixed is not None and len(token_ids) <= MAX_ROWS:
-            logits = self._fixed.run(token_ids, positions, mask)[-num_logits:].float()
+        token_ids, positions = self._device.upload(token_ids).clamp(max=known - 1), self._device.upload(positions)
+        if self._fixed is not None and self._fixed.suit(len(token_ids), num_logits):
+            logits = self._fixed.run(token_ids, positions, mask)[-num_logits:]
         else:
-            logits = self._model.forward(token_ids, self._device.upload(positions), mask, num_logits).float()
+            logits = self._model.forward(token_ids, positions, mask, num_logits).float()
         if known < self._vocab_size:
             return F.pad(logits, (0, self._vocab_size - known), value=-torch.inf)
         return logits[:, : self._vocab_size]

@@ -14,6 +14,7 @@ from ..device import Device
 from .causal_lm import CausalLM
 
 MAX_ROWS = 512  # of one pass; beyond, computing takes longer than launching, and padding would cost more than it saves
+MAX_UNWANTED = 64  # logits that are computed for rows whose logits nobody asked for; reading a prompt is not worth recording
 POWERS_UP_TO = 64  # buckets of new rows: powers of two, then multiples of this
 LEAST_CACHED_ROWS = 512  # buckets of attended rows: powers of two from here to the cache's capacity
 
@@ -30,16 +31,19 @@ class FixedPasses:
         """Forget the sequence. Rows that are masked take part in a pass with weight 0, so they must not hold NaN."""
         self._model.cache.clear()
 
+    def suit(self, num_rows: int, num_logits: int) -> bool:
+        """Whether a pass like this is worth recording."""
+        return num_rows <= MAX_ROWS and num_rows - num_logits <= MAX_UNWANTED
+
     def run(self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """As CausalLM.forward, for n <= MAX_ROWS rows and the logits of all of them. `positions` are on the host, `token_ids`
-        and `mask` on the device."""
+        """As CausalLM.forward, but float32 logits of all rows; those of later passes do not overwrite them."""
         cache = self._model.cache
         cache.check_room(len(token_ids))
         shape = width_bucket(len(token_ids)), rows_bucket(cache.rows + len(token_ids), cache.capacity)
         fixed = self._passes.get(shape)
         if fixed is None:
             fixed = self._passes[shape] = _Pass(self._model, self._device, *shape)
-        logits = fixed.run(token_ids, self._device.upload(positions), cache.rows, mask)
+        logits = fixed.run(token_ids, positions, cache.rows, mask)
         cache.appended(len(token_ids))
         return logits
 
@@ -68,7 +72,7 @@ class _Pass:
             self._replay = self._device.record(self._compute)
         self._replay()
         assert self._logits is not None
-        return self._logits[:num_rows].clone()  # the next replay overwrites them
+        return self._logits[:num_rows].to(torch.float32, copy=True)
 
     def _compute(self) -> None:
         self._logits = self._model.compute(self._token_ids, self._positions, self._mask, self._width, self._rows)
