@@ -1,13 +1,18 @@
-"""Two devices that obey the contract of offload.device.base as badly as it allows.
+"""Devices that obey the contract of offload.device.base as badly as it allows.
 
 A real copy lands somewhere between its issue and its wait. EagerDevice lands it at once: what is overwritten too early shows.
 LateDevice lands it at the last moment and fills released buffers with NaN: what is used too early or too long shows.
+RecordingDevice replays what was computed and asks Python nothing: what a recording must not hold fixed shows.
 """
 
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from offload.device.base import CopyTicket, Ticket
 from offload.device.cpu import CpuCopy, CpuDevice, CpuMark
@@ -72,6 +77,45 @@ class FailingDevice(CpuDevice):
         if self._left == 0:
             raise RuntimeError("the link broke")
         super()._copy(ticket, src, after)
+
+
+class _Tape(TorchDispatchMode):
+    """The operations that torch was asked for, with the tensors they read and wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "this would wait for the device"
+        output = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, output))
+        return output
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, output in self.calls:
+            for old, new in zip(tree_leaves(output), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old is not new:
+                    old.copy_(new)
+
+
+class RecordingDevice(CpuDevice):
+    """Records and replays as a CUDA graph does: the same operations on the same tensors."""
+
+    name = "recording"
+    replays = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_recordings = 0
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.num_recordings += 1
+        work()
+        with _Tape() as tape:
+            work()
+        return tape.replay
 
 
 DEVICES = {"cpu": CpuDevice, "eager": EagerDevice, "late": LateDevice}

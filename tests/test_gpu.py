@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from conftest import FAMILIES, reference_model
+from drafters import open_drafters, run_round
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.device.base import CopyTicket, Ticket
@@ -17,6 +18,7 @@ from offload.device.cuda import CudaDevice, RegisteredBuffer
 from offload.doctor.gather import gather_facts
 from offload.doctor.judge import judge
 from offload.engine import Engine
+from tree.shape import TreeShape
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 Models = Callable[..., Path]
@@ -141,3 +143,32 @@ def test_doctor_registers_memory_and_looks_at_the_link_under_load() -> None:
     assert facts.copies.pinned_bytes == facts.copies.tried_bytes and facts.copies.bytes_per_s > 1e9
     assert facts.gpu.activity.under_load or facts.gpu.driver == "unknown"
     assert {finding.name: finding.status for finding in judge(facts)}["GPU"] == "ok"
+
+
+class EagerCudaDevice(CudaDevice):
+    """The draft's passes are launched kernel by kernel, each of the size needed."""
+
+    replays = False
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_drafts_have_the_logits_of_eager_ones(models: Models, family: str) -> None:
+    """Captured when first needed and replayed in any order, over commits and a growing cache."""
+    generator = torch.Generator().manual_seed(1)
+    with open_drafters((EagerCudaDevice, CudaDevice), models(family), max_context=1500) as drafters:
+        for width in (1, 2, 3, 4, 64, 65, 9, 3, 128, 1, 200, 5):
+            run_round(drafters, TreeShape.from_widths((width, 1, 1)), generator, tolerance=1e-4)
+        for drafter in drafters:
+            drafter.extend_context([11] * 500)  # into the next bucket of cached rows
+        for width in (5, 64, 2):
+            run_round(drafters, TreeShape.from_widths((width, 2, 1)), generator, tolerance=1e-4)
+
+
+def test_replayed_drafts_change_no_token(models: Models) -> None:
+    folder = models(num_layers=5)
+    texts = []
+    for device in (EagerCudaDevice(), CudaDevice(), RacingCudaDevice()):
+        with open_tiny(folder, folder, device, tree="9x4:kary", resident_layers=1, slots=2) as engine:
+            prompts = (PROMPT, [3] * 40, PROMPT)
+            texts.append([engine.generate(prompt, max_new_tokens=40, ignore_eos=True).token_ids for prompt in prompts])
+    assert texts[0] == texts[1] == texts[2]

@@ -13,6 +13,7 @@ from fakes import DEVICES
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.decode import DecodeLoop
+from offload.demo import DRAFT, TARGET
 from offload.device import Device
 from offload.engine import Engine
 from offload.errors import UsageError
@@ -54,6 +55,20 @@ def test_greedy_text_is_that_of_transformers(models: Models, family: str, draft:
         assert sum(one.emitted_tokens for one in report.stats.passes) >= len(report.token_ids)
         if draft == "perfect":
             assert len(report.stats.passes) == -(-len(expected) // tokens_when_all_right)
+
+
+def test_greedy_text_of_optimal_trees_is_that_of_plain_decoding() -> None:
+    """The trained pair, in float32: a tree takes several tokens a pass, and not one that plain decoding does not."""
+    prompt = "The state of our finances is"
+    request: dict[str, Any] = {"max_new_tokens": 32, "ignore_eos": True}
+    with open_tiny(TARGET, None, dtype="float32") as engine:
+        expected = engine.generate(prompt, **request).token_ids
+    for num_nodes, num_levels in ((16, 6), (64, 10), (256, 14), (768, 18)):
+        with open_tiny(TARGET, DRAFT, dtype="float32", tree=f"{num_nodes}x{num_levels}", resident_layers=2) as engine:
+            assert engine.plan.tree.num_nodes == num_nodes
+            report = engine.generate(prompt, **request)
+        assert report.token_ids == expected, num_nodes
+        assert len(report.stats.passes) < 16
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 5])

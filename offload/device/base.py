@@ -4,7 +4,7 @@ Tickets go both ways. A copied buffer is obtained *from* `wait(copy ticket)`, an
 that buffer's last `release`; forgetting either does not type-check. Nothing here blocks the host except `drain` and `download`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,6 +47,7 @@ class Device(Protocol):
     name: str
     torch_device: torch.device
     host_addressable: bool  # `alloc`ed memory can be written by the host directly
+    replays: bool  # what `record` returns is cheaper than the work itself, so that fixed shapes pay
 
     def alloc(self, num_bytes: int) -> torch.Tensor:
         """[num_bytes] uint8 on the device, 256-byte aligned. FitError when there is no room."""
@@ -72,6 +73,14 @@ class Device(Protocol):
 
     def mark(self) -> Ticket:
         """The present point in compute order, for measuring."""
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """`work`, to be run any number of times in compute order.
+
+        A device may run `work` while recording it, and afterwards repeat what it computed without asking Python: on the same
+        tensors, with the same numbers and shapes. So `work` reads and writes tensors that outlive it, draws no random numbers,
+        copies nothing from or to the host, and waits for nothing.
+        """
 
     def drain(self, ticket: Ticket) -> None:
         """Block the calling thread until `ticket` has passed. Never called by the compute thread inside a pass."""

@@ -4,7 +4,7 @@ be throttled to the rate of an emulated link."""
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -38,6 +38,7 @@ class CpuDevice:
     name = "cpu"
     torch_device = torch.device("cpu")
     host_addressable = True
+    replays = False
 
     def __init__(self, link_bytes_per_s: float | None = None) -> None:
         self.link_bytes_per_s = link_bytes_per_s
@@ -78,6 +79,9 @@ class CpuDevice:
 
     def mark(self) -> Ticket:
         return CpuMark()
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work
 
     def drain(self, ticket: Ticket) -> None:
         if isinstance(ticket, CpuCopy):

@@ -1,4 +1,4 @@
-"""The only file that names torch.cuda: registered host memory, one copy stream, events.
+"""The only file that names torch.cuda: registered host memory, one copy stream, events, graphs.
 
 Order is kept by events alone. A copy waits (on the copy stream) for the event that `release` recorded on the compute stream;
 compute waits (on the compute stream) for the event recorded behind the copy. The host waits for neither.
@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -82,6 +82,7 @@ def _register(address: int, num_bytes: int) -> bool:
 
 class CudaDevice:
     host_addressable = False
+    replays = True
 
     def __init__(self, index: int = 0) -> None:
         if not torch.cuda.is_available() or index >= torch.cuda.device_count():
@@ -94,6 +95,7 @@ class CudaDevice:
         torch.cuda.set_device(self.torch_device)
         self.name = torch.cuda.get_device_name(index)
         self._copy_stream = torch.cuda.Stream()
+        self._graph_pool = torch.cuda.graph_pool_handle()  # shared: graphs run one at a time, and keep their outputs
         torch.cuda.reset_peak_memory_stats()
         self._clock_event = torch.cuda.Event(enable_timing=True)
         self._clock_event.record()
@@ -142,6 +144,19 @@ class CudaDevice:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return CudaMark(event)
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        # Libraries set themselves up in the first run, which may not be captured, and on a stream that is not the default one.
+        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            work()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on waiting for copies meanwhile; only this one's calls are captured and checked.
+        with torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
 
     def drain(self, ticket: Ticket) -> None:
         _end_event(ticket).synchronize()

@@ -13,7 +13,7 @@ from torch import nn
 from ..device import Device
 from ..streaming.stream import Weights
 from .architecture import Architecture
-from .kv_cache import KVCache
+from .kv_cache import FixedRows, KVCache
 
 
 class WeightSource(Protocol):
@@ -43,7 +43,6 @@ class CausalLM:
             parameters = dict(layer.named_parameters())
             layer.register_forward_pre_hook(lambda _module, _args, parameters=parameters: self._bind(parameters))
 
-    @torch.no_grad()
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, num_logits: int) -> torch.Tensor:
         """One pass over rows `token_ids` [N] int64 at `positions` [N] int64 under `mask` [1, 1, N, cached + N] bool.
 
@@ -51,6 +50,20 @@ class CausalLM:
         the model's dtype. On any error the cache and the weight source are as before the pass.
         """
         self.cache.check_room(len(token_ids))
+        logits = self.compute(token_ids, positions, mask, num_logits, self.cache)
+        self.cache.appended(len(token_ids))
+        return logits
+
+    @torch.no_grad()
+    def compute(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+        num_logits: int,
+        rows: KVCache | FixedRows,
+    ) -> torch.Tensor:
+        """The pass alone: keys and values go where `rows` says, and the cache's counts stay as they are."""
         layers = self._weights.one_pass()
         self._layers = layers
         try:
@@ -58,7 +71,7 @@ class CausalLM:
                 input_ids=token_ids[None],
                 position_ids=positions[None],
                 attention_mask=mask,
-                past_key_values=self.cache,
+                past_key_values=rows,
                 use_cache=True,
                 logits_to_keep=num_logits,
             )
@@ -67,7 +80,6 @@ class CausalLM:
         finally:
             if isinstance(layers, Generator):
                 layers.close()
-        self.cache.appended(len(token_ids))
         logits: torch.Tensor = output.logits[0]
         return logits
 

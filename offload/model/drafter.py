@@ -11,6 +11,7 @@ from tree.shape import TreeShape
 from ..device import Device
 from .attention import pass_mask
 from .causal_lm import CausalLM
+from .fixed_pass import FixedPasses, waits_in_a_pass
 from .kv_cache import KVCache
 
 # The draft reads the prompt in chunks of this many tokens: its logits are wanted for the last one only.
@@ -21,11 +22,14 @@ class ModelDrafter:
     """Implements tree.draft.TreeModel over a CausalLM with its own cache.
 
     `vocab_size` is the target's: draft logits are cut or padded (never proposed) to it, for families whose sizes pad one
-    vocabulary differently.
+    vocabulary differently. Small passes have fixed shapes where the device replays recordings; elsewhere each is as large as it
+    must be, which is the same but for rounding.
     """
 
     def __init__(self, model: CausalLM, device: Device, vocab_size: int) -> None:
         self._model, self._device, self._vocab_size = model, device, vocab_size
+        fixed = device.replays and not waits_in_a_pass(model.architecture.config)
+        self._fixed = FixedPasses(model, device) if fixed else None
         self._context: list[int] = []
         self._shape = TreeShape.root_only()
         self._nodes: list[int] = []  # expanded nodes, in the order of their pending cache rows
@@ -37,6 +41,8 @@ class ModelDrafter:
     def restart(self, token_ids: Sequence[int]) -> None:
         """Another sequence. The cache, which is the caller's to cut, holds rows of a beginning of it, not all."""
         self._context = list(token_ids)
+        if self._fixed is not None:
+            self._fixed.restart()
 
     def extend_context(self, token_ids: Sequence[int]) -> None:
         """Committed tokens, the last of which is the next root. Host only; `begin` catches up."""
@@ -76,8 +82,11 @@ class ModelDrafter:
 
     def _forward(self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, num_logits: int) -> torch.Tensor:
         known = self._model.architecture.vocab_size
-        token_ids = self._device.upload(token_ids).clamp(max=known - 1)
-        logits = self._model.forward(token_ids, self._device.upload(positions), mask, num_logits).float()
+        token_ids, positions = self._device.upload(token_ids).clamp(max=known - 1), self._device.upload(positions)
+        if self._fixed is not None and self._fixed.suit(len(token_ids), num_logits):
+            logits = self._fixed.run(token_ids, positions, mask)[-num_logits:]
+        else:
+            logits = self._model.forward(token_ids, positions, mask, num_logits).float()
         if known < self._vocab_size:
             return F.pad(logits, (0, self._vocab_size - known), value=-torch.inf)
         return logits[:, : self._vocab_size]

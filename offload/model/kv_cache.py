@@ -7,6 +7,7 @@ Rows [0, length) are committed, rows [length, length + pending) were appended si
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -98,9 +99,36 @@ class KVCache:
             self._device.wait(ticket)
         self.length, self.pending = end, 0
 
+    def clear_tail(self) -> None:
+        """Fill every row that holds nothing with zeros."""
+        self._kv[..., self.rows :, :] = 0
+
+    def fixed_rows(self, slots: torch.Tensor, num_rows: int) -> "FixedRows":
+        """These rows for passes of a fixed shape, which leave `length` and `pending` to the caller."""
+        return FixedRows(self._kv, slots, num_rows)
+
     def poison_tail(self) -> None:
         """Fill every row that must not be read with NaN (tests)."""
         self._kv[..., self.rows :, :] = torch.nan
+
+
+@dataclass(frozen=True, slots=True)
+class FixedRows:
+    """What a layer needs of the cache when no shape or address may depend on how full it is. New row i goes to row
+    slots[i] ([N] int64, on the device); every pass attends to the first `num_rows` rows, under its mask."""
+
+    kv: torch.Tensor  # [layers, 2, 1, K, capacity, C]
+    slots: torch.Tensor
+    num_rows: int
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, cache_kwargs: object = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write [1, K, N, C] to the slots; returns [1, K, num_rows, C] views."""
+        keys, values = self.kv[layer_idx]
+        keys.index_copy_(2, self.slots, key)
+        values.index_copy_(2, self.slots, value)
+        return keys[:, :, : self.num_rows], values[:, :, : self.num_rows]
 
 
 def num_bytes(num_layers: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
