@@ -159,7 +159,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         if "tree" in row:
             cells.setdefault((row["temperature"], row["verifier"], row["nodes"]), []).append(row)
     lines = ["| T | verifier | nodes | optimal | chains | | optimal, expected | chains, expected | |", "|---" * 9 + "|"]
-    for (temperature, verifier, nodes), (optimal, chains) in cells.items():
+    for (temperature, verifier, nodes), (optimal, chains) in sorted(cells.items()):
         line = f"| {temperature:g} | {verifier} | {nodes} "
         for value, error in (("tokens_per_pass", "standard_error"), ("expected", "expected_standard_error")):
             best, other = (f"{row[value]:.2f} +- {row[error]:.2f}" for row in (optimal, chains))
@@ -184,16 +184,13 @@ def main() -> None:
         verifiers = arguments.verifiers.split(",") if temperature else METHODS[:1]
         settings += [Setting(verifier=verifier, temperature=temperature) for verifier in verifiers]
     if arguments.merge:
-        documents = [json.loads(file.read_text(encoding="utf-8")) for file in arguments.merge]
-        result = {**documents[0], "rows": [row for document in documents for row in document["rows"]]}
-        if any(document["environment"] != result["environment"] for document in documents):
-            parser.error("--merge: these were not measured by the same code and machine")
+        runs = [json.loads(file.read_text(encoding="utf-8")) for file in arguments.merge]
     else:
         rows = list(sweep(settings, [int(size) for size in arguments.sizes.split(",")], arguments.seeds))
-        result = {"environment": environment("cpu"), "rows": rows}
+        runs = [{"environment": environment("cpu"), "rows": rows}]
     if arguments.markdown:
-        print(markdown(result["rows"]) + "\n")
-    print(json.dumps(result))
+        print(markdown([row for run in runs for row in run["rows"]]) + "\n")
+    print(json.dumps(runs[0] if len(runs) == 1 else {"runs": runs}))
 
 
 if __name__ == "__main__":
