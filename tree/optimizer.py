@@ -83,13 +83,19 @@ def best_tree(
     return TreeShape((-1, *np.searchsorted(chosen, parents[chosen[1:]]).tolist()))
 
 
-def expected_tokens(shape: TreeShape, acceptance: Acceptance) -> float:
-    """E[tokens per pass] of `shape` by `acceptance` as given, not smoothed; ranks beyond its vectors count 0."""
+def node_values(shape: TreeShape, acceptance: Acceptance) -> tuple[float, ...]:
+    """f at [node], the probability that its path is accepted, by `acceptance` as given, not smoothed; ranks beyond its
+    vectors count 0."""
     values = [1.0]
     for node in range(1, shape.num_nodes):
         vector, rank = acceptance.vector(shape.depths[node] - 1), shape.ranks[node]
         values.append(values[shape.parents[node]] * vector[rank] if rank < len(vector) else 0.0)
-    return float(sum(values))
+    return tuple(values)
+
+
+def expected_tokens(shape: TreeShape, acceptance: Acceptance) -> float:
+    """E[tokens per pass] of `shape`, values as in `node_values`."""
+    return float(sum(node_values(shape, acceptance)))
 
 
 def growth_table(

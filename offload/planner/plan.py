@@ -21,11 +21,12 @@ from ..weights.placement import Placement
 from .cost import ModelCost
 from .hardware import HardwareProfile
 from .memory import MAX_AUTO_SLOTS, MIN_SLOTS, Budgets, MemoryPlan, plan_memory
-from .search import MAX_NODES, DraftOption, Prediction, Workload, best_choice, predict
+from .search import MAX_NODES, Choice, DraftOption, Prediction, Workload, best_choice, predict
 
 # Attention costs grow with the context; predictions are for a text in its middle, and texts are seldom longer than this.
 TYPICAL_CONTEXT_ROWS = 512
 SLOTS = (MIN_SLOTS, MAX_AUTO_SLOTS)
+ROOT = TreeShape.root_only()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +123,7 @@ def plan_run(
         draft, shape, memory = _choose(settings, workload, drafts, slots)
     else:
         draft, shape, memory = _fixed(tree, workload, drafts, slots)
-    prediction = _predict(workload, memory, shape, drafts[draft] if draft is not None else None)
+    prediction = predict_tree(workload, memory, shape, drafts[draft] if draft is not None else None)
     streams = bool(memory.placement.streamed)
     plain_s = plain.s_per_token if plain else None
     return Plan(
@@ -154,15 +155,21 @@ def _choose(
         workload.memory(None, 1, slots[0])  # raises, and says by how much
         raise AssertionError("no plan, and yet the smallest fits")
     if choice.draft is None:
-        return None, TreeShape.root_only(), choice.memory
-    shape = best_tree(
+        return None, ROOT, choice.memory
+    return drafts.index(choice.draft), tree_of(choice, workload.target.vocab_size), choice.memory
+
+
+def tree_of(choice: Choice, vocab_size: int) -> TreeShape:
+    """The shape that a choice stands for."""
+    if choice.draft is None:
+        return ROOT
+    return best_tree(
         choice.draft.acceptance,
         choice.num_nodes,
         choice.num_levels,
-        max_branching=workload.target.vocab_size,
+        max_branching=vocab_size,
         max_level_width=choice.max_level_width,
     )
-    return drafts.index(choice.draft), shape, choice.memory
 
 
 def _fixed(
@@ -170,18 +177,15 @@ def _fixed(
 ) -> tuple[int | None, TreeShape, MemoryPlan]:
     """The tree that was asked for, with the draft and the slots that suit it best. The root alone needs no draft."""
     if not drafts or tree.num_nodes == 1:
-        memory = min(_memories(workload, None, 1, slots), key=lambda memory: _predict(workload, memory, _ROOT, None).round_s)
-        return None, _ROOT, memory
+        memory = min(_memories(workload, None, 1, slots), key=lambda memory: predict_tree(workload, memory, ROOT, None).round_s)
+        return None, ROOT, memory
     points = []
     for place, draft in enumerate(drafts):
         shape = shape_for(tree, draft.acceptance, workload.target.vocab_size)
         for memory in _memories(workload, draft, shape.num_nodes, slots):
-            points.append((_predict(workload, memory, shape, draft).s_per_token, place, shape, memory))
+            points.append((predict_tree(workload, memory, shape, draft).s_per_token, place, shape, memory))
     _, place, shape, memory = min(points, key=lambda point: point[:2])
     return place, shape, memory
-
-
-_ROOT = TreeShape.root_only()
 
 
 def shape_for(tree: TreeShape | OptimalTree, acceptance: Acceptance, vocab_size: int) -> TreeShape:
@@ -209,7 +213,7 @@ def _memories(workload: Workload, draft: DraftOption | None, num_nodes: int, slo
     return found
 
 
-def _predict(workload: Workload, memory: MemoryPlan, shape: TreeShape, draft: DraftOption | None) -> Prediction:
+def predict_tree(workload: Workload, memory: MemoryPlan, shape: TreeShape, draft: DraftOption | None) -> Prediction:
     if draft is None:
         return predict(workload, memory, 1, 0.0, 1.0)
     draft_s = float(draft.draft_s(expanded_per_level(shape)))
@@ -219,6 +223,14 @@ def _predict(workload: Workload, memory: MemoryPlan, shape: TreeShape, draft: Dr
 def expanded_per_level(shape: TreeShape) -> npt.NDArray[np.int64]:
     """How many nodes of each level have children."""
     return np.array([len(nodes) for nodes in shape.expanded], dtype=np.int64)
+
+
+def _fits(workload: Workload, draft: DraftOption) -> bool:
+    try:
+        workload.memory(draft, 2, MIN_SLOTS)
+    except FitError:
+        return False
+    return True
 
 
 def _notes(
@@ -231,7 +243,12 @@ def _notes(
     if not placement.streamed:
         yield "the model fits on the device entirely: nothing is streamed"
     if drafts and draft is None:
-        yield "no draft is used: each of those offered would take longer than the tokens it brings"
+        fitting = [option for option in drafts if _fits(workload, option)]
+        yield (
+            "no draft is used: each that fits would take longer than the tokens it brings are worth"
+            if fitting
+            else "no draft is used: none of those offered fits beside the target's slots"
+        )
     if placement.disk:
         disk_s = len(placement.disk) * workload.target.layer_bytes / workload.disk_bytes_per_s
         if disk_s > len(placement.streamed) * workload.target.layer_bytes / workload.link_bytes_per_s:
