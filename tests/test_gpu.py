@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from conftest import FAMILIES, reference_model
+from fakes import layer_fault
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.device.base import CopyTicket, Ticket
@@ -17,6 +18,7 @@ from offload.device.cuda import CudaDevice, RegisteredBuffer
 from offload.doctor.gather import gather_facts
 from offload.doctor.judge import judge
 from offload.engine import Engine
+from planning import L40
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 Models = Callable[..., Path]
@@ -141,3 +143,30 @@ def test_doctor_registers_memory_and_looks_at_the_link_under_load() -> None:
     assert facts.copies.pinned_bytes == facts.copies.tried_bytes and facts.copies.bytes_per_s > 1e9
     assert facts.gpu.activity.under_load or facts.gpu.driver == "unknown"
     assert {finding.name: finding.status for finding in judge(facts)}["GPU"] == "ok"
+
+
+def test_the_peak_is_within_5_percent_of_the_ledger_and_a_layer_given_up_is_free(models: Models) -> None:
+    """Allocated by torch during a run, but for the libraries' workspaces, which the planner leaves a reserve for."""
+    shape: dict[str, Any] = {"num_layers": 8, "hidden_size": 1024, "intermediate_size": 2752, "head_dim": 256}
+    folder, draft = models(**shape), models(**{**shape, "num_layers": 1})
+    torch.ones(256, 256, device="cuda") @ torch.ones(256, 256, device="cuda")
+    base_bytes = torch.cuda.memory_allocated()
+    settings = EngineSettings(
+        model=str(folder),
+        draft_models=(str(draft),),
+        tree="4x6:kary",
+        device="cuda",
+        dtype="float32",
+        max_context=160,
+        gpu_memory_bytes=320 * 2**20,
+    )
+    with open_engine(settings, hardware=L40) as engine:
+        plan, layer_bytes = engine.plan, engine.loop._stream.layer_bytes
+        prompt = [token % 90 for token in range(plan.text_tokens - 16)]
+        expected = engine.generate(prompt, max_new_tokens=16, ignore_eos=True).token_ids
+        assert plan.placement.streamed
+        assert engine.memory().device_peak_bytes - base_bytes == pytest.approx(sum(plan.device_ledger.values()), rel=0.05)
+        before_bytes, num_resident = torch.cuda.memory_allocated(), len(plan.placement.resident)
+        with layer_fault(engine, 3, lambda: len(engine.plan.placement.resident) == num_resident):
+            assert engine.generate(prompt, max_new_tokens=16, ignore_eos=True).token_ids == expected
+        assert before_bytes - torch.cuda.memory_allocated() == pytest.approx(layer_bytes, rel=0.05)
