@@ -1,11 +1,10 @@
 """From settings to a loaded Engine. Everything that can be refused is refused before the first weight byte is read."""
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-
-import torch
 
 from .admission import Admission
 from .calibrate import QUICK, Subject, measure_hardware
@@ -14,11 +13,11 @@ from .decode import DecodeLoop
 from .device import Device, open_device
 from .device.host import available_bytes
 from .engine import Engine
+from .loading import HOST_RESERVE_BYTES, Progress, ReadCounter, bytes_to_read, load_draft, load_target
 from .model.architecture import check_window
-from .model.causal_lm import CausalLM
-from .model.drafter import ModelDrafter
-from .model.kv_cache import KVCache
 from .model.locate import read_eos_token_ids
+from .planner.cost import GIB
+from .planner.fallback import Fallbacks
 from .planner.hardware import HardwareProfile
 from .planner.hardware_file import find_hardware
 from .planner.memory import Budgets
@@ -27,16 +26,12 @@ from .planner.search import DraftOption
 from .planner.tree_choice import read_acceptances, read_tree, resolve_method
 from .report import Memory
 from .source import ModelSource, check_source
-from .streaming.stream import LayerStream, ResidentWeights, Weights
 from .text import check_same_vocabulary
 from .trace import Trace
-from .weights.placement import Placement
-from .weights.reader import ReadJob, TensorReader
-from .weights.store import WeightStore, load_through_host
+from .weights.store import WeightStore
 
-# `progress(read_bytes, total_bytes)` while weights are read.
-Progress = Callable[[int, int], None]
-HOST_RESERVE_BYTES = 2**30
+logger = logging.getLogger(__name__)
+
 CUDA_RESERVE_BYTES = 2**30  # context, kernels' workspaces, fragmentation
 
 
@@ -64,24 +59,24 @@ def open_engine(
         drafts = _drafts(settings, target, device.torch_device.type)
         budgets = _budgets(settings, device)
         hardware = hardware or _measure(settings, budgets, device, target, drafts)
-        plan = _plan(settings, hardware, budgets, target, drafts)
+        plan, fallbacks = _plan(settings, hardware, budgets, target, drafts)
         draft = drafts[plan.draft] if plan.draft is not None else None
         check_window(target.architecture, plan.text_tokens, str(target.folder / "config.json"))
         admission = Admission(plan=plan, codec=target.codec, vocab_size=target.architecture.vocab_size, seed=seed)
         if admit is not None:
             admit(admission)
         eos_token_ids = read_eos_token_ids(target.folder, target.architecture.eos_token_ids)
-        counter = _Counter(progress, _bytes_to_read(target, plan) + (draft.checkpoint.num_bytes if draft else 0))
-        model, stream, store = _load_streamed(device, target, plan, counter, stack)
-        drafter = _load_draft(device, draft, plan, target.architecture.vocab_size, counter, stack) if draft else None
+        counter = ReadCounter(progress, lambda plan: bytes_to_read(target, draft, plan))
+        plan, model, stream, store = load_target(device, target, plan, fallbacks, counter, stack)
+        drafter = load_draft(device, draft, plan, target.architecture.vocab_size, counter, stack) if draft else None
+        plan, fallbacks = _see_pinned(plan, fallbacks, store, hardware)
         plan = replace(plan, link_bytes_per_s=settings.emulate_link_bytes_per_s or stream.measure_link())
         method = resolve_method(settings.verifier)
-        loop = DecodeLoop(device, model, stream, drafter, plan, method=method, trace=trace)
+        loop = DecodeLoop(device, model, stream, drafter, plan, method=method, trace=trace, fallbacks=fallbacks)
         memory = _memory_of(device, store)
         close = stack.pop_all().close
     return Engine(
         loop=loop,
-        plan=plan,
         admission=admission,
         eos_token_ids=eos_token_ids,
         load_s=time.monotonic() - start_s,
@@ -138,7 +133,7 @@ def _measure(
 
 def _plan(
     settings: EngineSettings, hardware: HardwareProfile, budgets: Budgets, target: ModelSource, drafts: list[ModelSource]
-) -> Plan:
+) -> tuple[Plan, Fallbacks]:
     tree = read_tree(settings.tree, has_draft=bool(drafts))
     max_positions = target.architecture.max_positions
     workload = make_workload(settings, target.model.cost, hardware, budgets, max_positions=max_positions)
@@ -151,86 +146,20 @@ def _plan(
         )
         for draft, acceptance in zip(drafts, read_acceptances(settings), strict=True)
     ]
-    return plan_run(settings, tree, workload, options, max_positions=max_positions, budgets=budgets)
+    plan = plan_run(settings, tree, workload, options, max_positions=max_positions, budgets=budgets)
+    chosen = options[plan.draft] if plan.draft is not None else None
+    return plan, Fallbacks(settings=settings, workload=workload, draft=chosen, budgets=budgets)
 
 
-class _Counter:
-    """Adds up bytes read for a progress callback that wants totals."""
-
-    def __init__(self, progress: Progress | None, total_bytes: int) -> None:
-        self._progress, self._total_bytes, self._read_bytes = progress, total_bytes, 0
-
-    def __call__(self, num_bytes: int) -> None:
-        self._read_bytes += num_bytes
-        if self._progress is not None:
-            self._progress(self._read_bytes, self._total_bytes)
-
-
-def _bytes_to_read(source: ModelSource, plan: Plan) -> int:
-    prefix, disk = source.architecture.prefix, plan.placement.disk
-    on_disk = tuple(f"{prefix}.{layer}." for layer in disk)
-    tensors = source.checkpoint.tensors
-    wanted = source.architecture.expected_tensors
-    return sum(tensors[name].num_bytes for name in wanted if not (on_disk and name.startswith(on_disk)))
-
-
-def _load_streamed(
-    device: Device, source: ModelSource, plan: Plan, counter: _Counter, stack: ExitStack
-) -> tuple[CausalLM, LayerStream, WeightStore]:
-    shared = _load_shared(device, source, counter)
-    cache = _cache(device, source, plan.context_rows)
-    store = WeightStore(device, source.checkpoint, source.model.layout, source.architecture.prefix, plan.placement)
-    stack.callback(store.close)
-    store.load(counter)
-    stream = LayerStream(device, store, plan.num_slots)
-    stack.callback(stream.close)
-    model = CausalLM(source.architecture, device, source.model.dtype, shared, stream, cache)
-    return model, stream, store
-
-
-def _load_draft(
-    device: Device, source: ModelSource, plan: Plan, vocab_size: int, counter: _Counter, stack: ExitStack
-) -> ModelDrafter:
-    """The draft stays on the device whole."""
-    shared = _load_shared(device, source, counter)
-    num_layers = source.architecture.num_layers
-    everything = Placement(num_layers=num_layers, resident=frozenset(range(num_layers)))
-    store = WeightStore(device, source.checkpoint, source.model.layout, source.architecture.prefix, everything)
-    stack.callback(store.close)
-    store.load(counter)
-    weights = ResidentWeights([store.resident[layer] for layer in range(num_layers)])
-    cache = _cache(device, source, plan.context_rows)
-    model = CausalLM(source.architecture, device, source.model.dtype, shared, weights, cache)
-    return ModelDrafter(model, device, vocab_size)
-
-
-def _load_shared(device: Device, source: ModelSource, counter: _Counter) -> Weights:
-    """The tensors outside the decoder layers, in one device buffer."""
-    layout, checkpoint = source.model.shared_layout, source.checkpoint
-    buffer = device.alloc(layout.num_bytes)
-
-    def jobs(host: torch.Tensor) -> list[ReadJob]:
-        views = layout.views(host)
-        return [ReadJob(tensor=checkpoint.tensors[name], destination=view) for name, view in views.items()]
-
-    with TensorReader(checkpoint) as reader:
-        if device.host_addressable:
-            reader.read(jobs(buffer), counter)
-        else:
-            load_through_host(device, [(buffer, jobs)], [], reader, counter)
-    return layout.views(buffer)
-
-
-def _cache(device: Device, source: ModelSource, rows: int) -> KVCache:
-    architecture = source.architecture
-    return KVCache(
-        device,
-        num_layers=architecture.num_layers,
-        num_kv_heads=architecture.num_kv_heads,
-        head_dim=architecture.head_dim,
-        capacity=rows,
-        dtype=source.model.dtype,
-    )
+def _see_pinned(plan: Plan, fallbacks: Fallbacks, store: WeightStore, hardware: HardwareProfile) -> tuple[Plan, Fallbacks]:
+    """With what the device refused to pin, and copies from there are slower."""
+    pageable_bytes = store.pageable_bytes_per_pass
+    if not pageable_bytes:
+        return plan, fallbacks
+    plan, fallbacks = fallbacks.with_pageable(plan, pageable_bytes, hardware.pageable_link_bytes_per_s)
+    sizes = store.pinned_bytes / GIB, store.host_bytes / GIB
+    logger.warning("%.2f of %.2f GiB of host memory could be pinned: %s", *sizes, plan.notes[-1])
+    return plan, fallbacks
 
 
 def _memory_of(device: Device, store: WeightStore) -> Callable[[], Memory]:

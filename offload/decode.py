@@ -3,8 +3,9 @@
 Knows token ids, not text; owns no memory. Streaming text, stop handling and benchmarks all consume its rounds.
 """
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,16 +15,20 @@ from tree.sampling import SamplingParams
 from tree.shape import TreeShape
 from tree.verify import Method, Verdict, verify
 
-from .device import Device, Ticket
+from .device import Device
 from .errors import NumericError
 from .model.attention import pass_mask
 from .model.causal_lm import CausalLM
 from .model.drafter import ModelDrafter
+from .planner.fallback import Fallbacks, out_of_memory
 from .planner.plan import Plan
+from .round_stats import round_stats
 from .sessions import Sessions, host_limit_bytes
 from .stats import PassStats
-from .streaming.stream import LayerStream, LayerTiming, layer_timings
+from .streaming.stream import LayerStream
 from .trace import Trace
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +51,14 @@ class _Rows:
     mask: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """What a round changes before it is certain: the generator's state, and rows of the draft's cache."""
+
+    randomness: torch.Tensor
+    draft_rows: int
+
+
 class DecodeLoop:
     """Rounds over one sequence at a time. `start` begins a sequence, `run_round` extends it by one pass. Owns no memory but
     the copies that `sessions` keeps of earlier sequences.
@@ -65,9 +78,10 @@ class DecodeLoop:
         *,
         method: Method,
         trace: Trace | None = None,
+        fallbacks: Fallbacks | None = None,
     ) -> None:
         self._device, self._target, self._stream, self._drafter = device, target, stream, drafter
-        self._plan, self._method, self._trace = plan, method, trace
+        self._plan, self._method, self._trace, self._fallbacks = plan, method, trace, fallbacks
         caches = [target.cache, *([drafter.cache] if drafter is not None else [])]
         self.sessions = Sessions(caches, max_bytes=host_limit_bytes(plan))
         self._committed: list[int] = []
@@ -75,6 +89,11 @@ class DecodeLoop:
         self._params = SamplingParams()
         self._generator = torch.Generator(device.torch_device)
         self._masks: dict[TreeShape, torch.Tensor] = {}
+
+    @property
+    def plan(self) -> Plan:
+        """What runs now: the plan given, less what had to be given up since."""
+        return self._plan
 
     def start(self, prompt: Sequence[int], params: SamplingParams, seed: int) -> int:
         """Begin with `prompt` and fresh randomness. Returns how many of its tokens need no pass, as an earlier sequence began
@@ -87,9 +106,24 @@ class DecodeLoop:
         return num_reused
 
     def run_round(self, max_tokens: int) -> StepResult:
-        """One round that can emit at most `max_tokens` tokens (>= 1). Raises NumericError for NaN or Inf logits."""
+        """One round that can emit at most `max_tokens` tokens (>= 1). One that the device has no memory for is taken back and
+        run again with less, as `fallbacks` has it. FitError when that comes to an end; NumericError for NaN or Inf logits."""
         start_s = time.monotonic()
         first, self._first = self._first, False
+        relief: Iterator[Plan] | None = None
+        while True:
+            begun = self._begun()
+            try:
+                return self._try_round(max_tokens, start_s, first)
+            except torch.OutOfMemoryError as error:
+                # The error itself would keep all that the pass has computed: its traceback holds the frames.
+                reason = str(error).partition("\n")[0]
+            self._take_back(begun)
+            if relief is None:
+                relief = self._fallbacks.relief(self._plan, self._prompt_rows) if self._fallbacks else iter(())
+            self._give_up(next(relief, None), reason)
+
+    def _try_round(self, max_tokens: int, start_s: float, first: bool) -> StepResult:
         self._stream.prefetch()
         extra_bytes = self._read_ahead_of_tree()
         shape = self._plan.tree.truncated(max_tokens) if self._drafter is not None else TreeShape.root_only()
@@ -103,9 +137,51 @@ class DecodeLoop:
             shape=shape,
             token_ids=verdict.token_ids,
             verdict=verdict,
-            stats=self._stats(cached + shape.num_nodes, len(verdict.token_ids), extra_bytes, start_s, drafted, verified_s),
+            stats=round_stats(
+                self._device,
+                self._stream,
+                self._trace,
+                num_rows=cached + shape.num_nodes,
+                num_tokens=len(verdict.token_ids),
+                extra_bytes=extra_bytes,
+                start_s=start_s,
+                drafted=drafted,
+                verified_s=verified_s,
+            ),
             first=first,
         )
+
+    # -- when memory runs out -------------------------------------------------------------------------------------------
+
+    @property
+    def _prompt_rows(self) -> int:
+        """Committed tokens that the next pass reads besides its tree, or passes before it."""
+        return len(self._committed) - 1 - self._target.cache.length
+
+    def _begun(self) -> _Begun:
+        return _Begun(self._generator.get_state(), self._drafter.cache.length if self._drafter else 0)
+
+    def _take_back(self, begun: _Begun) -> None:
+        """Undo what a failed round did, but for prompt rows that were read: they are right, and need no second pass."""
+        self._generator.set_state(begun.randomness)
+        self._target.cache.truncate(self._target.cache.length)
+        if self._drafter is not None:
+            self._drafter.cache.truncate(begun.draft_rows)
+
+    def _give_up(self, plan: Plan | None, reason: str) -> None:
+        """Go on with `plan`, in which there is less on the device; FitError when there is none."""
+        old = self._plan
+        if plan is None:
+            raise out_of_memory(old, reason, self._device.name, self._device.free_bytes())
+        self._masks.clear()
+        if plan.placement != old.placement:
+            self._target.let_go()
+            self._stream.give_up(plan.placement, plan.num_slots)
+            self.sessions.limit(host_limit_bytes(plan))
+        if self._drafter is not None:
+            self._drafter.chunk_tokens = min(self._drafter.chunk_tokens, plan.pass_rows)
+        self._plan = plan
+        logger.warning("%s (%s)", plan.notes[-1], reason)
 
     # -- the four parts of a round --------------------------------------------------------------------------------------
 
@@ -113,8 +189,8 @@ class DecodeLoop:
         """Pass over prompt tokens that do not fit into one pass with the tree; returns the bytes streamed for them."""
         cache, streamed = self._target.cache, 0
         room = self._plan.pass_rows - self._plan.tree.num_nodes
-        while len(self._committed) - 1 - cache.length > room:
-            chunk = self._committed[cache.length :][: min(self._plan.pass_rows, len(self._committed) - 1 - cache.length)]
+        while self._prompt_rows > room:
+            chunk = self._committed[cache.length :][: min(self._plan.pass_rows, self._prompt_rows)]
             rows = self._rows(chunk, torch.zeros(0, dtype=torch.int64), None)
             self._target.forward(rows.token_ids, rows.positions, rows.mask, 1)
             cache.commit(range(len(chunk)))
@@ -154,7 +230,7 @@ class DecodeLoop:
             self._drafter.commit(verdict.path)
             self._drafter.extend_context(verdict.token_ids)
 
-    # -- inputs and numbers ---------------------------------------------------------------------------------------------
+    # -- inputs ---------------------------------------------------------------------------------------------------------
 
     def _rows(self, prefix: Sequence[int], nodes: torch.Tensor, shape: TreeShape | None) -> _Rows:
         """`prefix` continues the cache; the tree's root comes right behind it."""
@@ -175,40 +251,3 @@ class DecodeLoop:
         if shape not in self._masks:
             self._masks[shape] = self._device.upload(torch.from_numpy(shape.ancestor_mask.copy()))
         return self._masks[shape]
-
-    def _stats(
-        self, num_rows: int, num_tokens: int, extra_bytes: int, start_s: float, drafted: Ticket, verified_s: float
-    ) -> PassStats:
-        """Numbers of the round that began at `start_s`, asked for after its host sync."""
-        log = self._stream.log
-        assert log is not None
-        timings = layer_timings(self._device, log)
-        drafted_s = self._device.interval(drafted).end_s
-        computed_s = timings[-1].compute.end_s
-        end_s = time.monotonic()
-        if self._trace is not None:
-            self._record(self._trace, timings, (start_s, drafted_s, computed_s, verified_s, end_s))
-        return PassStats(
-            num_rows=num_rows,
-            emitted_tokens=num_tokens,
-            bytes_streamed=self._stream.bytes_per_pass + extra_bytes,
-            draft_s=drafted_s - start_s,
-            pass_s=computed_s - drafted_s,
-            verify_s=end_s - computed_s,
-            round_s=end_s - start_s,
-            stall_s=sum(timing.stall_s for timing in timings),
-            stall_by_layer_s=tuple(timing.stall_s for timing in timings),
-            copied_s=sum(timing.copy.end_s - timing.copy.start_s for timing in timings if timing.copy),
-        )
-
-    def _record(self, trace: Trace, timings: list[LayerTiming], times_s: tuple[float, ...]) -> None:
-        start_s, drafted_s, computed_s, verified_s, end_s = times_s
-        trace.add("draft", "draft", start_s, drafted_s)
-        for timing in timings:
-            trace.add("compute", f"layer {timing.layer}", timing.compute.start_s, timing.compute.end_s)
-            if timing.copy is not None:
-                trace.add("link", f"layer {timing.layer}", timing.copy.start_s, timing.copy.end_s)
-        for read in self._stream.take_disk_reads():
-            trace.add("disk", f"layer {read.layer}", read.start_s, read.end_s)
-        trace.add("verify", "verify", computed_s, max(verified_s, computed_s))
-        trace.add("verify", "commit", verified_s, end_s)

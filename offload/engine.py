@@ -139,7 +139,6 @@ class Engine:
         self,
         *,
         loop: DecodeLoop,
-        plan: Plan,
         admission: Admission,
         eos_token_ids: frozenset[int],
         load_s: float,
@@ -149,7 +148,7 @@ class Engine:
         memory: Callable[[], Memory],
         close: Callable[[], None],
     ) -> None:
-        self.loop, self.admission, self.plan, self.codec = loop, admission, plan, admission.codec
+        self.loop, self.admission, self.codec = loop, admission, admission.codec
         self.eos_token_ids, self.load_s = eos_token_ids, load_s
         self.method, self.emulated_link, self.device_name = method, emulated_link, device_name
         self._memory, self._close = memory, close
@@ -160,6 +159,11 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    @property
+    def plan(self) -> Plan:
+        """What runs: as planned, or less, where memory turned out to be less."""
+        return self.loop.plan
 
     def close(self) -> None:
         self.loop.sessions.forget()

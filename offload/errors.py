@@ -45,6 +45,10 @@ class FitError(OffloadError):
     exit_code = 4
 
 
+class HostMemoryError(FitError):
+    pass
+
+
 class IntegrityError(OffloadError):
     exit_code = 5
 

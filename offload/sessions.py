@@ -75,6 +75,12 @@ class Sessions:
                 cache.load_rows(rows, num_common(best.token_ids, wanted))
         return target.length
 
+    def limit(self, max_bytes: int) -> None:
+        """From now on at most `max_bytes`; what is more goes at once."""
+        self._max_bytes = max_bytes
+        while self.host_bytes > max_bytes:
+            self._kept.pop(0)
+
     def forget(self) -> None:
         """Drop every sequence, the one on the device, too."""
         self._kept.clear()

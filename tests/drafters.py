@@ -19,7 +19,9 @@ PROMPT = [5, 9, 33, 2, 71]
 
 def open_tiny(folder: Path, device: Device, *, max_context: int = 128, tree: str = "3x3:kary") -> Engine:
     """A model that is its own draft, in float32."""
-    settings = EngineSettings(model=str(folder), draft_models=(str(folder),), dtype="float32", tree=tree, max_context=max_context)
+    settings = EngineSettings(
+        model=str(folder), draft_models=(str(folder),), dtype="float32", tree=tree, max_context=max_context
+    )
     return open_engine(settings, device=device)
 
 

@@ -7,7 +7,8 @@ RecordingDevice replays what was computed and asks Python nothing: what a record
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from offload.device.base import CopyTicket, Ticket
 from offload.device.cpu import CpuCopy, CpuDevice, CpuMark
-from offload.device.host import move
+from offload.device.host import HostMapping, move
+from offload.engine import Engine
+from offload.errors import HostMemoryError
 
 NAN_BYTE = 0xFF  # all bits set is a NaN in every float format
 
@@ -116,6 +119,78 @@ class RecordingDevice(CpuDevice):
         with _Tape() as tape:
             work()
         return tape.replay
+
+
+class RefusingDevice(CpuDevice):
+    """Pins the first `share` of every buffer; the rest stays pageable."""
+
+    name = "refusing"
+    host_addressable = False
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self._share = share
+
+    def pin(self, num_bytes: int, cuts: Sequence[int]) -> HostMapping:
+        buffer = HostMapping(num_bytes)
+        buffer.pinned_bytes = int(num_bytes * self._share)
+        return buffer
+
+
+class FullHostDevice(CpuDevice):
+    """Its host has room for pinned memory of `room_bytes` at a time."""
+
+    name = "full host"
+
+    def __init__(self, room_bytes: int) -> None:
+        super().__init__()
+        self.room_bytes = room_bytes
+
+    def pin(self, num_bytes: int, cuts: Sequence[int]) -> HostMapping:
+        if num_bytes > self.room_bytes:
+            raise HostMemoryError(f"refused {num_bytes} bytes", where="host memory", cure="free memory")
+        return super().pin(num_bytes, cuts)
+
+
+class AllocationFault(TorchDispatchMode):
+    """While entered, the `fail_at`-th operation (from 1) that makes a new tensor runs out of memory, as on a device that is
+    full at that moment. `num_seen` counts them."""
+
+    def __init__(self, fail_at: int) -> None:
+        super().__init__()
+        self._fail_at, self.num_seen = fail_at, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        old = {
+            tensor.untyped_storage().data_ptr() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)
+        }
+        made = [tensor for tensor in tree_leaves(results) if isinstance(tensor, torch.Tensor) and tensor.nbytes]
+        if any(tensor.untyped_storage().data_ptr() not in old for tensor in made):
+            self.num_seen += 1
+            if self.num_seen == self._fail_at:
+                raise torch.OutOfMemoryError("Out of memory. Tried to allocate a tensor.\nmore lines")
+        return results
+
+
+def _storages(values: Any) -> set[int]:
+    tensors = [value for value in tree_leaves(values) if isinstance(value, torch.Tensor) and value.nbytes]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+@contextmanager
+def layer_fault(engine: Engine, layer: int, is_full: Callable[[], bool]) -> Iterator[list[int]]:
+    """The device has no memory for decoder layer `layer` while `is_full()`. Yields the rows of every pass that failed."""
+    failed: list[int] = []
+
+    def hook(_module: object, args: tuple[torch.Tensor, ...], _output: object) -> None:
+        if is_full():
+            failed.append(args[0].shape[1])
+            raise torch.OutOfMemoryError("Out of memory. Tried to allocate 2.00 MiB.\nmore lines")
+
+    handle = list(engine.loop._target._model.get_submodule("model.layers").children())[layer].register_forward_hook(hook)
+    yield failed
+    handle.remove()
 
 
 DEVICES = {"cpu": CpuDevice, "eager": EagerDevice, "late": LateDevice}

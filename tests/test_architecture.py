@@ -17,7 +17,7 @@ FLOOR = {"errors", "config", "version"}
 NUMBERS = {"stats", "trace", "text", "device.base"}  # records and words: they read no weights and move none
 MACHINE = {*FLOOR, "device", "weights", "streaming"}
 ENGINE = {*MACHINE, *NUMBERS, "model", "planner"}
-ALL = {*ENGINE, "sessions", "conversation", "admission", "decode", "report", "engine", "assemble", "demo", "doctor"}
+ALL = {*ENGINE, "source", "calibrate", "sessions", "conversation", "admission", "decode", "report", "engine", "assemble", "demo", "doctor"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -41,9 +41,11 @@ ALLOWED: dict[str, set[str]] = {
     "short_model": {*ENGINE, "source"},
     "calibrate": {*ENGINE, "source", "short_model"},
     "sessions": {*FLOOR, "device", "model", "planner"},  # which rows a sequence may take over; caches are the model's
-    "decode": {*ENGINE, "sessions"},
+    "round_stats": {*FLOOR, *NUMBERS, "device", "streaming"},  # what the device and the stream know of a round that is over
+    "decode": {*ENGINE, "sessions", "round_stats"},
     "engine": {*ENGINE, "admission", "decode", "report"},
-    "assemble": {*ENGINE, "admission", "calibrate", "decode", "engine", "report", "source"},
+    "loading": {*ENGINE, "source"},
+    "assemble": {*ENGINE, "admission", "calibrate", "decode", "engine", "loading", "report", "source"},
     "doctor": ENGINE,  # looks at files, devices and sizes as a run would, and runs nothing
     "demo": FLOOR,  # data, and the script that made it
     "cli": ALL,

@@ -11,6 +11,7 @@ import torch
 
 from conftest import FAMILIES, reference_model
 from drafters import open_drafters, run_round
+from fakes import layer_fault
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.device.base import CopyTicket, Ticket
@@ -18,6 +19,7 @@ from offload.device.cuda import CudaDevice, RegisteredBuffer
 from offload.doctor.gather import gather_facts
 from offload.doctor.judge import judge
 from offload.engine import Engine
+from planning import L40
 from tree.shape import TreeShape
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -172,3 +174,30 @@ def test_replayed_drafts_change_no_token(models: Models) -> None:
             prompts = (PROMPT, [3] * 40, PROMPT)
             texts.append([engine.generate(prompt, max_new_tokens=40, ignore_eos=True).token_ids for prompt in prompts])
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_the_peak_is_within_5_percent_of_the_ledger_and_a_layer_given_up_is_free(models: Models) -> None:
+    """Allocated by torch during a run, but for the libraries' workspaces, which the planner leaves a reserve for."""
+    shape: dict[str, Any] = {"num_layers": 8, "hidden_size": 1024, "intermediate_size": 2752, "head_dim": 256}
+    folder, draft = models(**shape), models(**{**shape, "num_layers": 1})
+    torch.ones(256, 256, device="cuda") @ torch.ones(256, 256, device="cuda")
+    base_bytes = torch.cuda.memory_allocated()
+    settings = EngineSettings(
+        model=str(folder),
+        draft_models=(str(draft),),
+        tree="4x6:kary",
+        device="cuda",
+        dtype="float32",
+        max_context=160,
+        gpu_memory_bytes=320 * 2**20,
+    )
+    with open_engine(settings, hardware=L40) as engine:
+        plan, layer_bytes = engine.plan, engine.loop._stream.layer_bytes
+        prompt = [token % 90 for token in range(plan.text_tokens - 16)]
+        expected = engine.generate(prompt, max_new_tokens=16, ignore_eos=True).token_ids
+        assert plan.placement.streamed
+        assert engine.memory().device_peak_bytes - base_bytes == pytest.approx(sum(plan.device_ledger.values()), rel=0.05)
+        before_bytes, num_resident = torch.cuda.memory_allocated(), len(plan.placement.resident)
+        with layer_fault(engine, 3, lambda: len(engine.plan.placement.resident) == num_resident):
+            assert engine.generate(prompt, max_new_tokens=16, ignore_eos=True).token_ids == expected
+        assert before_bytes - torch.cuda.memory_allocated() == pytest.approx(layer_bytes, rel=0.05)

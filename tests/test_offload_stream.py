@@ -98,6 +98,42 @@ def test_a_pass_given_up_half_way_does_not_disturb_the_next(device: Device, laye
                 check_pass(stream, 5)
 
 
+@pytest.mark.parametrize("disk", [0, 2])
+def test_a_layer_that_leaves_the_device_is_streamed_from_then_on(
+    device: Device, layered_checkpoint: MakeCheckpoint, disk: int
+) -> None:
+    """Between passes and after one given up half-way, one by one, until nothing is resident."""
+    folder = layered_checkpoint(6)
+    for slots in (1, 2, 3):
+        with open_stream(device, folder, 6, 3, slots, disk) as (stream, store):
+            for _ in range(3):
+                check_pass(stream, 6)
+                layers = stream.one_pass()
+                list(islice(layers, 2))
+                layers.close()
+                leaving = frozenset([max(store.placement.resident)])
+                placement = Placement(
+                    num_layers=6,
+                    resident=store.placement.resident - leaving,
+                    disk=store.placement.disk | leaving if disk else frozenset(),
+                )
+                stream.give_up(placement, slots)
+                assert stream.bytes_per_pass == len(placement.streamed) * LAYOUT.num_bytes
+                check_pass(stream, 6)
+                check_pass(stream, 6)
+            assert store.host_bytes == (len(store.placement.host) + (RING_BUFFERS if disk else 0)) * LAYOUT.num_bytes
+
+
+def test_layers_that_leave_a_device_with_no_slots_become_slots(device: Device, layered_checkpoint: MakeCheckpoint) -> None:
+    with open_stream(device, layered_checkpoint(4), 4, 4, 2) as (stream, _):
+        check_pass(stream, 4)
+        assert stream.num_slots == 0 == stream.bytes_per_pass
+        stream.give_up(Placement(num_layers=4, resident=frozenset({0})), 2)
+        for _ in range(3):
+            check_pass(stream, 4)
+        assert stream.num_slots == 2 and stream.bytes_per_pass == 3 * LAYOUT.num_bytes
+
+
 def test_an_exception_in_a_copy_reaches_the_caller_and_the_stream_goes_on(layered_checkpoint: MakeCheckpoint) -> None:
     folder = layered_checkpoint(4)
     for fail_at in range(1, 9):

@@ -1,3 +1,4 @@
+import itertools
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from tree.acceptance import Acceptance
-from tree.optimizer import best_tree, expected_tokens, expected_tokens_table, growth_table, isotonic
+from tree.optimizer import best_part, best_tree, expected_tokens, expected_tokens_table, growth_table, isotonic
 from tree.shape import TreeShape
 
 # Sequoia paper, appendix E: Llama3-8B -> 70B-Instruct on CNN. Sums to 0.9928.
@@ -237,6 +238,34 @@ def test_expected_tokens_of_given_shapes() -> None:
     assert expected_tokens(TreeShape.chain(4), CNN) == pytest.approx(1 + 0.7732 + 0.7732**2 + 0.7732**3)
     assert expected_tokens(TreeShape.from_widths((6,)), TINY) == pytest.approx(2.0)  # ranks 4 and 5 are unknown
     assert expected_tokens(TreeShape.chain(3), Acceptance(((0.5,), (0.25,)))) == pytest.approx(1 + 0.5 + 0.125)
+
+
+def test_the_best_part_of_a_best_tree_is_the_best_tree_of_its_size() -> None:
+    for num_nodes in (1, 2, 13, 384, 768):
+        assert best_part(best_tree(CNN, 768, 18), CNN, num_nodes) == best_tree(CNN, num_nodes, 18)
+
+
+def test_no_part_of_a_tree_is_better_than_its_best_part() -> None:
+    """All parts of random trees that keep the root, every kept node's parent and elder siblings."""
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        parents = sorted(int(rng.integers(0, node)) for node in range(1, 9))
+        shape = TreeShape((-1, *(min(parent, node) for node, parent in enumerate(parents))))
+        acceptance = Acceptance((random_vector(rng, 4, monotone=True),))
+        for num_nodes in range(1, 10):
+            part = best_part(shape, acceptance, num_nodes)
+            best = max(expected_tokens(other, acceptance) for other in parts_of(shape, num_nodes))
+            assert part.num_nodes == num_nodes and expected_tokens(part, acceptance) == pytest.approx(best)
+    assert best_part(shape, acceptance, 100) == shape
+    with pytest.raises(ValueError, match="at least its root"):
+        best_part(shape, acceptance, 0)
+
+
+def parts_of(shape: TreeShape, num_nodes: int) -> Iterator[TreeShape]:
+    for others in itertools.combinations(range(1, shape.num_nodes), num_nodes - 1):
+        kept = (0, *others)
+        if all(shape.parents[node] in kept and (not shape.ranks[node] or node - 1 in kept) for node in others):
+            yield TreeShape((-1, *(kept.index(shape.parents[node]) for node in others)))
 
 
 @pytest.mark.parametrize(("bounds", "name"), [((0, 3, None), "nodes"), ((3, 0, None), "levels"), ((3, 3, 0), "children")])

@@ -98,6 +98,17 @@ def expected_tokens(shape: TreeShape, acceptance: Acceptance) -> float:
     return float(sum(node_values(shape, acceptance)))
 
 
+def best_part(shape: TreeShape, acceptance: Acceptance, num_nodes: int) -> TreeShape:
+    """The `num_nodes` nodes of `shape` that are most often accepted, values as in `node_values`; of equals the first in
+    breadth-first order. A tree again, as no node is accepted more often than its parent; `shape` itself if it is no larger."""
+    if num_nodes < 1:
+        raise ValueError(f"a tree has at least its root, not {num_nodes} nodes")
+    values = node_values(shape, acceptance)
+    kept = sorted(sorted(range(shape.num_nodes), key=lambda node: -values[node])[:num_nodes])
+    places = {node: place for place, node in enumerate(kept)}
+    return TreeShape((-1, *(places[shape.parents[node]] for node in kept[1:])))
+
+
 def growth_table(
     acceptance: Acceptance,
     num_nodes: int,

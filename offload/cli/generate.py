@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from ..config import EngineSettings
 from ..errors import DeviceError, UsageError
-from ..planner.hardware_file import find_hardware
 from ..planner.tree_choice import read_acceptances, read_tree
 from ..trace import Trace
 from .acceptance import AcceptanceRecorder, provenance, write_json
@@ -53,6 +52,8 @@ def _check(arguments: argparse.Namespace, settings: EngineSettings) -> None:
     read_tree(settings.tree, has_draft=bool(settings.draft_models))
     read_acceptances(settings)
     if settings.profile is not None:
+        from ..planner.hardware_file import find_hardware  # numpy
+
         find_hardware(settings.profile)
     templated = "--chat" if arguments.chat else "--system-prompt" if arguments.system_prompt is not None else None
     against = "--raw" if arguments.raw else "--prompt-ids" if arguments.prompt_ids is not None else None

@@ -48,7 +48,7 @@ class RegisteredBuffer:
         self._registered: list[int] = []
         for start, end in _chunks(num_bytes, cuts):
             if not _register(self.tensor.data_ptr() + start, end - start):
-                logger.warning("CUDA registered %d of %d bytes of host memory; the rest is pageable", start, num_bytes)
+                logger.info("CUDA registered %d of %d bytes of host memory; the rest is pageable", start, num_bytes)
                 break
             self._registered.append(self.tensor.data_ptr() + start)
             self.pinned_bytes = end

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from ..errors import FitError
+from ..errors import HostMemoryError
 
 _TOUCH_THREADS = 4
 _UNLIMITED_BYTES = 2**60  # the first version of control groups says "no limit" with a number near 2**63
@@ -22,7 +22,8 @@ _CGROUP_LIMITS = (
 
 
 class HostMapping:
-    """Anonymous private memory, page aligned, not rounded. Pageable; a device may register it. FitError when refused."""
+    """Anonymous private memory, page aligned, not rounded. Pageable; a device may register it. HostMemoryError when
+    refused."""
 
     def __init__(self, num_bytes: int) -> None:
         self.pinned_bytes = 0
@@ -31,7 +32,7 @@ class HostMapping:
             try:
                 mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             except (OSError, OverflowError) as error:
-                raise FitError(
+                raise HostMemoryError(
                     f"the system refused {num_bytes / 2**30:.2f} GiB of host memory: {error}",
                     where=f"host memory, {available_bytes() / 2**30:.2f} GiB available",
                     cure="lower --host-memory or --max-context, or free memory",

@@ -39,8 +39,9 @@ class CausalLM:
         self._model = architecture.model
         _materialise(self._model, device.torch_device, dtype, shared)
         _rebuild_rotary(self._model, architecture.config, device.torch_device)
-        for layer in self._model.get_submodule(architecture.prefix).children():
-            parameters = dict(layer.named_parameters())
+        layers = list(self._model.get_submodule(architecture.prefix).children())
+        self._parameters = [dict(layer.named_parameters()) for layer in layers]
+        for layer, parameters in zip(layers, self._parameters, strict=True):
             layer.register_forward_pre_hook(lambda _module, _args, parameters=parameters: self._bind(parameters))
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, num_logits: int) -> torch.Tensor:
@@ -82,6 +83,12 @@ class CausalLM:
                 layers.close()
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def let_go(self) -> None:
+        """Hold no layer's weights until the next pass, so that their memory may go."""
+        for parameters in self._parameters:
+            for parameter in parameters.values():
+                parameter.data = parameter.new_empty(0)
 
     def _bind(self, parameters: dict[str, nn.Parameter]) -> None:
         weights = next(self._layers)

@@ -14,7 +14,6 @@ from .causal_lm import CausalLM
 from .fixed_pass import FixedPasses, waits_in_a_pass
 from .kv_cache import KVCache
 
-# The draft reads the prompt in chunks of this many tokens: its logits are wanted for the last one only.
 PROMPT_CHUNK_TOKENS = 1024
 
 
@@ -24,9 +23,11 @@ class ModelDrafter:
     `vocab_size` is the target's: draft logits are cut or padded (never proposed) to it, for families whose sizes pad one
     vocabulary differently. Small passes have fixed shapes where the device replays recordings; elsewhere each is as large as it
     must be, which is the same but for rounding.
+    vocabulary differently. A prompt is read in chunks of at most `chunk_tokens`: only its last token's logits are wanted.
     """
 
-    def __init__(self, model: CausalLM, device: Device, vocab_size: int) -> None:
+    def __init__(self, model: CausalLM, device: Device, vocab_size: int, *, chunk_tokens: int = PROMPT_CHUNK_TOKENS) -> None:
+        self.chunk_tokens = chunk_tokens
         self._model, self._device, self._vocab_size = model, device, vocab_size
         fixed = device.replays and not waits_in_a_pass(model.architecture.config)
         self._fixed = FixedPasses(model, device) if fixed else None
@@ -55,7 +56,7 @@ class ModelDrafter:
         self._shape, self._nodes = shape, []
         no_nodes = torch.zeros(0, 0, dtype=torch.bool, device=self._device.torch_device)
         logits = None
-        while missing := self._context[cache.length :][:PROMPT_CHUNK_TOKENS]:
+        while missing := self._context[cache.length :][: self.chunk_tokens]:
             positions = torch.arange(cache.length, cache.length + len(missing))
             mask = pass_mask(cache.length, len(missing), no_nodes)
             logits = self._forward(torch.tensor(missing), positions, mask, 1)

@@ -63,9 +63,11 @@ class KVCache:
     def commit(self, pending_rows: Sequence[int]) -> None:
         """Keep these pending rows (ascending, counted from the first pending one) in this order; drop the others."""
         assert list(pending_rows) == sorted(set(pending_rows)) and max(pending_rows, default=-1) < self.pending
-        if list(pending_rows) != list(range(len(pending_rows))):
-            index = self._device.upload(torch.tensor(pending_rows) + self.length)
-            self._kv[..., self.length : self.length + len(pending_rows), :] = self._kv.index_select(-2, index)
+        # Row by row, in place: gathering them at once would need memory that no plan counts, at a time when a round can no
+        # longer be taken back. Rows that stay where they are, such as a prompt's, are not touched.
+        for row, pending in enumerate(pending_rows):
+            if row != pending:
+                self._kv[..., self.length + row, :] = self._kv[..., self.length + pending, :]
         self.length += len(pending_rows)
         self.pending = 0
 

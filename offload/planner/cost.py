@@ -38,15 +38,23 @@ def attention_flops(model: ModelCost, rows: int, context_rows: int) -> float:
 
 
 def activation_bytes(model: ModelCost, rows: int, context_rows: int) -> int:
-    """Working memory of one pass over `rows` rows: the widest moment of a layer (residual, normed input, gate, up and their
-    product; or queries, keys, values and scores' mask), and float32 logits. An upper estimate."""
-    per_row = (4 * model.hidden_size + 3 * model.intermediate_size) * model.dtype_bytes
-    mask = (rows + context_rows) * (1 + model.dtype_bytes)  # bool, and the additive form that attention kernels make of it
-    return rows * (per_row + mask)
+    """Working memory of one pass over `rows` rows that sees `context_rows` rows at most, its own among them: the widest of
+    three moments of a layer. Besides what each names, the mask, the embedded tokens and the layer's input are alive."""
+    hidden, heads = model.hidden_size, model.num_heads * model.head_dim
+    kv_heads = model.kv_bytes_per_row // (2 * model.num_layers * model.dtype_bytes)
+    # Normed input; queries, keys, values; queries times cosine, turned by half, and that times sine.
+    rotation = rows * (3 * hidden + 4 * heads + 2 * kv_heads)
+    # Normed input; queries and output; keys and values repeated for all heads; the mask as kernels want it: additive, padded.
+    attention = rows * (3 * hidden + 2 * heads + 2 * context_rows) + 2 * context_rows * heads
+    # Residual and normed input; gate, up, and their product.
+    mlp = rows * (4 * hidden + 3 * model.intermediate_size)
+    tables = 2 * rows * model.head_dim
+    return rows * context_rows + (max(rotation, attention, mlp) + tables) * model.dtype_bytes
 
 
 def logits_bytes(model: ModelCost, tree_nodes: int) -> int:
-    """Logits of the tree's rows in the model's dtype, in float32, and one float32 law each."""
+    """Of the tree's rows: logits in the model's dtype, and in float32 the draft's laws and the residual laws. Temporaries of
+    single levels lie where the pass's activations lay."""
     return tree_nodes * model.vocab_size * (model.dtype_bytes + 8)
 
 
@@ -62,6 +70,11 @@ def ledger_lines(ledger: Mapping[str, int], budget_bytes: int) -> str:
 def size_text(num_bytes: int) -> str:
     """As a flag takes it, rounded up."""
     return f"{-(-num_bytes // 2**20)}MiB"
+
+
+def mixed_rate(bytes_per_s: float, other_bytes_per_s: float, other_share: float) -> float:
+    """Bytes per second of copies of which `other_share` run at another rate."""
+    return 1 / ((1 - other_share) / bytes_per_s + other_share / other_bytes_per_s)
 
 
 def stream_s(bytes_per_pass: int, link_bytes_per_s: float, disk_bytes: int, disk_bytes_per_s: float | None) -> float:

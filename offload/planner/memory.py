@@ -61,34 +61,52 @@ def plan_memory(
             where="--max-context, --tree",
             cure="raise --max-context or take a smaller tree",
         )
-    fixed = {
-        "embedding, norm and head": target.shared_bytes,
-        "key/value cache": target.kv_bytes_per_row * context_rows,
-        "draft model": draft.shared_bytes + draft.num_layers * draft.layer_bytes if draft else 0,
-        "draft key/value cache": draft.kv_bytes_per_row * context_rows if draft else 0,
-        "logits and laws": logits_bytes(target, tree_nodes),
-    }
-    pass_rows = _pass_rows(settings, target, tree_nodes, context_rows, fixed, budgets.device_bytes)
-    fixed["activations"] = activation_bytes(target, pass_rows, context_rows)
+    others = device_ledger(target, draft, tree_nodes=tree_nodes, context_rows=context_rows, pass_rows=0)
+    pass_rows = _pass_rows(settings, target, tree_nodes, context_rows, others, budgets.device_bytes)
+    fixed = device_ledger(target, draft, tree_nodes=tree_nodes, context_rows=context_rows, pass_rows=pass_rows)
     num_resident, num_slots = _residency(settings, target, fixed, num_slots, budgets)
-    ledger = {
-        **fixed,
-        f"{num_resident} resident layers": num_resident * target.layer_bytes,
-        f"{num_slots} slots": num_slots * target.layer_bytes,
-    }
+    ledger = {**fixed, **layers_ledger(target, num_resident, num_slots)}
     _check_device(ledger, budgets.device_bytes)
     host_bytes = budgets.host_bytes
     if host_bytes is not None and budgets.shared:
         host_bytes = max(host_bytes - sum(ledger.values()), 0)
-    placement, host_ledger = _host(target, spread_evenly(num_resident, target.num_layers), host_bytes)
+    placement = _place(target, spread_evenly(num_resident, target.num_layers), host_bytes)
     return MemoryPlan(
         placement=placement,
         num_slots=num_slots,
         context_rows=context_rows,
         pass_rows=pass_rows,
         device_ledger=ledger,
-        host_ledger=host_ledger,
+        host_ledger=host_ledger(target, placement),
     )
+
+
+def device_ledger(
+    target: ModelCost, draft: ModelCost | None, *, tree_nodes: int, context_rows: int, pass_rows: int
+) -> dict[str, int]:
+    """Bytes by named part of all that a run keeps on the device but the target's layers."""
+    return {
+        "embedding, norm and head": target.shared_bytes,
+        "key/value cache": target.kv_bytes_per_row * context_rows,
+        "draft model": draft.shared_bytes + draft.num_layers * draft.layer_bytes if draft else 0,
+        "draft key/value cache": draft.kv_bytes_per_row * context_rows if draft else 0,
+        "logits and laws": logits_bytes(target, tree_nodes),
+        "activations": activation_bytes(target, pass_rows, context_rows) if pass_rows else 0,
+    }
+
+
+def layers_ledger(target: ModelCost, num_resident: int, num_slots: int) -> dict[str, int]:
+    """Bytes of the target's layers on the device."""
+    return {
+        f"{num_resident} resident layers": num_resident * target.layer_bytes,
+        f"{num_slots} slots": num_slots * target.layer_bytes,
+    }
+
+
+def host_ledger(target: ModelCost, placement: Placement) -> dict[str, int]:
+    """Bytes of the target's layers on the host."""
+    ledger = {"pinned layers": len(placement.host) * target.layer_bytes}
+    return {**ledger, "disk ring": RING_BUFFERS * target.layer_bytes} if placement.disk else ledger
 
 
 def _pass_rows(
@@ -146,12 +164,12 @@ def _check_device(ledger: Mapping[str, int], budget: int | None) -> None:
         )
 
 
-def _host(target: ModelCost, resident: frozenset[int], budget: int | None) -> tuple[Placement, dict[str, int]]:
+def _place(target: ModelCost, resident: frozenset[int], budget: int | None) -> Placement:
     """Host layers as the budget allows; the others on disk, spread evenly so that reading never pauses."""
     placement = Placement(num_layers=target.num_layers, resident=resident)
     streamed = placement.streamed
     if budget is None or len(streamed) * target.layer_bytes <= budget:
-        return placement, {"pinned layers": len(streamed) * target.layer_bytes}
+        return placement
     ring_bytes = RING_BUFFERS * target.layer_bytes
     num_host = (budget - ring_bytes) // target.layer_bytes
     if num_host < 0:
@@ -162,5 +180,4 @@ def _host(target: ModelCost, resident: frozenset[int], budget: int | None) -> tu
         )
     chosen = spread_evenly(len(streamed) - num_host, len(streamed))
     disk = frozenset(layer for order, layer in enumerate(streamed) if order in chosen)
-    placement = Placement(num_layers=target.num_layers, resident=resident, disk=disk)
-    return placement, {"pinned layers": num_host * target.layer_bytes, "disk ring": ring_bytes}
+    return Placement(num_layers=target.num_layers, resident=resident, disk=disk)

@@ -27,6 +27,7 @@ from .search import MAX_NODES, Choice, DraftOption, Prediction, Workload, best_c
 TYPICAL_CONTEXT_ROWS = 512
 SLOTS = (MIN_SLOTS, MAX_AUTO_SLOTS)
 ROOT = TreeShape.root_only()
+NOTHING_STREAMED = "the model fits on the device entirely: nothing is streamed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,7 +242,7 @@ def _notes(
 ) -> Iterator[str]:
     placement = memory.placement
     if not placement.streamed:
-        yield "the model fits on the device entirely: nothing is streamed"
+        yield NOTHING_STREAMED
     if drafts and draft is None:
         fitting = [option for option in drafts if _fits(workload, option)]
         yield (

@@ -12,6 +12,7 @@ import torch
 
 from ..device import CopyTicket, Device, Interval, Ticket
 from ..weights.disk import DiskRead
+from ..weights.placement import Placement
 from ..weights.store import WeightStore
 from .schedule import Fetch, first_fetches, pass_steps
 
@@ -64,10 +65,8 @@ class LayerStream:
         self.log: PassLog | None = None
         self._device, self._store = device, store
         self._num_layers = store.placement.num_layers
-        self._streamed = store.placement.streamed
-        self._resident = store.resident
-        self._slots = [device.alloc(self.layer_bytes) for _ in range(num_slots if self._streamed else 0)]
-        self._views = [store.layout.views(slot) for slot in self._slots]
+        self._slots = [device.alloc(self.layer_bytes) for _ in range(num_slots if store.placement.streamed else 0)]
+        self._see_placement()
         self._free: list[Ticket] = []
         self._queue: deque[Fetch] = deque()
         self._flying: dict[int, CopyTicket] = {}
@@ -99,6 +98,15 @@ class LayerStream:
             interval = self._device.interval(ticket)
             rates.append(self.layer_bytes / max(interval.end_s - interval.start_s, 1e-9))
         return max(rates)
+
+    def give_up(self, placement: Placement, num_slots: int) -> None:
+        """Go on with fewer resident layers; between passes. Their buffers become slots while there are fewer than `num_slots`,
+        the others are free once nobody else holds them. HostMemoryError when the host has no room: then all stays as it is."""
+        self._abandon()
+        self._device.drain(self._device.mark())  # copies that compute waits for are under way, too
+        buffers = self._store.give_up(placement)
+        self._slots += buffers[: num_slots - len(self._slots)]
+        self._see_placement()
 
     def close(self) -> None:
         """Let copies under way land, so that their memory may go."""
@@ -154,6 +162,11 @@ class LayerStream:
         self._free = [self._device.mark() for _ in self._slots]
         self._queue.extend(first_fetches(self._streamed, len(self._slots)))
         self._send(None)
+
+    def _see_placement(self) -> None:
+        self._streamed = self._store.placement.streamed
+        self._resident = self._store.resident
+        self._views = [self._store.layout.views(slot) for slot in self._slots]
 
     def _abandon(self) -> None:
         """Let copies under way land, forget the rest; the next pass begins with full slots again."""

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from ..device import Device, Ticket
+from ..device import Device, HostBuffer, Ticket
 from .checkpoint import Checkpoint
 from .disk import DiskRing
 from .layout import LayerLayout
@@ -28,6 +28,7 @@ class WeightStore:
         self._host = {
             layer: self._arena.tensor[cut - layout.num_bytes : cut] for layer, cut in zip(placement.host, cuts, strict=True)
         }
+        self._moved: list[HostBuffer] = []  # layers that were resident first, each in memory of its own
         self._ring: DiskRing | None = None
 
     @property
@@ -38,11 +39,23 @@ class WeightStore:
     @property
     def host_bytes(self) -> int:
         """Host memory held for weights, the ring included."""
-        return self._arena.tensor.numel() + (self._ring.memory.tensor.numel() if self._ring else 0)
+        return sum(buffer.tensor.numel() for buffer in self._host_buffers())
 
     @property
     def pinned_bytes(self) -> int:
-        return self._arena.pinned_bytes + (self._ring.memory.pinned_bytes if self._ring else 0)
+        return sum(buffer.pinned_bytes for buffer in self._host_buffers())
+
+    @property
+    def pageable_bytes_per_pass(self) -> int:
+        """Of the bytes that a pass copies, those from memory that the device was asked to pin and would not. None are where
+        the device's memory is the host's, which pins nothing."""
+        if self._device.host_addressable:
+            return 0
+        refused = sum(buffer.tensor.numel() - buffer.pinned_bytes for buffer in [self._arena, *self._moved])
+        if self._ring is not None:
+            ring, disk_bytes = self._ring.memory, len(self.placement.disk) * self.layout.num_bytes
+            refused += disk_bytes * (ring.tensor.numel() - ring.pinned_bytes) // ring.tensor.numel()
+        return refused
 
     @property
     def ring(self) -> DiskRing | None:
@@ -53,9 +66,22 @@ class WeightStore:
         with TensorReader(self._checkpoint) as reader:
             self._load_resident(reader, progress)
             reader.read([job for layer, buffer in self._host.items() for job in self._jobs(layer, buffer)], progress)
-        if self.placement.disk:
-            order = tuple(sorted(self.placement.disk))
-            self._ring = DiskRing(self._device, self._checkpoint, self.layout, order, self._jobs)
+        self._open_ring()
+
+    def give_up(self, placement: Placement) -> list[torch.Tensor]:
+        """Go over to `placement`, which keeps fewer layers on the device; those that leave go to host memory of their own, or
+        back to disk. Returns the device buffers that they leave. No copy may be under way. HostMemoryError when the host has
+        no room: then nothing has changed."""
+        leaving = sorted(self.placement.resident - placement.resident)
+        moved = {layer: self._host_copy(layer) for layer in leaving if layer not in placement.disk}
+        self._moved += moved.values()
+        self._host |= {layer: buffer.tensor for layer, buffer in moved.items()}
+        reads_others = placement.disk != self.placement.disk
+        self.placement = placement
+        if reads_others:
+            self._close_ring()
+            self._open_ring()
+        return [self._resident.pop(layer) for layer in leaving]
 
     def ready(self, layer: int) -> bool:
         """Whether `source(layer)` would return at once."""
@@ -81,11 +107,32 @@ class WeightStore:
         return self._ring.memory.tensor[: self.layout.num_bytes]
 
     def close(self) -> None:
-        if self._ring is not None:
-            self._ring.close()
+        self._close_ring()
         self._host.clear()
         self._resident.clear()
-        self._arena.close()
+        for buffer in [self._arena, *self._moved]:
+            buffer.close()
+
+    def _host_buffers(self) -> list[HostBuffer]:
+        return [self._arena, *self._moved, *([self._ring.memory] if self._ring is not None else [])]
+
+    def _open_ring(self) -> None:
+        if self.placement.disk:
+            order = tuple(sorted(self.placement.disk))
+            self._ring = DiskRing(self._device, self._checkpoint, self.layout, order, self._jobs)
+
+    def _close_ring(self) -> None:
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
+
+    def _host_copy(self, layer: int) -> HostBuffer:
+        """Tensor by tensor: a device may need as much host memory again for what it downloads at once."""
+        copy = self._device.pin(self.layout.num_bytes, ())
+        places = self.layout.views(copy.tensor)
+        for name, tensor in self.layout.views(self._resident[layer]).items():
+            places[name].copy_(self._device.download(tensor))
+        return copy
 
     def _jobs(self, layer: int, buffer: torch.Tensor) -> list[ReadJob]:
         return [

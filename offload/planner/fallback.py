@@ -1,0 +1,174 @@
+"""Pure: what a run gives up when there is less memory than was planned, and the plan that it goes on with.
+
+The models are loaded, so nothing is chosen anew: a plan that failed becomes the next smaller one. Its last note says what was
+given up and what that costs.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+from tree.optimizer import best_part
+
+from ..config import EngineSettings
+from ..errors import FitError
+from ..streaming.schedule import spread_evenly
+from ..weights.placement import RING_BUFFERS
+from .cost import GIB, mixed_rate
+from .memory import CHUNK_ROWS, MIN_SLOTS, Budgets, MemoryPlan, device_ledger, host_ledger, layers_ledger, plan_memory
+from .plan import NOTHING_STREAMED, Plan, predict_tree
+from .search import DraftOption, Workload
+
+# Turns of remedies for one pass. Each halves something or moves a layer: where so many do not help, others take what is freed.
+MAX_TURNS = 3
+MIN_CHUNK_ROWS = CHUNK_ROWS[-1]  # shorter pieces of a prompt take a stream of the weights each, and hardly less memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fallbacks:
+    """What a plan was made from; `draft` is the one that it chose."""
+
+    settings: EngineSettings
+    workload: Workload
+    draft: DraftOption | None
+    budgets: Budgets
+
+    def relief(self, plan: Plan, prompt_rows: int) -> Iterator[Plan]:
+        """Plans for a pass that the device had no memory for, each smaller than the last, what costs least first: fewer of the
+        `prompt_rows` rows that are still to be read, a smaller tree, fewer resident layers, and again. They come to an end."""
+        remedies = (partial(self.fewer_rows, prompt_rows=prompt_rows), self.smaller_tree, self.fewer_resident)
+        for remedy in remedies * MAX_TURNS:
+            smaller = remedy(plan)
+            if smaller is not None:
+                plan = smaller
+                yield plan
+
+    def fewer_rows(self, plan: Plan, prompt_rows: int) -> Plan | None:
+        """Half of the rows that the next pass would have, if most of them are the prompt's."""
+        num_nodes = plan.tree.num_nodes
+        failed_rows = min(plan.pass_rows, prompt_rows + num_nodes)
+        rows = max(failed_rows // 2, num_nodes + 1, MIN_CHUNK_ROWS)
+        if prompt_rows <= num_nodes or rows >= failed_rows:
+            return None
+        what = f"out of device memory: passes of at most {rows} rows, not {plan.pass_rows}, so that prompts take more of them"
+        return self._completed(replace(plan, pass_rows=rows), plan, what)
+
+    def smaller_tree(self, plan: Plan) -> Plan | None:
+        """Half of the nodes, those that are accepted most often."""
+        if self.draft is None or plan.tree.num_nodes == 1:
+            return None
+        tree = best_part(plan.tree, self.draft.acceptance, plan.tree.num_nodes // 2)
+        what = f"out of device memory: a tree of {tree.num_nodes} nodes, not {plan.tree.num_nodes}"
+        return self._completed(replace(plan, tree=tree), plan, what)
+
+    def fewer_resident(self, plan: Plan) -> Plan | None:
+        """One layer less on the device; where all were, one more for each slot that streaming needs. It goes to the host, or to
+        disk where a run reads from it already, as the host has no room left."""
+        placement, resident = plan.placement, sorted(plan.placement.resident)
+        num_leaving = 1 if placement.streamed else min(MIN_SLOTS + 1, len(resident))
+        num_slots = plan.num_slots if placement.streamed else num_leaving - 1
+        if len(resident) < num_leaving or num_slots < 1:
+            return None
+        if not placement.disk and not self._host_has_room(plan, num_leaving):
+            return None
+        leaving = frozenset(resident[order] for order in spread_evenly(num_leaving, len(resident)))
+        left = replace(
+            placement,
+            resident=placement.resident - leaving,
+            disk=placement.disk | leaving if placement.disk else placement.disk,
+        )
+        what = f"out of device memory: {len(left.resident)} resident layers, not {len(resident)}"
+        return self._completed(replace(plan, placement=left, num_slots=num_slots), plan, what)
+
+    def less_host(self, plan: Plan, available_bytes: int) -> Plan:
+        """The same tree with at most `available_bytes` of host memory for layers and ring, and less than `plan` has, whose was
+        refused: more layers on disk. FitError when the ring does not fit, or the device's part where it is in the host, too."""
+        ring_bytes = RING_BUFFERS * self.workload.target.layer_bytes
+        host_bytes = min(available_bytes, max(sum(plan.host_ledger.values()) // 2, ring_bytes))
+        budgets = replace(self.budgets, host_bytes=max(host_bytes, 0))
+        if self.budgets.shared:
+            total_bytes = max(host_bytes + sum(plan.device_ledger.values()), 0)
+            budgets = replace(budgets, host_bytes=total_bytes)
+            if budgets.device_bytes is not None:
+                budgets = replace(budgets, device_bytes=min(budgets.device_bytes, total_bytes))
+        memory = plan_memory(
+            self.settings,
+            self.workload.target,
+            self.draft.cost if self.draft else None,
+            plan.tree.num_nodes,
+            plan.num_slots or None,
+            max_positions=plan.max_positions,
+            budgets=budgets,
+        )
+        smaller = replace(
+            plan,
+            placement=memory.placement,
+            num_slots=memory.num_slots,
+            pass_rows=memory.pass_rows,
+            host_budget_bytes=budgets.host_bytes,
+        )
+        parts = smaller.placement.resident, smaller.placement.host, smaller.placement.disk
+        counts = "{} layers resident, {} in host memory, {} on disk".format(*map(len, parts))
+        what = f"less host memory than planned: {counts}, passes of at most {smaller.pass_rows} rows"
+        return self._completed(smaller, plan, what)
+
+    def with_pageable(self, plan: Plan, pageable_bytes: int, pageable_bytes_per_s: float | None) -> "tuple[Plan, Fallbacks]":
+        """`plan`, and what later plans are made from, when `pageable_bytes` of a pass come from memory that is not pinned.
+        Where the rate of such copies is not known, the prediction leaves them out, and the note says so."""
+        share, pinned_rate = pageable_bytes / plan.bytes_per_pass, self.workload.link_bytes_per_s
+        rate = pageable_bytes_per_s or pinned_rate
+        slower = replace(self.workload, link_bytes_per_s=mixed_rate(pinned_rate, rate, share))
+        known = f"at {rate / 1e9:.3g} GB/s, not {pinned_rate / 1e9:.3g}"
+        how = known if pageable_bytes_per_s else "at a rate that is not known"
+        what = f"{share * 100:.0f} % of each pass are copied from memory that could not be pinned, {how}"
+        fallbacks = replace(self, workload=slower)
+        return fallbacks._completed(plan, plan, what), fallbacks
+
+    def _host_has_room(self, plan: Plan, num_layers: int) -> bool:
+        """Where one memory is host and device, a layer that moves takes no more of it."""
+        if self.budgets.shared or plan.host_budget_bytes is None:
+            return True
+        used_bytes = sum(plan.host_ledger.values()) + num_layers * self.workload.target.layer_bytes
+        return used_bytes <= plan.host_budget_bytes
+
+    def _completed(self, plan: Plan, old: Plan, what: str) -> Plan:
+        """`plan`, which decides otherwise than `old`, with all that follows from its decisions. The caches stay as they are."""
+        target, draft, placement = self.workload.target, self.draft, plan.placement
+        on_device = device_ledger(
+            target,
+            draft.cost if draft else None,
+            tree_nodes=plan.tree.num_nodes,
+            context_rows=plan.context_rows,
+            pass_rows=plan.pass_rows,
+        )
+        memory = MemoryPlan(
+            placement=placement,
+            num_slots=plan.num_slots,
+            context_rows=plan.context_rows,
+            pass_rows=plan.pass_rows,
+            device_ledger={**on_device, **layers_ledger(target, len(placement.resident), plan.num_slots)},
+            host_ledger=host_ledger(target, placement),
+        )
+        prediction = predict_tree(self.workload, memory, plan.tree, draft)
+        if not math.isclose(prediction.s_per_token, old.prediction.s_per_token, rel_tol=1e-3):
+            what += f"; predicted {prediction.s_per_token:.3g} s/token, not {old.prediction.s_per_token:.3g}"
+        return replace(
+            plan,
+            bytes_per_pass=len(placement.streamed) * target.layer_bytes,
+            device_ledger=memory.device_ledger,
+            host_ledger=memory.host_ledger,
+            link_bytes_per_s=(plan.link_bytes_per_s or self.workload.link_bytes_per_s) if placement.streamed else None,
+            prediction=prediction,
+            notes=(*(note for note in plan.notes if note != NOTHING_STREAMED or not placement.streamed), what),
+        )
+
+
+def out_of_memory(plan: Plan, reason: str, device_name: str, free_bytes: int) -> FitError:
+    """What is said when `plan` has nothing left to give up."""
+    return FitError(
+        f"out of device memory in a pass: {reason}; {sum(plan.device_ledger.values()) / GIB:.2f} GiB were planned, "
+        f"{free_bytes / GIB:.2f} GiB are free",
+        where=f"{device_name}, with a tree of {plan.tree.num_nodes} nodes and {len(plan.placement.resident)} resident layers",
+        cure="lower --gpu-memory, --max-context or --slots, or end what else uses the device",
+    )

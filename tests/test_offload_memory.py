@@ -1,0 +1,74 @@
+"""Memory as planned is memory as used: the ledger fills the budget, and a run's measured peak is what the ledger says."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.profiler import ProfilerActivity, profile
+
+from conftest import VOCAB_SIZE
+from offload.assemble import open_engine
+from offload.config import EngineSettings
+from planning import L40
+
+Models = Callable[..., Path]
+CONTEXT = 256
+# Weights outweigh the rest, as they do in models that are streamed: a layer has 2.8 MB, eight have 22 MB.
+HEAVY = {"num_layers": 8, "hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 8, "head_dim": 32}
+GREEDY, SAMPLED = {"temperature": 0.0}, {"temperature": 1.0}
+
+
+def working_bytes(work: Callable[[], object]) -> int:
+    """Most bytes that torch's allocator had given out at a time during `work`, beyond what it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    assert events and now == 0, "what a request allocates is gone when it ends"
+    return most
+
+
+@pytest.mark.parametrize(
+    ("tree", "budget_mib", "params", "changes"),
+    [
+        ("none", 12, GREEDY, {}),
+        ("none", 16, SAMPLED, {"num_key_value_heads": 8}),
+        ("2x4:kary", 24, GREEDY, {}),
+        ("3x8:kary", 30, SAMPLED, {"vocab_size": 1024}),
+        ("3x8:kary", 20, GREEDY, {"family": "qwen3"}),
+    ],
+)
+def test_the_ledger_fills_the_budget_and_the_peak_is_within_5_percent_of_it(
+    models: Models, tree: str, budget_mib: int, params: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    """Device buffers as the device counts them, activations and logits as torch's allocator counts them, over a request that
+    uses the context to its last row."""
+    shape: dict[str, Any] = {**HEAVY, "max_position_embeddings": CONTEXT, **changes}
+    family = shape.pop("family", "llama")
+    folder = models(family, **shape)
+    settings = EngineSettings(
+        model=str(folder),
+        draft_models=() if tree == "none" else (str(models(family, **{**shape, "num_layers": 2})),),
+        tree=tree,
+        device="cpu",
+        max_context=CONTEXT,
+        gpu_memory_bytes=budget_mib * 2**20,
+        host_memory_bytes=2**30,
+    )
+    with open_engine(settings, hardware=L40) as engine:
+        plan = engine.plan
+        ledger_bytes, layer_bytes = sum(plan.device_ledger.values()), engine.loop._stream.layer_bytes
+        assert budget_mib * 2**20 - layer_bytes < ledger_bytes <= budget_mib * 2**20
+        assert plan.placement.streamed
+        new_tokens = 12
+        prompt = [token % VOCAB_SIZE for token in range(plan.text_tokens - new_tokens)]
+        most = working_bytes(lambda: engine.generate(prompt, max_new_tokens=new_tokens, ignore_eos=True, **params))
+        measured_bytes = engine.memory().device_peak_bytes + most
+    ledger = plan.device_ledger
+    assert 0.85 < most / (ledger["activations"] + ledger["logits and laws"]) <= 1, "weights must not hide what is wrong here"
+    assert measured_bytes == pytest.approx(ledger_bytes, rel=0.05), (ledger, most)
