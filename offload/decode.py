@@ -22,7 +22,7 @@ from .model.drafter import ModelDrafter
 from .planner.plan import Plan
 from .sessions import Sessions, host_limit_bytes
 from .stats import PassStats
-from .streaming.stream import LayerStream, LayerTiming, layer_timings
+from .streaming.stream import LayerStream, LayerTiming, PassProgress, layer_timings
 from .trace import Trace
 
 
@@ -106,6 +106,10 @@ class DecodeLoop:
             stats=self._stats(cached + shape.num_nodes, len(verdict.token_ids), extra_bytes, start_s, drafted, verified_s),
             first=first,
         )
+
+    def progress(self) -> PassProgress:
+        """How far the pass under way, or the last one, has come; any thread may ask."""
+        return self._stream.progress()
 
     # -- the four parts of a round --------------------------------------------------------------------------------------
 
