@@ -119,14 +119,14 @@ class Report:
         name = "emulated link" if self.emulated_link else "link"
         if not rate or share is None:
             return f"{name}: one pass only"
-        return f"{name} {_rate(rate)}, {share * 100:.0f} % of peak"
+        return f"{name} {rate_text(rate)}, {share * 100:.0f} % of peak"
 
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}"
 
 
-def _rate(bytes_per_s: float) -> str:
+def rate_text(bytes_per_s: float) -> str:
     if bytes_per_s < 1e6:
         return f"{bytes_per_s / 1e3:.0f} kB/s"
     return f"{bytes_per_s / 1e9:.1f} GB/s" if bytes_per_s >= 1e9 else f"{bytes_per_s / 1e6:.0f} MB/s"

@@ -147,6 +147,7 @@ def test_a_transcript_goes_on_where_the_last_one_ended() -> None:
     ("messages", "reason"),
     [
         ([], "no messages"),
+        (["hi"], "str, no object"),
         ([{"role": "tool", "content": "x"}], "unknown role 'tool'"),
         ([{"content": "x"}], "unknown role None"),
         ([{"role": ["user"], "content": "x"}], "unknown role"),
@@ -154,7 +155,7 @@ def test_a_transcript_goes_on_where_the_last_one_ended() -> None:
         ([{"role": "user"}], "NoneType, not text"),
         ([{"role": "user", "content": "\ud800"}], "not Unicode"),
     ],
-    ids=["none", "role", "no role", "role of a list", "null", "no content", "surrogate"],
+    ids=["none", "text", "role", "no role", "role of a list", "null", "no content", "surrogate"],
 )
 @pytest.mark.parametrize("template", [None, CHAT_TEMPLATE], ids=["transcript", "template"])
 def test_bad_messages_are_usage_errors(codec_with: Make, messages: Any, reason: str, template: str | None) -> None:

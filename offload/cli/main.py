@@ -21,6 +21,8 @@ def main(argv: list[str]) -> int:
         _configure_logging(verbose)
         if arguments.command == "generate":
             from .generate import run
+        elif arguments.command == "chat":
+            from .chat import run
         elif arguments.command == "profile":
             from .profile import run
         elif arguments.command == "verify":
