@@ -21,6 +21,7 @@ from offload.demo import DRAFT, TARGET
 from offload.device import Device
 from offload.device.cpu import CpuDevice
 from offload.engine import Engine
+from offload.errors import FitError
 from offload.model.kv_cache import KVCache
 from offload.report import Report
 from offload.sessions import MIN_KEPT_ROWS, Sessions, host_limit_bytes, num_common
@@ -335,10 +336,15 @@ def test_a_short_tail_is_not_worth_a_copy_and_a_beginning_is_not_kept_twice(devi
 
 
 def test_a_host_without_room_keeps_nothing(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessions, "available_bytes", lambda: 1000)
-    rig = Rig(device)
-    rig.ask(text(1))
-    assert rig.ask(text(2)) == 0 and rig.sessions.host_bytes == 0 and rig.ask(text(1)) == 0
+    def refuse(num_bytes: int) -> None:
+        raise FitError(f"{num_bytes} refused", where="host", cure="none")
+
+    places: dict[str, Any] = {"offload.sessions.available_bytes": lambda: 1000, "offload.model.kv_cache.HostMapping": refuse}
+    for place, replacement in places.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(place, replacement)
+            rig = Rig(device)
+            assert [rig.ask(text(seed)) for seed in (1, 2, 1)] == [0, 0, 0] and rig.sessions.host_bytes == 0
 
 
 def test_the_limit_is_what_the_host_budget_leaves(models: Models) -> None:

@@ -49,7 +49,8 @@ class PassDisplay:
 
     def __enter__(self) -> "PassDisplay":
         if self._enabled:
-            self._thread = threading.Thread(target=self._draw_forever, args=(time.monotonic(),), name="treestream-progress")
+            start_s = time.monotonic()
+            self._thread = threading.Thread(target=self._draw_forever, args=(start_s,), name="treestream-progress", daemon=True)
             self._thread.start()
         return self
 
