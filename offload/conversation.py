@@ -10,6 +10,8 @@ NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
 # What a transcript's answer ends before: a base model goes on with everybody's lines.
 TRANSCRIPT_STOPS = tuple(f"\n{name}:" for name in NAMES.values())
 
+Message = dict[str, str]  # role and content
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
@@ -22,13 +24,13 @@ class Prompt:
     templated: bool
 
 
-def render(codec: TextCodec, messages: Sequence[Mapping[str, object]], *, template: bool = True) -> Prompt:
+def render(codec: TextCodec, messages: Sequence[object], *, template: bool = True) -> Prompt:
     """The prompt for an answer to `messages`, [{"role": "system" | "user" | "assistant", "content": str}, ...]. With
     `template` False, or without a template, it is a transcript.
 
     Raises UsageError for messages that make no sense, ModelError for a template that fails or refuses them.
     """
-    checked = [_checked(message, number) for number, message in enumerate(messages)]
+    checked = [check_message(message, number) for number, message in enumerate(messages)]
     if not checked:
         raise UsageError("no messages", where="messages", cure="give at least one")
     if template and codec.has_chat_template:
@@ -38,7 +40,7 @@ def render(codec: TextCodec, messages: Sequence[Mapping[str, object]], *, templa
     return Prompt(text=text, token_ids=tuple(codec.encode(text)), stop=TRANSCRIPT_STOPS, templated=False)
 
 
-def transcript(messages: Sequence[Mapping[str, str]]) -> str:
+def transcript(messages: Sequence[Message]) -> str:
     """A line "User: ..." or "Assistant: ..." a message, system messages as they are, and an open "Assistant:" at the end."""
     lines = []
     for message in messages:
@@ -47,7 +49,10 @@ def transcript(messages: Sequence[Mapping[str, str]]) -> str:
     return "\n".join([*lines, f"{NAMES['assistant']}:"])
 
 
-def _checked(message: Mapping[str, object], number: int) -> dict[str, str]:
+def check_message(message: object, number: int) -> Message:
+    """`message` number `number` of a list, when it is one. UsageError otherwise."""
+    if not isinstance(message, Mapping):
+        raise UsageError(f"{type(message).__name__}, no object", where=f"message {number}", cure="give role and content")
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or role not in NAMES:
         raise UsageError(f"unknown role {role!r}", where=f"message {number}", cure=f"one of {', '.join(NAMES)}")

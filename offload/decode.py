@@ -25,7 +25,7 @@ from .planner.plan import Plan
 from .round_stats import round_stats
 from .sessions import Sessions, host_limit_bytes
 from .stats import PassStats
-from .streaming.stream import LayerStream
+from .streaming.stream import LayerStream, PassProgress
 from .trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -182,6 +182,10 @@ class DecodeLoop:
             self._drafter.chunk_tokens = min(self._drafter.chunk_tokens, plan.pass_rows)
         self._plan = plan
         logger.warning("%s (%s)", plan.notes[-1], reason)
+
+    def progress(self) -> PassProgress:
+        """How far the pass under way, or the last one, has come; any thread may ask."""
+        return self._stream.progress()
 
     # -- the four parts of a round --------------------------------------------------------------------------------------
 

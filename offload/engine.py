@@ -14,6 +14,7 @@ from .errors import UsageError
 from .planner.plan import Plan
 from .report import Memory, Report
 from .stats import PassStats, RunStats
+from .streaming.stream import PassProgress
 from .text import TextStream
 
 
@@ -172,6 +173,11 @@ class Engine:
     def forget(self) -> None:
         """Drop the keys and values of all earlier requests: the next starts cold, which is what a benchmark measures."""
         self.loop.sessions.forget()
+
+    def progress(self) -> PassProgress:
+        """How far the pass under way, or the last one, has come: what to show while an answer takes seconds a pass. Any thread
+        may ask."""
+        return self.loop.progress()
 
     def memory(self) -> Memory:
         return replace(self._memory(), host_sessions_bytes=self.loop.sessions.host_bytes)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .device.host import available_bytes
+from .errors import FitError
 from .model.kv_cache import KVCache
 from .planner.plan import Plan
 
@@ -106,5 +107,8 @@ class Sessions:
             return
         while len(self._kept) >= self._max_kept or self.host_bytes + num_bytes > self._max_bytes:
             self._kept.pop(0)
-        rows = tuple(cache.save_rows(rows) for cache, rows in zip(self._caches, num_rows, strict=True))
+        try:
+            rows = tuple(cache.save_rows(rows) for cache, rows in zip(self._caches, num_rows, strict=True))
+        except FitError:  # the system refused the memory: no reason to refuse the request
+            return
         self._kept.append(_Kept(token_ids=token_ids, rows=rows))

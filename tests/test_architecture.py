@@ -17,7 +17,20 @@ FLOOR = {"errors", "config", "version"}
 NUMBERS = {"stats", "trace", "text", "device.base"}  # records and words: they read no weights and move none
 MACHINE = {*FLOOR, "device", "weights", "streaming"}
 ENGINE = {*MACHINE, *NUMBERS, "model", "planner"}
-ALL = {*ENGINE, "source", "calibrate", "sessions", "conversation", "admission", "decode", "report", "engine", "assemble", "demo", "doctor"}
+ALL = {
+    *ENGINE,
+    "admission",
+    "assemble",
+    "calibrate",
+    "conversation",
+    "decode",
+    "demo",
+    "doctor",
+    "engine",
+    "report",
+    "sessions",
+    "source",
+}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),

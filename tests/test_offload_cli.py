@@ -413,6 +413,7 @@ HEAVY = ("torch", "transformers", "numpy", "tokenizers", "safetensors", "rich")
 LIGHT_COMMANDS = [
     ["--help"],
     ["generate", "--help"],
+    ["chat", "--help"],
     ["verify", "--help"],
     ["version", "--help"],
     ["frobnicate"],
@@ -432,6 +433,8 @@ LIGHT_COMMANDS = [
     ["--model", "m", "--prompt-file", "/no/such/prompt"],
     ["--model", "m", "--prompt-ids", "one"],
     ["--model", "m", "--prompt-ids", "1", "--chat"],
+    ["chat", "--model", "m", "--top-p", "2"],
+    ["chat", "--model", "m", "--tree", "rubbish"],
 ]
 
 

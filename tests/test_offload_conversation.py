@@ -42,8 +42,8 @@ TEMPLATES = {
 {% for m in messages %}{% generation %}{{ turn(m) }}{% endgeneration %}{% if loop.last %}{% break %}{% endif %}{% endfor %}
 {{ dict(a=1) }}{{ strftime_now('%Y') | length }}{{ messages[1:] | length }}{{ documents }}""",
 }
+LOOPING = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 HOSTILE = {
-    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "grows": "{% set ns = namespace(s='xxxxxxxx') %}{% for a in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
     "multiplies": "{{ 'x' * 10000000000 }}",
     "is long": "{% for a in range(90000) %}{{ 'x' * 1000 }}{% endfor %}",
@@ -86,7 +86,7 @@ def test_a_template_that_misbehaves_is_a_model_error(name: str) -> None:
 def test_a_template_that_loops_ends_in_bounded_time() -> None:
     start_s = time.monotonic()
     with pytest.raises(ModelError, match="did not finish in 1 s"):
-        apply_template(HOSTILE["loops"], DIALOGUE, {}, limit_s=1)
+        apply_template(LOOPING, DIALOGUE, {}, limit_s=1)
     assert time.monotonic() - start_s < 25  # a second of CPU time, on a machine that others use, too
 
 
@@ -147,6 +147,7 @@ def test_a_transcript_goes_on_where_the_last_one_ended() -> None:
     ("messages", "reason"),
     [
         ([], "no messages"),
+        (["hi"], "str, no object"),
         ([{"role": "tool", "content": "x"}], "unknown role 'tool'"),
         ([{"content": "x"}], "unknown role None"),
         ([{"role": ["user"], "content": "x"}], "unknown role"),
@@ -154,7 +155,7 @@ def test_a_transcript_goes_on_where_the_last_one_ended() -> None:
         ([{"role": "user"}], "NoneType, not text"),
         ([{"role": "user", "content": "\ud800"}], "not Unicode"),
     ],
-    ids=["none", "role", "no role", "role of a list", "null", "no content", "surrogate"],
+    ids=["none", "text", "role", "no role", "role of a list", "null", "no content", "surrogate"],
 )
 @pytest.mark.parametrize("template", [None, CHAT_TEMPLATE], ids=["transcript", "template"])
 def test_bad_messages_are_usage_errors(codec_with: Make, messages: Any, reason: str, template: str | None) -> None:

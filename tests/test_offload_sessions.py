@@ -21,13 +21,14 @@ from offload.demo import DRAFT, TARGET
 from offload.device import Device
 from offload.device.cpu import CpuDevice
 from offload.engine import Engine
+from offload.errors import FitError
 from offload.model.kv_cache import KVCache
 from offload.report import Report
 from offload.sessions import MIN_KEPT_ROWS, Sessions, host_limit_bytes, num_common
 from test_offload_engine import open_tiny
 
 Models = Callable[..., Path]
-ANSWER = 12
+ANSWER, TREE = 8, "3x3:kary"
 REQUESTS: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": {"temperature": 1.0, "top_k": 40, "seed": 3}}
 
 
@@ -51,14 +52,16 @@ def converse(engine: Engine, first: list[int], num_turns: int, **request: Any) -
     return reports
 
 
-@pytest.mark.parametrize("kind", sorted(DEVICES))
+@pytest.mark.parametrize(
+    ("kind", "draft"), [*((kind, "random") for kind in sorted(DEVICES)), ("cpu", "perfect"), ("late", "none")]
+)
 @pytest.mark.parametrize("request_kind", REQUESTS)
-@pytest.mark.parametrize("draft", ["random", "perfect", "none"])
 def test_a_conversation_has_the_text_of_fresh_runs(models: Models, kind: str, request_kind: str, draft: str) -> None:
     folder = models()
     drafts = {"random": models(num_layers=1, seed=1), "perfect": folder, "none": None}
     request = REQUESTS[request_kind]
-    with open_tiny(folder, drafts[draft], DEVICES[kind](), resident_layers=1, slots=2) as engine:
+    settings: dict[str, Any] = {"tree": TREE if drafts[draft] else "none", "resident_layers": 1, "slots": 2}
+    with open_tiny(folder, drafts[draft], DEVICES[kind](), **settings) as engine:
         turns = converse(engine, prompt_of(1, 10), 4, **request)
         for before, turn in itertools.pairwise(turns):
             reused = len(before.prompt_token_ids) + len(before.token_ids) - 1  # the last token has no keys yet
@@ -97,7 +100,7 @@ def test_turn_two_streams_the_weights_once_where_a_fresh_run_reads_the_prompt_in
 
 def test_a_prompt_that_is_cached_whole_still_runs_its_last_token(models: Models) -> None:
     folder = models()
-    with open_tiny(folder, folder) as engine:
+    with open_tiny(folder, folder, tree=TREE) as engine:
         prompt = prompt_of(2, 20)
         first = engine.generate(prompt, max_new_tokens=ANSWER)
         for length in (20, 7, 2, 1):
@@ -109,7 +112,7 @@ def test_a_prompt_that_is_cached_whole_still_runs_its_last_token(models: Models)
 
 def test_a_prompt_that_parts_in_the_middle_is_reused_up_to_there(models: Models) -> None:
     folder = models()
-    with open_tiny(folder, models(num_layers=1, seed=1)) as engine:
+    with open_tiny(folder, models(num_layers=1, seed=1), tree=TREE) as engine:
         prompt = prompt_of(3, 40)
         for part in (0, 1, 17, 39):
             engine.generate(prompt, max_new_tokens=ANSWER)
@@ -123,7 +126,8 @@ def test_a_prompt_that_parts_in_the_middle_is_reused_up_to_there(models: Models)
 def test_conversations_go_to_the_host_and_come_back(models: Models, kind: str) -> None:
     """What the caches held is overwritten with NaN while a conversation is away, so its rows can only come from the copy."""
     folder = models()
-    with open_tiny(folder, models(num_layers=1, seed=1), DEVICES[kind](), resident_layers=1, slots=2) as engine:
+    draft = models(num_layers=1, seed=1)
+    with open_tiny(folder, draft, DEVICES[kind](), tree=TREE, resident_layers=1, slots=2) as engine:
         starts = [prompt_of(seed, 40 + seed) for seed in (1, 2, 3)]
         texts = [list[int](start) for start in starts]
         for turn in range(3):
@@ -218,7 +222,7 @@ def test_an_interruption_anywhere_leaves_a_state_to_go_on_from(models: Models) -
         engine.forget()
         num_lines = run(None)
         assert num_lines > 500
-        for fail_at in range(7, num_lines, num_lines // 25):
+        for fail_at in range(7, num_lines, num_lines // 20):
             run(fail_at)
             assert [answer(prompt) for prompt in prompts] == expected, f"interrupted at line {fail_at} of {num_lines}"
 
@@ -332,10 +336,15 @@ def test_a_short_tail_is_not_worth_a_copy_and_a_beginning_is_not_kept_twice(devi
 
 
 def test_a_host_without_room_keeps_nothing(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessions, "available_bytes", lambda: 1000)
-    rig = Rig(device)
-    rig.ask(text(1))
-    assert rig.ask(text(2)) == 0 and rig.sessions.host_bytes == 0 and rig.ask(text(1)) == 0
+    def refuse(num_bytes: int) -> None:
+        raise FitError(f"{num_bytes} refused", where="host", cure="none")
+
+    places: dict[str, Any] = {"offload.sessions.available_bytes": lambda: 1000, "offload.model.kv_cache.HostMapping": refuse}
+    for place, replacement in places.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(place, replacement)
+            rig = Rig(device)
+            assert [rig.ask(text(seed)) for seed in (1, 2, 1)] == [0, 0, 0] and rig.sessions.host_bytes == 0
 
 
 def test_the_limit_is_what_the_host_budget_leaves(models: Models) -> None:

@@ -204,3 +204,26 @@ def test_measured_link_rate_is_that_of_the_emulated_link(layered_checkpoint: Mak
         measured = stream.measure_link()
         assert measured is not None and measured <= rate * 1.0001
         check_pass(stream, 3)
+
+
+def test_progress_tells_the_layers_of_the_pass_under_way(device: Device, layered_checkpoint: MakeCheckpoint) -> None:
+    with open_stream(device, layered_checkpoint(5), 5, 2, 2) as (stream, _):
+        assert (stream.progress().layers_done, stream.progress().num_layers) == (0, 5)
+        for _ in range(2):
+            seen = []
+            for _ in stream.one_pass():
+                progress = stream.progress()
+                seen.append((progress.layers_done, progress.streamed_bytes // stream.layer_bytes))
+            streamed = [layer not in spread_evenly(2, 5) for layer in range(5)]
+            assert seen == [(layer, sum(streamed[:layer])) for layer in range(5)]
+            assert stream.progress().layers_done == 5 and stream.progress().elapsed_s > 0
+
+
+def test_a_copy_has_passed_when_it_has_landed(device: Device) -> None:
+    source, target = torch.ones(8, dtype=torch.uint8), device.alloc(8)
+    ticket = device.copy_async(target, source, device.mark())
+    device.drain(ticket)
+    assert device.passed(ticket) and device.passed(device.mark()) and target.tolist() == [1] * 8
+    late = LateDevice()
+    assert not late.passed(late.copy_async(target, source, late.mark()))
+    late.close()

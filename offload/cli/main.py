@@ -25,6 +25,8 @@ def main(argv: list[str]) -> int:
             from .plan import run
         elif arguments.command == "profile" and arguments.what == "hardware":
             from .profile_hardware import run
+        elif arguments.command == "chat":
+            from .chat import run
         elif arguments.command == "profile":
             from .profile import run
         elif arguments.command == "doctor":

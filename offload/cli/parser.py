@@ -8,7 +8,7 @@ from typing import NoReturn
 from ..config import DTYPES, VERIFIERS, parse_rate
 from ..errors import UsageError
 
-COMMANDS = ("generate", "plan", "profile", "doctor", "verify", "version")
+COMMANDS = ("generate", "chat", "plan", "profile", "doctor", "verify", "version")
 DEMO_PROMPT = "The Congress of the United States should"
 
 
@@ -78,6 +78,9 @@ def build_parser() -> Parser:
     add_output_flags(generate)
     plan = commands.add_parser("plan", help="what would run and how fast, without a GPU or weights", allow_abbrev=False)
     add_plan_flags(plan)
+    chat = commands.add_parser("chat", help="a conversation, in a terminal or a pipe", allow_abbrev=False)
+    add_model_flags(chat)
+    add_chat_flags(chat)
     profile = commands.add_parser("profile", help="measure a model pair", allow_abbrev=False)
     add_profile_flags(profile)
     doctor = commands.add_parser("doctor", help="what on this machine will make it slow or fail", allow_abbrev=False)
@@ -174,12 +177,27 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from FILE")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids; needs no tokenizer")
     add_sampling_flags(group)
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)")
-    group.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence tokens")
+    add_ending_flags(group)
     template = group.add_mutually_exclusive_group()
     template.add_argument("--chat", action="store_true", help="apply the chat template (default if there is one)")
     template.add_argument("--raw", action="store_true", help="do not apply the chat template")
     group.add_argument("--system-prompt", metavar="TEXT", help="system turn for the chat template")
+
+
+def add_chat_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("answers")
+    add_sampling_flags(group)
+    add_ending_flags(group)
+    group.add_argument("--raw", action="store_true", help="a plain transcript rather than the model's chat template")
+    group.add_argument("--system-prompt", metavar="TEXT", help="what the conversation begins with")
+    group.add_argument("--show-passes", action="store_true", help="colour what each pass accepted, in turns")
+    group.add_argument("--stats", default="none", choices=("line", "full", "none"), help="what follows an answer on stderr")
+    add_verbosity_flags(parser)
+
+
+def add_ending_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)")
+    group.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence tokens")
 
 
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:

@@ -85,6 +85,9 @@ class Device(Protocol):
     def drain(self, ticket: Ticket) -> None:
         """Block the calling thread until `ticket` has passed. Never called by the compute thread inside a pass."""
 
+    def passed(self, ticket: Ticket) -> bool:
+        """Whether `ticket` lies behind the device's present. Asks without waiting; from any thread."""
+
     def interval(self, ticket: Ticket) -> Interval:
         """When `ticket` happened (start == end for marks). Only after the host has synced past it."""
 

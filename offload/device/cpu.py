@@ -87,6 +87,9 @@ class CpuDevice:
         if isinstance(ticket, CpuCopy):
             ticket.landed.wait()
 
+    def passed(self, ticket: Ticket) -> bool:
+        return not isinstance(ticket, CpuCopy) or ticket.landed.is_set()
+
     def interval(self, ticket: Ticket) -> Interval:
         if isinstance(ticket, CpuCopy):
             return Interval(ticket.start_s, ticket.end_s)

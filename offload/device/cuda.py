@@ -161,6 +161,9 @@ class CudaDevice:
     def drain(self, ticket: Ticket) -> None:
         _end_event(ticket).synchronize()
 
+    def passed(self, ticket: Ticket) -> bool:
+        return bool(_end_event(ticket).query())
+
     def interval(self, ticket: Ticket) -> Interval:
         end_s = self._time_of(_end_event(ticket))
         return Interval(self._time_of(ticket.started) if isinstance(ticket, CudaCopy) else end_s, end_s)

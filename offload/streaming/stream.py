@@ -4,6 +4,7 @@ Knows nothing of models or trees. A pass is a generator: asking for the next lay
 its slot and queues the slot's next copy. An abandoned or failed pass leaves the stream ready to start over.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,17 @@ class LayerUse:
 class PassLog:
     start: Ticket
     uses: list[LayerUse] = field(default_factory=list)
+    start_s: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassProgress:
+    """How far a pass has come: computed layers, and what was streamed for them in the `elapsed_s` since it began."""
+
+    layers_done: int
+    num_layers: int
+    streamed_bytes: int
+    elapsed_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +96,17 @@ class LayerStream:
         """Reads finished since the last call, for the trace."""
         reads = self._store.ring.reads if self._store.ring else deque[DiskRead]()
         return [reads.popleft() for _ in range(len(reads))]
+
+    def progress(self) -> PassProgress:
+        """Of the newest pass, under way or ended. Any thread may ask, as often as it likes: nothing waits for the device."""
+        log = self.log
+        done = [use for use in log.uses if self._device.passed(use.done)] if log is not None else []
+        return PassProgress(
+            layers_done=len(done),
+            num_layers=self._num_layers,
+            streamed_bytes=self.layer_bytes * sum(use.copy is not None for use in done),
+            elapsed_s=time.monotonic() - log.start_s if log is not None else 0.0,
+        )
 
     def measure_link(self) -> float | None:
         """Bytes per second of the fastest of a few whole-layer copies, with nothing else under way; None when no layer is
