@@ -4,12 +4,14 @@ Knows token ids, not text; owns no memory. Streaming text, stop handling and ben
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from tree.draft import DraftTree, grow
+from tree.logprobs import ScoredToken, Scoring, score_tokens
 from tree.sampling import SamplingParams
 from tree.shape import TreeShape
 from tree.verify import Method, Verdict, verify
@@ -24,16 +26,22 @@ from .stats import PassStats
 from .streaming.stream import LayerStream, LayerTiming, layer_timings
 from .trace import Trace
 
+# Scoring a prompt needs logits of all its rows, of which a plan has room for a tree's. This is what a pass may take for them.
+SCORED_LOGITS_BYTES = 2**28
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one pass over `shape` brought: new tokens, in order; `verdict` as the verifier gave it; statistics."""
+    """What one pass over `shape` brought: new tokens, in order; `verdict` as the verifier gave it; statistics. `scores` are
+    those of the tokens, `prompt_scores` those of the prompt's tokens but the first; both empty unless asked for."""
 
     shape: TreeShape
     token_ids: tuple[int, ...]
     verdict: Verdict
     stats: PassStats
     first: bool
+    scores: tuple[ScoredToken, ...] = ()
+    prompt_scores: tuple[ScoredToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +76,16 @@ class DecodeLoop:
         self._plan, self._method, self._trace = plan, method, trace
         self._committed: list[int] = []
         self._params = SamplingParams()
+        self._scoring: Scoring | None = None
+        self._prompt_scores: tuple[ScoredToken, ...] = ()
         self._generator = torch.Generator(device.torch_device)
         self._masks: dict[TreeShape, torch.Tensor] = {}
 
-    def start(self, prompt: Sequence[int], params: SamplingParams, seed: int) -> None:
-        """Forget the last sequence; begin with `prompt` and fresh randomness."""
+    def start(self, prompt: Sequence[int], params: SamplingParams, seed: int, scoring: Scoring | None = None) -> None:
+        """Forget the last sequence; begin with `prompt` and fresh randomness. `scoring` changes no token."""
         self._committed = list(prompt)
-        self._params = params
+        self._params, self._scoring = params, scoring
+        self._prompt_scores = ()
         self._generator.manual_seed(seed)
         self._target.cache.truncate(0)
         if self._drafter is not None:
@@ -91,7 +102,8 @@ class DecodeLoop:
         draft = self._grow(shape)
         drafted = self._device.mark()
         logits, cached = self._run_target(draft)
-        verdict = self._verify(draft, logits)  # the round's one host sync
+        verdict = self._verify(draft, logits)  # the round's one host sync, but for scoring
+        scores = self._score(verdict, logits)
         verified_s = time.monotonic()
         self._commit(verdict, cached)
         return StepResult(
@@ -100,6 +112,8 @@ class DecodeLoop:
             verdict=verdict,
             stats=self._stats(cached + shape.num_nodes, len(verdict.token_ids), extra_bytes, start_s, drafted, verified_s),
             first=first,
+            scores=scores,
+            prompt_scores=self._prompt_scores if first else (),
         )
 
     # -- the four parts of a round --------------------------------------------------------------------------------------
@@ -107,11 +121,12 @@ class DecodeLoop:
     def _read_ahead_of_tree(self) -> int:
         """Pass over prompt tokens that do not fit into one pass with the tree; returns the bytes streamed for them."""
         cache, streamed = self._target.cache, 0
-        room = self._plan.pass_rows - self._plan.tree.num_nodes
-        while len(self._committed) - 1 - cache.length > room:
-            chunk = self._committed[cache.length :][: min(self._plan.pass_rows, len(self._committed) - 1 - cache.length)]
+        most_rows = self._rows_per_pass()
+        while len(self._committed) - 1 - cache.length > most_rows - self._plan.tree.num_nodes:
+            chunk = self._committed[cache.length :][: min(most_rows, len(self._committed) - 1 - cache.length)]
             rows = self._rows(chunk, torch.zeros(0, dtype=torch.int64), None)
-            self._target.forward(rows.token_ids, rows.positions, rows.mask, 1)
+            logits = self._target.forward(rows.token_ids, rows.positions, rows.mask, len(chunk) if self._scores_prompt else 1)
+            self._score_prompt(logits, len(chunk))
             cache.commit(range(len(chunk)))
             streamed += self._stream.bytes_per_pass
         return streamed
@@ -128,16 +143,46 @@ class DecodeLoop:
         """Logits [N, V] of the tree's nodes, and how many committed tokens the pass read before them."""
         prefix = self._committed[self._target.cache.length : -1]
         rows = self._rows(prefix, draft.token_ids, draft.shape)
-        logits = self._target.forward(rows.token_ids, rows.positions, rows.mask, draft.shape.num_nodes)
-        return logits, len(prefix)
+        num_scored = len(prefix) if self._scores_prompt else 0
+        logits = self._target.forward(rows.token_ids, rows.positions, rows.mask, num_scored + draft.shape.num_nodes)
+        self._score_prompt(logits[:num_scored], len(prefix))
+        return logits[num_scored:], len(prefix)
+
+    @property
+    def _scores_prompt(self) -> bool:
+        return self._scoring is not None and self._scoring.prompt
+
+    def _rows_per_pass(self) -> int:
+        if not self._scores_prompt:
+            return self._plan.pass_rows
+        row_bytes = 4 * self._target.architecture.vocab_size  # as float32, which is what they are scored in
+        return min(self._plan.pass_rows, max(SCORED_LOGITS_BYTES // row_bytes, self._plan.tree.num_nodes + 1))
+
+    def _score_prompt(self, logits: torch.Tensor, num_rows: int) -> None:
+        """The last pass read `num_rows` tokens of the prompt behind the cached ones; each predicts the token after it."""
+        if self._scoring is not None and self._scoring.prompt:
+            start = self._target.cache.length + 1
+            with self._numeric(num_rows):
+                token_ids = self._committed[start : start + num_rows]
+                self._prompt_scores += score_tokens(logits, token_ids, self._scoring.num_top)
+
+    def _score(self, verdict: Verdict, logits: torch.Tensor) -> tuple[ScoredToken, ...]:
+        if self._scoring is None:
+            return ()
+        return score_tokens(logits[list(verdict.path)], verdict.token_ids, self._scoring.num_top)
 
     def _verify(self, draft: DraftTree, logits: torch.Tensor) -> Verdict:
-        try:
+        with self._numeric(draft.shape.num_nodes):
             return verify(draft, logits, self._params, self._generator, method=self._method)
+
+    @contextmanager
+    def _numeric(self, num_rows: int) -> Iterator[None]:
+        try:
+            yield
         except FloatingPointError as error:
             raise NumericError(
                 str(error),
-                where=f"pass over {draft.shape.num_nodes} nodes after {len(self._committed)} tokens",
+                where=f"pass over {num_rows} nodes after {len(self._committed)} tokens",
                 cure="check the weights with `verify --full`; try --dtype bfloat16 or float32 if float16 overflowed",
             ) from error
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
 
+from tree.logprobs import ScoredToken
 from tree.shape import TreeShape
 from tree.verify import Verdict
 
@@ -20,7 +21,7 @@ from .text import TextStream
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """What one pass over the tree `shape` added: tokens, and the text that has become final with them. `finish_reason` is
-    None but at the end."""
+    None but at the end. Scores as in StepResult, of these tokens only."""
 
     shape: TreeShape
     token_ids: tuple[int, ...]
@@ -28,6 +29,8 @@ class Step:
     finish_reason: str | None
     verdict: Verdict
     stats: PassStats
+    scores: tuple[ScoredToken, ...]
+    prompt_scores: tuple[ScoredToken, ...]
 
 
 class Generation:
@@ -74,7 +77,7 @@ class Generation:
     def _run(self) -> Generator[Step, None, None]:
         loop, request, stats = self._engine.loop, self._request, self.stats
         start_s = previous_s = monotonic()
-        loop.start(request.prompt, request.params, request.seed)
+        loop.start(request.prompt, request.params, request.seed, request.scoring)
         self._engine.answering = self
         while True:
             if self._engine.answering is not self:
@@ -127,6 +130,8 @@ class Generation:
             finish_reason=reason,
             verdict=result.verdict,
             stats=result.stats,
+            scores=result.scores[: len(token_ids)],
+            prompt_scores=result.prompt_scores,
         )
 
 
