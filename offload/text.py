@@ -28,6 +28,7 @@ class TextCodec:
                 where=str(folder),
                 cure="download the tokenizer files again, or give token ids with --prompt-ids",
             ) from error
+        self._special_ids = frozenset(self._tokenizer.all_special_ids)
 
     @property
     def has_chat_template(self) -> bool:
@@ -61,6 +62,10 @@ class TextCodec:
     def token_text(self, token_id: int) -> str:
         """One token by itself, special tokens by their names; REPLACEMENT where its bytes are part of a character."""
         return str(self._tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether `decode` leaves it out."""
+        return token_id in self._special_ids
 
     def special_tokens(self) -> dict[str, str]:
         """Role, such as "eos_token", to text."""

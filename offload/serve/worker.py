@@ -1,0 +1,224 @@
+"""The engine on a thread of its own: it loads there, answers one job after another from a bounded queue, and is closed there.
+
+Knows no HTTP. What it has to say about a job goes to the job's `deliver`, on the worker's thread.
+"""
+
+import logging
+import math
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from ..errors import DeviceError
+from .problems import Problem, from_error
+from .telemetry import Telemetry
+
+if TYPE_CHECKING:  # torch takes seconds to import: `open_engine` does it, on the worker's thread, while the server answers
+    from ..admission import Request
+    from ..engine import Engine, Step
+
+logger = logging.getLogger(__name__)
+
+PACE_MEMORY = 0.8  # share of the pace that a new pass leaves as it was
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """One pass for the `index`-th request of a job."""
+
+    index: int
+    step: "Step"
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Nothing follows. `problem` is None when every request of the job was answered."""
+
+    problem: Problem | None
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """Requests of one client, answered in order."""
+
+    requests: tuple["Request", ...]
+    deliver: Callable[[Stepped | Finished], None]
+    queued_s: float = field(default_factory=monotonic)
+    cancelled: bool = False
+    tokens_left: int = field(init=False)  # at most
+
+    def __post_init__(self) -> None:
+        self.tokens_left = sum(request.max_new_tokens for request in self.requests)
+
+
+class EngineWorker:
+    """`open_engine` runs on the worker's thread. `failure` is why the engine is gone, None while it is not."""
+
+    def __init__(self, open_engine: "Callable[[], Engine]", telemetry: Telemetry, *, max_waiting: int) -> None:
+        self._open_engine, self._telemetry, self._max_waiting = open_engine, telemetry, max_waiting
+        self._condition = threading.Condition()
+        self._waiting: deque[Job] = deque()
+        self._running: Job | None = None
+        self._pace_s: float | None = None  # measured seconds per token, recent passes first
+        self._draining = False
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+        self.engine: Engine | None = None
+        self.failure: BaseException | None = None
+        self.on_failure: Callable[[], None] = lambda: None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def state(self) -> str:
+        """loading, ok, draining or failed."""
+        if self.failure is not None:
+            return "failed"
+        if self._draining:
+            return "draining"
+        return "ok" if self.engine is not None else "loading"
+
+    def ready(self) -> "Engine":
+        """The engine, to admit requests with. Problem while there is none."""
+        if self.engine is None or self.state != "ok":
+            raise Problem(503, f"engine_{self.state}", f"the engine is {self.state}", headers={"Retry-After": "5"})
+        return self.engine
+
+    def submit(self, job: Job) -> None:
+        """Queue `job`. Problem 429 when the queue is full, with the time that the running job may still take."""
+        with self._condition:
+            self.ready()
+            if len(self._waiting) >= self._max_waiting:
+                seconds = str(self._retry_after_s())
+                raise Problem(
+                    429, "queue_full", f"{len(self._waiting)} requests are waiting already", headers={"Retry-After": seconds}
+                )
+            self._waiting.append(job)
+            self._condition.notify()
+            self._telemetry.queue(self._running is not None, len(self._waiting))
+
+    def cancel(self, job: Job) -> None:
+        """Forget `job`: at once when it waits, after the pass under way when it runs."""
+        with self._condition:
+            job.cancelled = True
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._telemetry.ended("cancelled")
+                self._telemetry.queue(self._running is not None, len(self._waiting))
+
+    def ahead_of(self, job: Job) -> int:
+        """Requests that will be answered before `job`; 0 for the one that runs."""
+        with self._condition:
+            return self._waiting.index(job) + 1 if job in self._waiting else 0
+
+    def progress(self) -> str:
+        """What the engine is at, in words."""
+        layer = self._telemetry.layer
+        return f"layer {layer[0]}/{layer[1]}" if layer is not None else "working"
+
+    def drain(self) -> None:
+        """Take no more jobs; the ones there are go on."""
+        with self._condition:
+            self._draining = True
+            self._condition.notify()
+
+    def close(self) -> None:
+        """Cancel everything, wait for the pass under way, give the engine's memory back."""
+        with self._condition:
+            self._draining = True
+            for job in (*self._waiting, self._running):
+                if job is not None:
+                    job.cancelled = True
+            self._condition.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    # -- on the worker's thread -------------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            with self._open_engine() as engine:
+                self._telemetry.loaded(engine)
+                self.engine = engine
+                while (job := self._next()) is not None:
+                    job.deliver(Finished(self._answer(engine, job)))
+                    if self.failure is not None:
+                        break
+        except BaseException as error:  # reported by whoever started the server
+            self.failure = error
+        finally:
+            self.engine = None
+            self._give_up()
+
+    def _next(self) -> Job | None:
+        """The next job; None when draining and there is none left."""
+        with self._condition:
+            self._running = None
+            self._telemetry.queue(False, len(self._waiting))
+            while not self._waiting:
+                if self._draining:
+                    return None
+                self._condition.wait()
+            self._running = self._waiting.popleft()
+            self._telemetry.queue(True, len(self._waiting))
+            return self._running
+
+    def _answer(self, engine: "Engine", job: Job) -> Problem | None:
+        self._telemetry.began(monotonic() - job.queued_s)
+        try:
+            for index, request in enumerate(job.requests):
+                self._generate(engine, job, index, request)
+        except Exception as error:
+            # The type and the place, never the message: it may quote a prompt.
+            logger.error("a request failed with %s", type(error).__name__)
+            if isinstance(error, DeviceError):
+                self.failure = error
+            self._telemetry.ended("error")
+            return from_error(error)
+        self._telemetry.ended("cancelled" if job.cancelled else "answered")
+        return None
+
+    def _generate(self, engine: "Engine", job: Job, index: int, request: "Request") -> None:
+        if job.cancelled:
+            return
+        generation = engine.run(request)
+        emitted = 0
+        for step in generation:
+            emitted += len(step.token_ids)
+            job.tokens_left -= len(step.token_ids)
+            self._measure_pace(step)
+            self._telemetry.step(
+                step,
+                first=emitted == len(step.token_ids),
+                queued_s=job.queued_s,
+                num_tokens_held=len(request.prompt) + emitted,
+            )
+            job.deliver(Stepped(index, step))
+            if job.cancelled:
+                generation.stop()
+                return
+        job.tokens_left -= request.max_new_tokens - emitted
+
+    def _measure_pace(self, step: "Step") -> None:
+        pace_s = step.stats.round_s / max(len(step.token_ids), 1)
+        old_s = self._pace_s if self._pace_s is not None else pace_s
+        self._pace_s = PACE_MEMORY * old_s + (1 - PACE_MEMORY) * pace_s
+
+    def _retry_after_s(self) -> int:
+        """When the running job will have made room at the latest, from the measured pace."""
+        tokens_left = self._running.tokens_left if self._running is not None else 1
+        return max(1, math.ceil(tokens_left * (self._pace_s or 1.0)))
+
+    def _give_up(self) -> None:
+        """The engine is gone: whoever waits learns it."""
+        with self._condition:
+            left, self._running = list(self._waiting), None
+            self._waiting.clear()
+        problem = Problem(503, f"engine_{self.state}", f"the engine is {self.state}")
+        for job in left:
+            job.deliver(Finished(problem))
+        if self.failure is not None:
+            self.on_failure()
