@@ -42,6 +42,7 @@ setup(
         "torch>=2.6,<2.14",
         "transformers>=5.10,<6",
         "safetensors>=0.8",
+        "jinja2>=3.1.6",  # chat templates; older sandboxes have known holes
         "numpy",
         "psutil",
         "nvidia-ml-py",

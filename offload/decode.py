@@ -22,6 +22,7 @@ from .model.attention import pass_mask
 from .model.causal_lm import CausalLM
 from .model.drafter import ModelDrafter
 from .planner.plan import Plan
+from .sessions import Sessions, host_limit_bytes
 from .stats import PassStats
 from .streaming.stream import LayerStream, LayerTiming, layer_timings
 from .trace import Trace
@@ -54,7 +55,8 @@ class _Rows:
 
 
 class DecodeLoop:
-    """Rounds over one sequence at a time; owns no memory. `start` begins a sequence, `run_round` extends it by one pass.
+    """Rounds over one sequence at a time. `start` begins a sequence, `run_round` extends it by one pass. Owns no memory but
+    the copies that `sessions` keeps of earlier sequences.
 
     The root of a round's tree is the last committed token; its target keys and values are not computed yet. So the target's
     cache holds all committed tokens but the last, or fewer before the first pass, which then reads the rest of the prompt
@@ -74,28 +76,34 @@ class DecodeLoop:
     ) -> None:
         self._device, self._target, self._stream, self._drafter = device, target, stream, drafter
         self._plan, self._method, self._trace = plan, method, trace
+        caches = [target.cache, *([drafter.cache] if drafter is not None else [])]
+        self.sessions = Sessions(caches, max_bytes=host_limit_bytes(plan))
         self._committed: list[int] = []
+        self._first = True
         self._params = SamplingParams()
         self._scoring: Scoring | None = None
         self._prompt_scores: tuple[ScoredToken, ...] = ()
         self._generator = torch.Generator(device.torch_device)
         self._masks: dict[TreeShape, torch.Tensor] = {}
 
-    def start(self, prompt: Sequence[int], params: SamplingParams, seed: int, scoring: Scoring | None = None) -> None:
-        """Forget the last sequence; begin with `prompt` and fresh randomness. `scoring` changes no token."""
-        self._committed = list(prompt)
-        self._params, self._scoring = params, scoring
-        self._prompt_scores = ()
+    def start(self, prompt: Sequence[int], params: SamplingParams, seed: int, scoring: Scoring | None = None) -> int:
+        """Begin with `prompt` and fresh randomness. Returns how many of its tokens need no pass, as an earlier sequence began
+        with them; a prompt that is to be scored needs them all. `scoring` changes no token."""
+        num_reused = self.sessions.resume(self._committed, prompt)
+        if scoring is not None and scoring.prompt:
+            num_reused = 0
+            self._target.cache.truncate(0)
+        self._params, self._first = params, True
+        self._scoring, self._prompt_scores = scoring, ()
         self._generator.manual_seed(seed)
-        self._target.cache.truncate(0)
         if self._drafter is not None:
-            self._drafter.restart()
-            self._drafter.extend_context(prompt)
+            self._drafter.restart(prompt)
+        return num_reused
 
     def run_round(self, max_tokens: int) -> StepResult:
         """One round that can emit at most `max_tokens` tokens (>= 1). Raises NumericError for NaN or Inf logits."""
         start_s = time.monotonic()
-        first = self._target.cache.length == 0
+        first, self._first = self._first, False
         self._stream.prefetch()
         extra_bytes = self._read_ahead_of_tree()
         shape = self._plan.tree.truncated(max_tokens) if self._drafter is not None else TreeShape.root_only()
@@ -180,6 +188,7 @@ class DecodeLoop:
         try:
             yield
         except FloatingPointError as error:
+            self.sessions.forget()  # what led here is not to be built upon
             raise NumericError(
                 str(error),
                 where=f"pass over {num_rows} nodes after {len(self._committed)} tokens",
@@ -187,8 +196,8 @@ class DecodeLoop:
             ) from error
 
     def _commit(self, verdict: Verdict, num_prefix: int) -> None:
+        self._committed.extend(verdict.token_ids)  # before the caches: after an interruption, they may lag but not lead
         self._target.cache.commit([*range(num_prefix), *(num_prefix + node for node in verdict.path)])
-        self._committed.extend(verdict.token_ids)
         if self._drafter is not None:
             self._drafter.commit(verdict.path)
             self._drafter.extend_context(verdict.token_ids)

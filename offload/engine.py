@@ -1,7 +1,7 @@
 """A loaded model pair that answers requests, one after another: prompts in, text and numbers out."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from types import TracebackType
 
@@ -77,7 +77,7 @@ class Generation:
     def _run(self) -> Generator[Step, None, None]:
         loop, request, stats = self._engine.loop, self._request, self.stats
         start_s = previous_s = monotonic()
-        loop.start(request.prompt, request.params, request.seed, request.scoring)
+        stats.reused_tokens = loop.start(request.prompt, request.params, request.seed, request.scoring)
         self._engine.answering = self
         while True:
             if self._engine.answering is not self:
@@ -136,8 +136,9 @@ class Generation:
 
 
 class Engine:
-    """Serves any number of requests one after another; each starts from its prompt, with its own seed. Close it, or use it
-    as a context manager: it holds threads, device memory and pinned host memory."""
+    """Serves any number of requests one after another; each has its own seed, and answers as if it were the first. A prompt
+    that begins as an earlier request did is read from where they part. Close it, or use it as a context manager: it holds
+    threads, device memory and pinned host memory."""
 
     def __init__(
         self,
@@ -156,7 +157,7 @@ class Engine:
         self.loop, self.admission, self.plan, self.codec = loop, admission, plan, admission.codec
         self.eos_token_ids, self.load_s = eos_token_ids, load_s
         self.method, self.emulated_link, self.device_name = method, emulated_link, device_name
-        self.memory, self._close = memory, close
+        self._memory, self._close = memory, close
         self.answering: Generation | None = None  # the engine holds one sequence at a time
 
     def __enter__(self) -> "Engine":
@@ -166,7 +167,15 @@ class Engine:
         self.close()
 
     def close(self) -> None:
+        self.loop.sessions.forget()
         self._close()
+
+    def forget(self) -> None:
+        """Drop the keys and values of all earlier requests: the next starts cold, which is what a benchmark measures."""
+        self.loop.sessions.forget()
+
+    def memory(self) -> Memory:
+        return replace(self._memory(), host_sessions_bytes=self.loop.sessions.host_bytes)
 
     def stream(
         self,

@@ -24,6 +24,7 @@ class Memory:
     device_peak_bytes: int
     host_weights_bytes: int
     host_pinned_bytes: int
+    host_sessions_bytes: int = 0  # keys and values of conversations that other requests have put aside
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +58,7 @@ class Report:
             "finish_reason": self.finish_reason,
             "timing": {
                 "load_s": stats.load_s,
+                "reused_tokens": stats.reused_tokens,
                 "first_token_s": stats.first_token_s,
                 "decode_s": stats.decode_s,
                 "s_per_token": s_per_token,
@@ -86,6 +88,7 @@ class Report:
                 "device_peak_bytes": self.memory.device_peak_bytes,
                 "host_weights_bytes": self.memory.host_weights_bytes,
                 "host_pinned_bytes": self.memory.host_pinned_bytes,
+                "host_sessions_bytes": self.memory.host_sessions_bytes,
             },
             "plan": plan.to_json(),
             "environment": environment(self.device_name),
@@ -97,7 +100,8 @@ class Report:
         parts = [f"{len(self.token_ids)} tokens in {_seconds(stats.first_token_s + stats.decode_s)} s"]
         if stats.s_per_token is not None:
             parts.append(f"{_seconds(stats.s_per_token)} s/token{self._predicted()}")
-        parts.append(f"first token {_seconds(stats.first_token_s)} s")
+        reused = f" ({stats.reused_tokens} of {len(self.prompt_token_ids)} prompt tokens reused)" if stats.reused_tokens else ""
+        parts.append(f"first token {_seconds(stats.first_token_s)} s{reused}")
         if stats.tokens_per_pass is not None:
             parts.append(f"{stats.tokens_per_pass:.1f} tokens/pass of {plan.tree.num_nodes} nodes")
         parts.append(self._link())

@@ -21,12 +21,14 @@ class PassStats:
 
 @dataclass(slots=True)
 class RunStats:
-    """A run as it grows. Times in seconds; first_token_s ends with the first pass, decode_s is the rest."""
+    """A run as it grows. Times in seconds; first_token_s ends with the first pass, decode_s is the rest. `reused_tokens` of
+    the prompt went through no pass: an earlier request had begun with them."""
 
     load_s: float = 0.0
     first_token_s: float = 0.0
     decode_s: float = 0.0
     prompt_passes: int = 0
+    reused_tokens: int = 0
     first_tokens: int = 0
     num_tokens: int = 0
     passes: list[PassStats] = field(default_factory=list)

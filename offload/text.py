@@ -3,11 +3,12 @@
 Knows nothing of models. A model folder without a tokenizer has no TextCodec; token ids still work there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import ModelError, UsageError
+from .template import apply_template
 
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not yet a character
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -40,21 +41,28 @@ class TextCodec:
 
     def encode_chat(self, text: str, system_prompt: str | None) -> list[int]:
         """Token ids of one user turn, laid out by the model's own chat template."""
+        messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        return self.encode_laid_out(self.lay_out([*messages, {"role": "user", "content": text}]))
+
+    def lay_out(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Messages as text that opens an answer, by the model's own chat template. Raises as `apply_template` does."""
         if not self.has_chat_template:
             raise UsageError(
                 "the model has no chat template", where="--chat or --system-prompt", cure="use --raw, or leave them out"
             )
-        messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        messages.append({"role": "user", "content": text})
         try:
-            rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program that comes with the model
+            template = str(self._tokenizer.get_chat_template())
+        except ValueError as error:
             raise ModelError(
-                f"the chat template failed: {' '.join(str(error).split())[:300]}",
+                f"the model has several chat templates and names none as the default: {' '.join(str(error).split())[:200]}",
                 where="chat template of the model",
                 cure="use --raw",
             ) from error
-        return list(self._tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids)
+        return apply_template(template, messages, {name: str(it) for name, it in self._tokenizer.special_tokens_map.items()})
+
+    def encode_laid_out(self, text: str) -> list[int]:
+        """Token ids of what `lay_out` made: a template writes the special tokens itself."""
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -17,7 +17,7 @@ FLOOR = {"errors", "config", "version"}
 NUMBERS = {"stats", "trace", "text", "device.base"}  # records and words: they read no weights and move none
 MACHINE = {*FLOOR, "device", "weights", "streaming"}
 ENGINE = {*MACHINE, *NUMBERS, "model", "planner"}
-ALL = {*ENGINE, "admission", "decode", "report", "engine", "assemble", "demo"}
+ALL = {*ENGINE, "sessions", "conversation", "admission", "decode", "report", "engine", "assemble", "demo"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -28,12 +28,16 @@ ALLOWED: dict[str, set[str]] = {
     "streaming": {*FLOOR, "device", "weights"},
     "stats": {*FLOOR, *NUMBERS},
     "trace": {*FLOOR, *NUMBERS},
-    "text": {*FLOOR, *NUMBERS},
+    "template_process": set(),  # runs alone: what it imports is what an untrusted template shares a process with
+    "template": FLOOR,
+    "text": {*FLOOR, *NUMBERS, "template"},
+    "conversation": {*FLOOR, "text"},
     "model": MACHINE,
     "planner": {*FLOOR, "device", "weights", "streaming.schedule"},  # which layers are resident is part of the schedule
     "report": {*FLOOR, *NUMBERS, "planner"},
     "admission": {*FLOOR, *NUMBERS, "planner"},
-    "decode": ENGINE,
+    "sessions": {*FLOOR, "device", "model", "planner"},  # which rows a sequence may take over; caches are the model's
+    "decode": {*ENGINE, "sessions"},
     "engine": {*ENGINE, "admission", "decode", "report"},
     "assemble": {*ENGINE, "admission", "decode", "report", "engine"},
     "demo": FLOOR,  # data, and the script that made it

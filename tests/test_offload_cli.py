@@ -31,13 +31,13 @@ KEYS = {
         *("schema_version", "text", "prompt_token_ids", "token_ids", "finish_reason"),
         *("timing", "speculation", "streaming", "memory", "plan", "environment"),
     },
-    "timing": {"load_s", "first_token_s", "decode_s", "s_per_token", "tokens_per_s"},
+    "timing": {"load_s", "reused_tokens", "first_token_s", "decode_s", "s_per_token", "tokens_per_s"},
     "speculation": {"tree_nodes", "tree_levels", "verifier", "passes", "tokens_per_pass", "accepted_per_pass"},
     "streaming": {
         *("streamed_layers", "resident_layers", "disk_layers", "slots", "bytes_per_pass", "link_bytes_per_s"),
         *("link_peak_bytes_per_s", "link_utilisation", "stall_s", "emulated_link"),
     },
-    "memory": {"device_peak_bytes", "host_weights_bytes", "host_pinned_bytes"},
+    "memory": {"device_peak_bytes", "host_weights_bytes", "host_pinned_bytes", "host_sessions_bytes"},
     "plan": {"predicted_pass_s", "predicted_round_s", "predicted_s_per_token"},
     "environment": {"device", "torch", "transformers", "commit"},
 }

@@ -12,10 +12,12 @@ from conftest import EOS, FAMILIES, VOCAB_SIZE, reference_model
 from fakes import DEVICES
 from offload.assemble import open_engine
 from offload.config import EngineSettings
+from offload.decode import DecodeLoop
 from offload.device import Device
 from offload.engine import Engine
 from offload.errors import UsageError
 from offload.model.drafter import ModelDrafter
+from offload.planner.tree_choice import resolve_method
 from offload.report import Report
 from tree.shape import TreeShape
 
@@ -114,11 +116,14 @@ def test_a_draft_with_a_padded_vocabulary_is_cut_or_filled(models: Models) -> No
     for vocab_size in (90, 104):
         draft = models(num_layers=1, seed=1, vocab_size=vocab_size)
         with open_tiny(folder, folder) as engine, open_tiny(draft, None, tree="none", max_context=150) as other:
-            drafter = ModelDrafter(other.loop._target, other.loop._device, VOCAB_SIZE)
-            engine.loop._drafter = drafter
-            assert list(engine.generate(PROMPT, max_new_tokens=12).token_ids) == expected
+            loop = engine.loop
+            drafter = ModelDrafter(other.loop._target, loop._device, VOCAB_SIZE)
             for verifier in ("traversal", "rejection", "sample"):
-                engine.loop._method = verifier  # type: ignore[assignment]
+                engine.loop = DecodeLoop(
+                    loop._device, loop._target, loop._stream, drafter, engine.plan, method=resolve_method(verifier)
+                )
+                engine.forget()
+                assert list(engine.generate(PROMPT, max_new_tokens=12).token_ids) == expected
                 tokens = engine.generate(PROMPT, max_new_tokens=12, temperature=1.0, ignore_eos=True).token_ids
                 assert len(tokens) == 12
 

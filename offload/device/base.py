@@ -1,7 +1,7 @@
 """The seam between the engine and the machine: memory, ordered copies, and tickets.
 
 Tickets go both ways. A copied buffer is obtained *from* `wait(copy ticket)`, and a copy into a buffer needs the ticket of
-that buffer's last `release`; forgetting either does not type-check. Nothing here blocks the host except `drain`.
+that buffer's last `release`; forgetting either does not type-check. Nothing here blocks the host except `drain` and `download`.
 """
 
 from collections.abc import Sequence
@@ -57,6 +57,9 @@ class Device(Protocol):
 
     def upload(self, host: torch.Tensor) -> torch.Tensor:
         """A small host tensor (indices, masks) on the device, in compute order, without a host sync."""
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What compute issued so far leaves in `tensor`, in host memory; waits for it. May be `tensor` itself."""
 
     def copy_async(self, dst: torch.Tensor, src: torch.Tensor, after: Ticket) -> CopyTicket:
         """Queue a copy of uint8 host memory `src` into device memory `dst`; it starts after `after`."""

@@ -117,6 +117,9 @@ class CudaDevice:
         # Small pageable sources are staged by the driver when the copy is issued: no sync, and `host` may go at once.
         return host.to(self.torch_device, non_blocking=True)
 
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.cpu()
+
     def copy_async(self, dst: torch.Tensor, src: torch.Tensor, after: Ticket) -> CopyTicket:
         assert isinstance(after, CudaMark)
         started, ready = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

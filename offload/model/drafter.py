@@ -11,6 +11,7 @@ from tree.shape import TreeShape
 from ..device import Device
 from .attention import pass_mask
 from .causal_lm import CausalLM
+from .kv_cache import KVCache
 
 # The draft reads the prompt in chunks of this many tokens: its logits are wanted for the last one only.
 PROMPT_CHUNK_TOKENS = 1024
@@ -29,10 +30,13 @@ class ModelDrafter:
         self._shape = TreeShape.root_only()
         self._nodes: list[int] = []  # expanded nodes, in the order of their pending cache rows
 
-    def restart(self) -> None:
-        """Forget the sequence."""
-        self._context.clear()
-        self._model.cache.truncate(0)
+    @property
+    def cache(self) -> KVCache:
+        return self._model.cache
+
+    def restart(self, token_ids: Sequence[int]) -> None:
+        """Another sequence. The cache, which is the caller's to cut, holds rows of a beginning of it, not all."""
+        self._context = list(token_ids)
 
     def extend_context(self, token_ids: Sequence[int]) -> None:
         """Committed tokens, the last of which is the next root. Host only; `begin` catches up."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ..device import Device
+from ..device.host import HostMapping
 from ..errors import FitError
 
 
@@ -30,6 +31,10 @@ class KVCache:
     @property
     def rows(self) -> int:
         return self.length + self.pending
+
+    @property
+    def bytes_per_row(self) -> int:
+        return self._kv.nbytes // self.capacity
 
     def check_room(self, num_rows: int) -> None:
         """FitError when `num_rows` more rows do not fit."""
@@ -68,6 +73,31 @@ class KVCache:
         assert 0 <= length <= self.length
         self.length, self.pending = length, 0
 
+    def save_rows(self, num_rows: int) -> torch.Tensor:
+        """The first `num_rows` committed rows, [layers, 2, 1, K, num_rows, C] in host memory of exact size. Waits for the
+        device. FitError when the host has no room."""
+        assert num_rows <= self.length
+        shape = (*self._kv.shape[:-2], num_rows, self._kv.shape[-1])
+        saved = HostMapping(self.bytes_per_row * num_rows).tensor.view(self._kv.dtype).view(shape)
+        for layer in range(len(saved)):
+            saved[layer] = self._device.download(self._kv[layer, ..., :num_rows, :])
+        return saved
+
+    def load_rows(self, saved: torch.Tensor, length: int) -> None:
+        """Extend the committed rows to `length`, or as far as they go, from what `save_rows` made of a sequence that begins
+        with the same tokens."""
+        begin, end = self.length, min(length, saved.shape[-2])
+        if begin >= end:
+            return
+        places = self._kv[..., begin:end, :].flatten(0, -3).unbind()
+        sources = saved[..., begin:end, :].flatten(0, -3).unbind()
+        free = self._device.mark()
+        pairs = zip(places, sources, strict=True)
+        tickets = [self._device.copy_async(_bytes_of(place), _bytes_of(source), free) for place, source in pairs]
+        for ticket in tickets:
+            self._device.wait(ticket)
+        self.length, self.pending = end, 0
+
     def poison_tail(self) -> None:
         """Fill every row that must not be read with NaN (tests)."""
         self._kv[..., self.rows :, :] = torch.nan
@@ -75,3 +105,8 @@ class KVCache:
 
 def num_bytes(num_layers: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
     return num_layers * 2 * num_kv_heads * capacity * head_dim * dtype.itemsize
+
+
+def _bytes_of(rows: torch.Tensor) -> torch.Tensor:
+    """The same memory, [num_bytes] uint8; `rows` [n, C] are contiguous."""
+    return rows.view(-1).view(torch.uint8)

@@ -45,7 +45,12 @@ def require_codec(codec: "TextCodec | None") -> "TextCodec":
 def admit_chat(engine: "Engine", body: ChatRequest) -> Order:
     codec = require_codec(engine.codec)
     with engine_errors_as_problems():
-        prompt = render(codec, [message.plain() for message in body.messages])
+        try:
+            prompt = render(codec, [message.plain() for message in body.messages])
+        except (
+            ModelError
+        ) as error:  # most templates refuse some sequences of roles; one that fails for all is told the same way
+            raise Problem(400, "chat_template_error", error.what, "messages") from None
     token_ids = list(prompt.token_ids)
     scoring = _scoring(body.top_logprobs or 0) if body.logprobs else None
     wanted = body.max_completion_tokens or body.max_tokens

@@ -45,12 +45,14 @@ class Choice:
     num_tokens: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
+    num_reused: int = 0
 
-    def add(self, step: "Step") -> None:
+    def add(self, step: "Step", num_reused: int) -> None:
         self.text += step.text
         self.finish_reason = FINISH_REASONS[step.finish_reason] if step.finish_reason else None
         self.scores += step.scores
         self.prompt_scores += step.prompt_scores
+        self.num_reused = num_reused
         self.num_tokens += len(step.token_ids)
         self.num_drafted += step.shape.num_nodes - 1
         self.num_accepted += min(len(step.verdict.path) - 1, len(step.token_ids))
@@ -65,6 +67,7 @@ def usage(choices: Sequence[Choice], choices_per_prompt: int) -> Json:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(choice.num_reused for choice in choices[::choices_per_prompt])},
         "completion_tokens_details": {
             "accepted_prediction_tokens": accepted,
             "rejected_prediction_tokens": drafted - accepted,

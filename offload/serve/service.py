@@ -2,10 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
-from starlette.concurrency import run_in_threadpool
+from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
@@ -18,6 +19,12 @@ from .settings import ServeSettings
 from .streams import DONE, EventStream, data, or_hangup, with_comments
 from .telemetry import Telemetry
 from .worker import EngineWorker, Finished, Job, Stepped
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+MAX_ADMITTING = 2  # prompts that are tokenised, or laid out by a template's process, at a time
+T = TypeVar("T", bound=Sampling)
 
 
 class Answer:
@@ -33,7 +40,7 @@ class Answer:
     async def steps(self) -> AsyncIterator[Stepped]:
         """Every step, added to its choice. Problem when the engine failed or went."""
         while isinstance(event := await self._events.get(), Stepped):
-            self.choices[event.index].add(event.step)
+            self.choices[event.index].add(event.step, event.reused_tokens)
             yield event
         if event.problem is not None:
             raise event.problem
@@ -56,6 +63,7 @@ class Service:
     telemetry: Telemetry
     feed: Feed
     created: int = field(default_factory=lambda: int(time.time()))
+    admitting: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_ADMITTING))
 
     def check_model(self, name: str) -> None:
         if name != self.settings.model_name:
@@ -64,14 +72,16 @@ class Service:
     async def chat(self, body: ChatRequest, http: HttpRequest) -> Response:
         self.check_model(body.model)
         ignored = body.ignored()
-        order = await run_in_threadpool(admit_chat, self.worker.ready(), body)
-        return await self._answer(order, body, ignored, http)
+        return await self._answer(await self._admit(admit_chat, body), body, ignored, http)
 
     async def complete(self, body: CompletionRequest, http: HttpRequest) -> Response:
         self.check_model(body.model)
         ignored = body.ignored()
-        order = await run_in_threadpool(admit_completion, self.worker.ready(), body)
-        return await self._answer(order, body, ignored, http)
+        return await self._answer(await self._admit(admit_completion, body), body, ignored, http)
+
+    async def _admit(self, admit: "Callable[[Engine, T], Order]", body: T) -> Order:
+        self.worker.check_room()
+        return await to_thread.run_sync(admit, self.worker.ready(), body, limiter=self.admitting)
 
     async def _answer(self, order: Order, body: Sampling, ignored: Sequence[str], http: HttpRequest) -> Response:
         answer = Answer(order)

@@ -27,10 +27,11 @@ PACE_MEMORY = 0.8  # share of the pace that a new pass leaves as it was
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """One pass for the `index`-th request of a job."""
+    """One pass for the `index`-th request of a job, whose prompt needed no pass for `reused_tokens` of its tokens."""
 
     index: int
     step: "Step"
+    reused_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +91,17 @@ class EngineWorker:
     def submit(self, job: Job) -> None:
         """Queue `job`. Problem 429 when the queue is full, with the time that the running job may still take."""
         with self._condition:
-            self.ready()
-            if len(self._waiting) >= self._max_waiting:
-                seconds = str(self._retry_after_s())
-                raise Problem(
-                    429, "queue_full", f"{len(self._waiting)} requests are waiting already", headers={"Retry-After": seconds}
-                )
+            self.check_room()
             self._waiting.append(job)
             self._condition.notify()
             self._telemetry.queue(self._running is not None, len(self._waiting))
+
+    def check_room(self) -> None:
+        """Problem as `submit` raises it: asked before a request is made, which takes time, and again after."""
+        self.ready()
+        if len(self._waiting) >= self._max_waiting and (self._running is not None or self._waiting):
+            message = f"{len(self._waiting)} requests are waiting already"
+            raise Problem(429, "queue_full", message, headers={"Retry-After": str(self._retry_after_s())})
 
     def cancel(self, job: Job) -> None:
         """Forget `job`: at once when it waits, after the pass under way when it runs."""
@@ -196,7 +199,7 @@ class EngineWorker:
                 queued_s=job.queued_s,
                 num_tokens_held=len(request.prompt) + emitted,
             )
-            job.deliver(Stepped(index, step))
+            job.deliver(Stepped(index, step, generation.stats.reused_tokens))
             if job.cancelled:
                 generation.stop()
                 return

@@ -1,0 +1,62 @@
+"""Messages to a prompt: by the model's chat template, or as a plain transcript for a model that has none."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .errors import UsageError
+from .text import TextCodec
+
+NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
+# What a transcript's answer ends before: a base model goes on with everybody's lines.
+TRANSCRIPT_STOPS = tuple(f"\n{name}:" for name in NAMES.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """`token_ids` open an answer, which ends before any of `stop`; `templated` tells whether the model's own template made
+    `text`."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    stop: tuple[str, ...]
+    templated: bool
+
+
+def render(codec: TextCodec, messages: Sequence[Mapping[str, object]], *, template: bool = True) -> Prompt:
+    """The prompt for an answer to `messages`, [{"role": "system" | "user" | "assistant", "content": str}, ...]. With
+    `template` False, or without a template, it is a transcript.
+
+    Raises UsageError for messages that make no sense, ModelError for a template that fails or refuses them.
+    """
+    checked = [_checked(message, number) for number, message in enumerate(messages)]
+    if not checked:
+        raise UsageError("no messages", where="messages", cure="give at least one")
+    if template and codec.has_chat_template:
+        text = codec.lay_out(checked)
+        return Prompt(text=text, token_ids=tuple(codec.encode_laid_out(text)), stop=(), templated=True)
+    text = transcript(checked)
+    return Prompt(text=text, token_ids=tuple(codec.encode(text)), stop=TRANSCRIPT_STOPS, templated=False)
+
+
+def transcript(messages: Sequence[Mapping[str, str]]) -> str:
+    """A line "User: ..." or "Assistant: ..." a message, system messages as they are, and an open "Assistant:" at the end."""
+    lines = []
+    for message in messages:
+        content = message["content"].strip()
+        lines.append(f"{content}\n" if message["role"] == "system" else f"{NAMES[message['role']]}: {content}".rstrip())
+    return "\n".join([*lines, f"{NAMES['assistant']}:"])
+
+
+def _checked(message: Mapping[str, object], number: int) -> dict[str, str]:
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or role not in NAMES:
+        raise UsageError(f"unknown role {role!r}", where=f"message {number}", cure=f"one of {', '.join(NAMES)}")
+    if not isinstance(content, str):
+        raise UsageError(f"the content is {type(content).__name__}, not text", where=f"message {number}", cure="give a string")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the content is not Unicode: {error}", where=f"message {number}", cure="leave lone surrogates out"
+        ) from error
+    return {"role": role, "content": content}
