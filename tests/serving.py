@@ -8,13 +8,12 @@ from typing import Any
 
 import httpx2 as httpx
 
-from offload.assemble import open_engine
+from offload.assemble import Progress, open_engine
 from offload.config import EngineSettings
 from offload.demo import ACCEPTANCE, DRAFT, TARGET
 from offload.engine import Engine
 from offload.serve.server import Server
 from offload.serve.settings import ServeSettings
-from offload.serve.telemetry import Telemetry
 
 MODEL = "demo"
 READY_S = 60
@@ -32,7 +31,7 @@ def slow_engine() -> Engine:
 
 
 @contextmanager
-def running(open_it: Callable[[Telemetry], Engine], **settings: Any) -> Iterator[Server]:
+def running(open_it: Callable[[Progress], Engine], **settings: Any) -> Iterator[Server]:
     """A server that takes requests. What its engine fails with is raised at the end."""
     server = Server(ServeSettings(**{"model_name": MODEL, "port": 0, **settings}), open_it)
     failures: list[BaseException] = []

@@ -102,7 +102,9 @@ def test_a_streamed_chat_is_the_whole_one_in_pieces(sdk: openai.OpenAI) -> None:
             reasons[choice.index] = choice.finish_reason or reasons[choice.index]  # type: ignore[call-overload]
     assert texts == [choice.message.content for choice in whole.choices]
     assert reasons == [choice.finish_reason for choice in whole.choices]
-    assert len(usages) == 1 and usages[0] == whole.usage
+    (counted,) = usages
+    assert whole.usage is not None and counted.total_tokens == whole.usage.total_tokens == counted.prompt_tokens + 40
+    assert counted.prompt_tokens_details.cached_tokens == counted.prompt_tokens - 1  # the whole answer's request has read it
 
 
 def test_a_stop_string_ends_the_answer_before_it(server: Server, sdk: openai.OpenAI) -> None:

@@ -13,8 +13,8 @@ from .terminal import say
 
 if TYPE_CHECKING:
     from ..admission import Admission
+    from ..assemble import Progress
     from ..engine import Engine
-    from ..serve.telemetry import Telemetry
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -29,16 +29,16 @@ def run(arguments: argparse.Namespace) -> int:
     settings = engine_settings(arguments, emulate_demo_link=True)
     from ..serve.server import Server
 
-    def open_the_engine(telemetry: "Telemetry") -> "Engine":
+    def open_it(progress: "Progress") -> "Engine":
         from ..assemble import open_engine  # torch: while the server answers already
         from ..serve.admit import require_codec
 
         def admit(admission: "Admission") -> None:
             require_codec(admission.codec)
 
-        return open_engine(settings, progress=telemetry.loading, admit=admit)
+        return open_engine(settings, progress=progress, admit=admit)
 
-    server = Server(serve_settings, open_the_engine)
+    server = Server(serve_settings, open_it)
     if not arguments.quiet:
         key = ", with the key" if serve_settings.api_key else ""
         say(f"{serve_settings.model_name} on {server.url}{key}: a page for the browser, and {server.url}/v1 for clients")

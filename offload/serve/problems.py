@@ -1,8 +1,10 @@
 """Errors as OpenAI's clients expect them: {"error": {"message", "type", "param", "code"}} and a status."""
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fastapi.exceptions import RequestValidationError
 from starlette.responses import JSONResponse
@@ -12,7 +14,7 @@ from ..errors import FitError, ModelError, OffloadError, UsageError
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False)  # neither frozen nor slotted: Python itself writes to exceptions that are raised
 class Problem(Exception):
     """What a request is refused with. `message` goes to the client and never to a log."""
 
@@ -41,6 +43,13 @@ def from_error(error: Exception) -> Problem:
     if isinstance(error, OffloadError):
         return Problem(500, type(error).__name__.removesuffix("Error").lower() + "_error", error.what)
     return Problem(500, "internal_error", f"internal error: {type(error).__name__}")
+
+
+def place_of(error: BaseException) -> str:
+    """Type and place, for a log. Not the message, which may quote a prompt."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" in {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{where}"
 
 
 @contextmanager

@@ -5,7 +5,7 @@ No field names a file, a template or a model to load.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from .problems import Problem
 from .settings import (
@@ -37,9 +37,18 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "web_search_options": (),
 }
 
+
+def _unicode(text: str) -> str:
+    """JSON can spell half a character, which no tokenizer takes."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("not Unicode: lone surrogates")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_BODY_BYTES)]
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+StopString = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 class Wire(BaseModel):
@@ -85,12 +94,12 @@ class Sampling(Wire):
 
 class TextPart(Wire):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Wire):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
 
     def plain(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -107,8 +116,8 @@ class ChatRequest(Sampling):
 
 class CompletionRequest(Sampling):
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
@@ -126,7 +135,7 @@ class CompletionRequest(Sampling):
 
 
 class TokenizeRequest(Wire):
-    prompt: str
+    prompt: Text
     add_special_tokens: bool = True
 
 

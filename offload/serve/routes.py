@@ -20,7 +20,9 @@ PAGE_FILES = {
     "index.html": "text/html; charset=utf-8",
     "page.css": "text/css; charset=utf-8",
     "page.js": "text/javascript; charset=utf-8",
+    "engine.js": "text/javascript; charset=utf-8",
     "tree.js": "text/javascript; charset=utf-8",
+    "icon.svg": "image/svg+xml",
 }
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text}

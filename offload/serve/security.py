@@ -9,18 +9,19 @@ import binascii
 import hmac
 import ipaddress
 import logging
+import re
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .problems import Problem
+from .problems import Problem, from_error, place_of
 from .settings import MAX_BODY_BYTES, ServeSettings
 from .streams import Hangup
 
 logger = logging.getLogger(__name__)
 
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]{1,5})?")
 OPEN_ROUTES = ("/health", "/v1/health")
 SECURITY_HEADERS = {
     # The page's own files and nothing else: no inline script, no other origin, no frame around it.
@@ -35,10 +36,8 @@ SECURITY_HEADERS = {
 
 def host_name(host: str) -> str:
     """`host` of a Host header, without port and brackets, in lower case; "" when it is none."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
+    match = _HOST.fullmatch(host.lower())
+    return (match[1] or match[2]) if match else ""
 
 
 def is_known_host(host: str, settings: ServeSettings) -> bool:
@@ -109,9 +108,9 @@ class Gate:
         except Hangup:
             pass
         except Exception as error:
-            logger.error("%s in %s", type(error).__name__, scope["path"] if scope["path"].isascii() else "a route")
+            logger.error("a request failed: %s", place_of(error))
             if not started:
-                await _internal(error)(scope, receive, send_secured)
+                await from_error(error).response()(scope, receive, send_secured)
 
     def _check(self, headers: Headers, path: str) -> None:
         if not is_known_host(headers.get("host", ""), self._settings):
@@ -168,7 +167,3 @@ async def _read(receive: Receive) -> bytes:
 
 def _is_browser(headers: Headers, path: str) -> bool:
     return path == "/" and "text/html" in headers.get("accept", "")
-
-
-def _internal(error: Exception) -> JSONResponse:
-    return Problem(500, "internal_error", f"internal error: {type(error).__name__}").response()

@@ -17,21 +17,22 @@ from .telemetry import Telemetry
 from .worker import EngineWorker
 
 if TYPE_CHECKING:
+    from ..assemble import Progress
     from ..engine import Engine
 
 KEEP_ALIVE_S = 5  # how long an idle connection is kept for the client's next request
 
 
 class Server(uvicorn.Server):
-    """`open_engine(telemetry)` loads the engine, on a thread of its own. `url` is where the page is."""
+    """`open_engine(progress)` loads the engine, on a thread of its own. `url` is where the page is."""
 
-    def __init__(self, settings: ServeSettings, open_engine: "Callable[[Telemetry], Engine]") -> None:
+    def __init__(self, settings: ServeSettings, open_engine: "Callable[[Progress], Engine]") -> None:
         self._socket = _bind(settings.host, settings.port)
         host, port = self._socket.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self.feed = Feed()
         self.telemetry = Telemetry(self.feed.publish)
-        self.worker = EngineWorker(lambda: open_engine(self.telemetry), self.telemetry, max_waiting=settings.max_waiting)
+        self.worker = EngineWorker(open_engine, self.telemetry, max_waiting=settings.max_waiting)
         self.worker.on_failure = self.stop
         service = Service(settings=settings, worker=self.worker, telemetry=self.telemetry, feed=self.feed)
         config = uvicorn.Config(
@@ -79,8 +80,12 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, socket.SOCK_STREAM)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
     except OSError as error:
         raise UsageError(
             f"cannot listen on {host} port {port}: {error.strerror or error}",

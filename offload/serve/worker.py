@@ -13,11 +13,12 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from ..errors import DeviceError
-from .problems import Problem, from_error
+from .problems import Problem, from_error, place_of
 from .telemetry import Telemetry
 
 if TYPE_CHECKING:  # torch takes seconds to import: `open_engine` does it, on the worker's thread, while the server answers
     from ..admission import Request
+    from ..assemble import Progress
     from ..engine import Engine, Step
 
 logger = logging.getLogger(__name__)
@@ -55,10 +56,15 @@ class Job:
         self.tokens_left = sum(request.max_new_tokens for request in self.requests)
 
 
-class EngineWorker:
-    """`open_engine` runs on the worker's thread. `failure` is why the engine is gone, None while it is not."""
+class _GivenUp(Exception):
+    """Told to end while loading."""
 
-    def __init__(self, open_engine: "Callable[[], Engine]", telemetry: Telemetry, *, max_waiting: int) -> None:
+
+class EngineWorker:
+    """`open_engine` runs on the worker's thread, and calls what it is given as weights are read: that ends the loading of a
+    server that is told to end. `failure` is why the engine is gone, None while it is not."""
+
+    def __init__(self, open_engine: "Callable[[Progress], Engine]", telemetry: Telemetry, *, max_waiting: int) -> None:
         self._open_engine, self._telemetry, self._max_waiting = open_engine, telemetry, max_waiting
         self._condition = threading.Condition()
         self._waiting: deque[Job] = deque()
@@ -99,8 +105,8 @@ class EngineWorker:
     def check_room(self) -> None:
         """Problem as `submit` raises it: asked before a request is made, which takes time, and again after."""
         self.ready()
-        if len(self._waiting) >= self._max_waiting and (self._running is not None or self._waiting):
-            message = f"{len(self._waiting)} requests are waiting already"
+        if len(self._waiting) + (self._running is not None) > self._max_waiting:
+            message = f"one request runs and {self._max_waiting} wait: no more may"
             raise Problem(429, "queue_full", message, headers={"Retry-After": str(self._retry_after_s())})
 
     def cancel(self, job: Job) -> None:
@@ -143,18 +149,31 @@ class EngineWorker:
 
     def _main(self) -> None:
         try:
-            with self._open_engine() as engine:
+            with self._open_engine(self._loading) as engine:
                 self._telemetry.loaded(engine)
                 self.engine = engine
-                while (job := self._next()) is not None:
-                    job.deliver(Finished(self._answer(engine, job)))
-                    if self.failure is not None:
-                        break
+                while self._answer_next(engine):
+                    pass
+        except _GivenUp:
+            pass
         except BaseException as error:  # reported by whoever started the server
             self.failure = error
         finally:
             self.engine = None
             self._give_up()
+
+    def _loading(self, read_bytes: int, total_bytes: int) -> None:
+        self._telemetry.loading(read_bytes, total_bytes)
+        if self._draining:
+            raise _GivenUp
+
+    def _answer_next(self, engine: "Engine") -> bool:
+        """Whether there is more to do."""
+        job = self._next()
+        if job is None:
+            return False
+        job.deliver(Finished(self._answer(engine, job)))
+        return self.failure is None
 
     def _next(self) -> Job | None:
         """The next job; None when draining and there is none left."""
@@ -175,8 +194,7 @@ class EngineWorker:
             for index, request in enumerate(job.requests):
                 self._generate(engine, job, index, request)
         except Exception as error:
-            # The type and the place, never the message: it may quote a prompt.
-            logger.error("a request failed with %s", type(error).__name__)
+            logger.error("a request failed: %s", place_of(error))
             if isinstance(error, DeviceError):
                 self.failure = error
             self._telemetry.ended("error")
