@@ -40,8 +40,10 @@ ALLOWED: dict[str, set[str]] = {
     "decode": {*ENGINE, "sessions"},
     "engine": {*ENGINE, "admission", "decode", "report"},
     "assemble": {*ENGINE, "admission", "decode", "report", "engine"},
+    # HTTP around one engine; `assemble` for the type of a callback only: whoever starts a server says how its engine is opened
+    "serve": {*FLOOR, *NUMBERS, "conversation", "admission", "engine", "assemble"},
     "demo": FLOOR,  # data, and the script that made it
-    "cli": ALL,
+    "cli": {*ALL, "serve"},
     "__init__": {*ENGINE, "engine", "assemble"},  # the package's face: `offload.load`
 }
 
@@ -52,6 +54,7 @@ TREE_IMPORTERS = (
     "offload/engine.py",
     "offload/planner/",
     "offload/cli/",
+    "offload/serve/",  # asks for scores and writes them out
     "offload/model/drafter.py",  # fits our model to tree's TreeModel protocol, whose arguments are tree's types
     "offload/__init__.py",  # the guard that the tree it finds is ours and not dm-tree's
 )

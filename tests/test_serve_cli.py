@@ -62,8 +62,8 @@ def test_without_its_packages_it_names_the_command_that_installs_them(
 
 
 def test_usage_errors_do_not_wait_for_torch() -> None:
-    code = "import sys; from offload.cli.main import main; code = main(['serve', '--host', '::']); "
-    code += "print(code, sorted({'torch', 'transformers', 'fastapi'} & set(sys.modules)))"
+    code = "from sys import modules; from offload.cli.main import main; code = main(['serve', '--host', '::']); "
+    code += "print(code, sorted({'torch', 'transformers', 'fastapi'} & set(modules)))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ran.stdout.strip() == "2 []"
 

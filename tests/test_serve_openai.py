@@ -1,6 +1,8 @@
 """The server as its clients see it, the openai package first: what they ask for is what the engine says by itself."""
 
 import json
+import re
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -182,7 +184,7 @@ def test_a_silent_stream_carries_comments(slow: Server) -> None:
     with client(slow) as http, http.stream("POST", "/v1/chat/completions", json=chat(max_tokens=3, stream=True)) as response:
         lines = [line for line in response.iter_lines() if line]
     comments = [line for line in lines if line.startswith(":")]
-    assert comments and all("keep-alive" in line for line in comments)
+    assert comments and all(re.fullmatch(r": keep-alive, (layer [0-9]+/6|pass [1-4])", line) for line in comments)
     assert lines[-1] == "data: [DONE]" and response.headers["content-type"].startswith("text/event-stream")
 
 
@@ -197,7 +199,8 @@ def test_health_and_models_answer_at_once_while_a_pass_runs(slow: Server) -> Non
             assert other.get(path).status_code == 200
             times_s.append(time.monotonic() - start_s)
         assert not is_idle(slow)
-    assert sorted(times_s)[len(times_s) // 2] < 0.25, times_s  # 50 ms on an idle machine; a test's may have other work
+    assert sorted(times_s)[len(times_s) // 2] < 0.05, times_s  # 4 ms on a machine with other work
+    assert slow._socket.proto == socket.IPPROTO_TCP  # else asyncio leaves Nagle's delay on, 40 ms an answer
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -82,7 +82,7 @@ def test_an_answer_arrives_in_pieces_beside_its_trees(browser: Browser, server: 
     expect(answer).to_have_text(re.compile(r"\w+"))
     expect(page.locator("#stop")).to_be_visible()
     lengths = {len(answer.inner_text())}
-    expect(page.locator("#progress")).to_have_text(re.compile("layer|working"))
+    expect(page.locator("#progress")).to_have_text(re.compile("layer|pass"))
     expect(page.locator("#tree .accepted").nth(1)).to_be_attached()
     lengths.add(len(answer.inner_text()))
     expect(answer.locator(".note")).to_have_text(re.compile(r"\d+ tokens, after \d+"))

@@ -26,7 +26,6 @@ class Telemetry:
         self.registry = CollectorRegistry()
         self._publish = publish
         self._text_tokens = 1
-        self.layer: tuple[int, int] | None = None  # of the pass under way, and how many there are
         self._make_metrics()
 
     def _make_metrics(self) -> None:
@@ -82,9 +81,6 @@ class Telemetry:
             }
         )
 
-    def layer_done(self, layer: int, num_layers: int) -> None:
-        self.layer = (layer, num_layers)
-
     def queue(self, running: bool, waiting: int) -> None:
         self._running.set(int(running))
         self._waiting.set(waiting)
@@ -113,6 +109,7 @@ class Telemetry:
         self._publish(
             {
                 "type": "pass",
+                "first": first,
                 "parents": list(step.shape.parents),
                 "path": list(step.verdict.path),
                 "tokens": num_tokens,

@@ -50,6 +50,7 @@ class Job:
     deliver: Callable[[Stepped | Finished], None]
     queued_s: float = field(default_factory=monotonic)
     cancelled: bool = False
+    num_passes: int = 0
     tokens_left: int = field(init=False)  # at most
 
     def __post_init__(self) -> None:
@@ -125,8 +126,8 @@ class EngineWorker:
 
     def progress(self) -> str:
         """What the engine is at, in words."""
-        layer = self._telemetry.layer
-        return f"layer {layer[0]}/{layer[1]}" if layer is not None else "working"
+        running = self._running
+        return f"pass {running.num_passes + 1}" if running is not None else self.state
 
     def drain(self) -> None:
         """Take no more jobs; the ones there are go on."""
@@ -210,6 +211,7 @@ class EngineWorker:
         for step in generation:
             emitted += len(step.token_ids)
             job.tokens_left -= len(step.token_ids)
+            job.num_passes += 1
             self._measure_pace(step)
             self._telemetry.step(
                 step,

@@ -43,12 +43,13 @@ const handlers = {
     say("tokens-per-pass", (tokens / passes.length).toFixed(1));
     say("s-per-token", seconds(total(passes, "round_s") / tokens));
     say("pass-s", seconds(event.round_s));
-    showLink(passes.slice(-LINK_PASSES));
+    showLink(passes.filter((pass) => !pass.first).slice(-LINK_PASSES));
   },
 };
 
-/** Over several passes: layers that were copied in the pause before a pass make it look faster than the link. */
+/** Of several passes, and not of an answer's first: it finds layers that were copied in the pause before it. */
 function showLink(recent) {
+  if (!recent.length) return;
   const found = total(recent, "bytes_streamed") / total(recent, "round_s");
   const peak = plan?.link_bytes_per_s;
   find("link").value = peak ? Math.min(found / peak, 1) : 0;
