@@ -22,12 +22,12 @@ READY_S = 60
 def demo_engine(**changes: Any) -> Engine:
     """Small trees and float32: what a test asks for comes in a few dozen milliseconds."""
     settings: dict[str, Any] = {"tree": "4x4:kary", "dtype": "float32", "acceptance": str(ACCEPTANCE), **changes}
-    return open_engine(EngineSettings(model=str(TARGET), draft_model=str(DRAFT), device="cpu", **settings))
+    return open_engine(EngineSettings.parse(model=str(TARGET), draft_model=str(DRAFT), device="cpu", **settings))
 
 
 def slow_engine() -> Engine:
     """A pass takes a third of a second, and brings one token."""
-    return demo_engine(tree="none", resident_layers=0, emulate_link_bytes_per_s=17_707_008 / 0.33)
+    return demo_engine(tree="none", resident_layers=0, emulate_link=17_707_008 / 0.33)
 
 
 @contextmanager

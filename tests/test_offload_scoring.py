@@ -62,3 +62,15 @@ def test_scoring_a_prompt_takes_one_pass(models: Models) -> None:
         (step,) = steps_of(engine, Scoring(prompt=True), num_tokens=1)
         assert step.stats.bytes_streamed == engine.plan.bytes_per_pass > 0
         assert (step.stats.num_rows, len(step.scores)) == (len(PROMPT), 1)
+
+
+def test_a_scored_prompt_reuses_nothing_and_leaves_nothing_wrong_behind(models: Models) -> None:
+    """Rows that were kept from an earlier request have no logits; and what scoring leaves in the cache may be gone on from."""
+    folder = models()
+    with open_tiny(folder, models(num_layers=1, seed=1)) as engine:
+        plain = [step.token_ids for step in steps_of(engine, None)]
+        scores = [steps_of(engine, Scoring(num_top=2, prompt=True))[0].prompt_scores for _ in range(2)]
+        assert scores[0] == scores[1] and len(scores[0]) == len(PROMPT) - 1
+        again = steps_of(engine, None)
+        assert [token_id for step in again for token_id in step.token_ids] == [token_id for ids in plain for token_id in ids]
+        assert again[0].stats.num_rows == engine.plan.tree.num_nodes  # this one did reuse

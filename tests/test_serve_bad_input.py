@@ -155,7 +155,7 @@ REFUSING = "{{ raise_exception('roles must alternate') }}"
 @pytest.mark.parametrize(("template", "says"), [(LOOPING, "did not finish"), (REFUSING, "roles must alternate")])
 def test_a_template_that_loops_or_refuses_is_an_error_and_the_server_goes_on(tmp_path: Path, template: str, says: str) -> None:
     folder = save_text_model(tmp_path, chat_template=template)
-    with running(lambda _: open_engine(EngineSettings(model=str(folder), device="cpu"))) as server:
+    with running(lambda _: open_engine(EngineSettings.parse(model=str(folder), device="cpu"))) as server:
         status, error = refused(server, "/v1/chat/completions", json.dumps(chat()).encode())
         assert (status, error["code"]) == (400, "chat_template_error") and says in error["message"]
         with client(server) as http:

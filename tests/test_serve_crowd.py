@@ -16,7 +16,7 @@ from serving import completion, demo_engine, is_idle, running, until
 NUM_CLIENTS = 200
 PROMPTS = ("The Congress", "We the people", "Our nation", "I ask you", "The budget")
 SEEDS = range(2)
-TOKENS = 6
+TOKENS = 4
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """A pass over the emulated link takes 0.4 s: long enough to be watched."""
-    engine: dict[str, Any] = {"tree": "64x10", "resident_layers": 0, "emulate_link_bytes_per_s": 17_707_008 / 0.4}
+    engine: dict[str, Any] = {"tree": "64x10", "resident_layers": 0, "emulate_link": 17_707_008 / 0.4}
     with running(lambda _: demo_engine(**engine), api_key=KEY, keep_alive_s=0.2) as server:
         yield server
 
@@ -76,7 +76,7 @@ def picture(page: Page, name: str) -> None:
 def test_an_answer_arrives_in_pieces_beside_its_trees(browser: Browser, server: Server) -> None:
     page, complaints = opened(browser, server)
     expect(page.locator("#model")).to_have_text("demo")
-    ask(page, "What is the state of the Union?", 60)
+    ask(page, "What is the state of the Union?", 40)
     expect(page.locator("#messages .user")).to_have_text("What is the state of the Union?")
     answer = page.locator("#messages .assistant")
     expect(answer).to_have_text(re.compile(r"\w+"))

@@ -51,7 +51,7 @@ class ScriptedEngine:
             tree=TreeShape.root_only(),
             bytes_per_pass=10,
             link_bytes_per_s=None,
-            predicted_s_per_token=None,
+            to_json=lambda: {"predicted_s_per_token": None},
             placement=SimpleNamespace(streamed=(0,), resident=()),
         )
         self.plan, self.device_name, self.emulated_link = plan, "scripted", False

@@ -76,7 +76,7 @@ class Telemetry:
                 "resident_layers": len(plan.placement.resident),
                 "bytes_per_pass": plan.bytes_per_pass,
                 "link_bytes_per_s": plan.link_bytes_per_s,
-                "predicted_s_per_token": plan.predicted_s_per_token,
+                "predicted_s_per_token": plan.to_json()["predicted_s_per_token"],
                 "text_tokens": plan.text_tokens,
             }
         )
