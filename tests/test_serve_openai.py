@@ -125,6 +125,12 @@ def test_a_stop_string_ends_the_answer_before_it(server: Server, sdk: openai.Ope
     assert streamed == answer.choices[0].text
 
 
+def test_the_newer_name_of_the_limit_counts(sdk: openai.OpenAI) -> None:
+    request = {**chat(), "max_tokens": None, "max_completion_tokens": 3}
+    answer = sdk.chat.completions.create(**request)  # type: ignore[call-overload]
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (3, "length")
+
+
 def test_messages_may_come_in_parts_and_from_developers(sdk: openai.OpenAI) -> None:
     plain = sdk.chat.completions.create(**chat("Hello there"))  # type: ignore[call-overload]
     parts = [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]

@@ -84,11 +84,11 @@ def test_an_answer_arrives_in_pieces_beside_its_trees(browser: Browser, server: 
     lengths = {len(answer.inner_text())}
     expect(page.locator("#progress")).to_have_text(re.compile("layer|pass"))
     expect(page.locator("#tree .accepted").nth(1)).to_be_attached()
+    expect(page.locator("#tree path").nth(60)).to_be_attached()  # of 64; the last passes need less
     lengths.add(len(answer.inner_text()))
     expect(answer.locator(".note")).to_have_text(re.compile(r"\d+ tokens, after \d+"))
     lengths.add(len(answer.inner_text()))
     assert len(lengths) >= 2
-    assert page.locator("#tree path").count() >= 10
     for name in ("#tokens-per-pass", "#s-per-token", "#predicted", "#pass-s"):
         assert re.fullmatch(r"[0-9.]+( m?s)?", page.locator(name).inner_text()), name
     assert "MB/s" in page.locator("#link-text").inner_text()

@@ -215,6 +215,19 @@ def test_a_lost_device_ends_the_worker_and_everyone_learns_it(start: Start) -> N
         worker.submit(Client(1).job)
 
 
+def test_an_engine_that_fails_every_request_is_given_up_without_quoting_one(start: Start) -> None:
+    worker, engine = start()
+    for number, error in enumerate([RuntimeError("x"), None, *[RuntimeError("the prompt")] * 3]):
+        assert worker.state == "ok", number
+        engine.fail = error
+        client = Client(1)
+        worker.submit(client.job)
+        engine.allow.release()
+        until(lambda client=client: client.finished is not None)  # type: ignore[misc]
+    until(lambda: worker.state == "failed")
+    assert "3 requests in a row" in str(worker.failure) and "the prompt" not in str(worker.failure)
+
+
 def test_draining_takes_nothing_new_and_finishes_what_there_is(start: Start) -> None:
     worker, engine = start()
     running, waiting = Client(2), Client(1)

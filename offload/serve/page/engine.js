@@ -62,5 +62,6 @@ export function watch() {
     const event = JSON.parse(data);
     handlers[event.type]?.(event);
   };
+  source.onopen = () => say("state", "loading"); // what has happened already is told at once, and says more
   source.onerror = () => say("state", "no connection");
 }
