@@ -47,9 +47,7 @@ def admit_chat(engine: "Engine", body: ChatRequest) -> Order:
     with engine_errors_as_problems():
         try:
             prompt = render(codec, [message.plain() for message in body.messages])
-        except (
-            ModelError
-        ) as error:  # most templates refuse some sequences of roles; one that fails for all is told the same way
+        except ModelError as error:  # most templates refuse some order of roles, so this is the client's, too
             raise Problem(400, "chat_template_error", error.what, "messages") from None
     token_ids = list(prompt.token_ids)
     scoring = _scoring(body.top_logprobs or 0) if body.logprobs else None

@@ -46,7 +46,7 @@ class Server(uvicorn.Server):
             proxy_headers=False,
             limit_concurrency=MAX_CONNECTIONS,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=max(1, round(settings.grace_s)),
+            timeout_graceful_shutdown=round(settings.grace_s),
         )
         super().__init__(config)
 
