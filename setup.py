@@ -15,6 +15,10 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "offload" / "version.py").r
 assert VERSION is not None, "offload/version.py holds no version"
 
 BENCH = ["accelerate", "matplotlib"]
+# uvicorn is bounded: offload/serve/connections.py builds on its HTTP/1.1 protocol class
+SERVE = ["fastapi>=0.120", "uvicorn>=0.50,<0.60", "prometheus-client>=0.20"]
+# The server's clients, in its tests. lm-eval is not among them: see `make clients`.
+CLIENTS = ["openai>=2", "playwright>=1.50", "schemathesis>=4,<5"]
 
 setup(
     name="treestream",
@@ -33,12 +37,16 @@ setup(
         "offload.doctor",
         "offload.model",
         "offload.planner",
+        "offload.serve",
         "offload.streaming",
         "offload.weights",
         "tree",
     ],
     py_modules=["run_70b"],
-    package_data={"offload.demo": ["target/*", "draft/*", "*.json", "*.jsonl"]},
+    package_data={
+        "offload.demo": ["target/*", "draft/*", "*.json", "*.jsonl"],
+        "offload.serve": ["page/*"],
+    },
     install_requires=[
         "torch>=2.6,<2.14",
         "transformers>=5.10,<6",
@@ -51,8 +59,9 @@ setup(
     ],
     extras_require={
         "bench": BENCH,
+        "serve": SERVE,
         # ruff and mypy are bounded: a new release of either may find new faults in old code
-        "test": [*BENCH, "hypothesis", "mypy>=2.4,<2.5", "pytest>=8", "pytest-timeout", "ruff>=0.17,<0.18"],
+        "test": [*BENCH, *SERVE, *CLIENTS, "hypothesis", "mypy>=2.4,<2.5", "pytest>=8", "pytest-timeout", "ruff>=0.17,<0.18"],
     },
     classifiers=[
         "Environment :: GPU :: NVIDIA CUDA",

@@ -4,6 +4,7 @@ cost anything, on the command line even before the weights are read."""
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tree.logprobs import Scoring
 from tree.sampling import SamplingParams
 
 from .errors import FitError, UsageError
@@ -13,7 +14,8 @@ from .text import TextCodec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What to generate. `stop` strings end the text before them; every EOS id ends it unless `ignore_eos`."""
+    """What to generate. `stop` strings end the text before them; every EOS id ends it unless `ignore_eos`. `scoring` asks for
+    log-probabilities, None for none."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int = 128
@@ -21,6 +23,7 @@ class Request:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    scoring: Scoring | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,7 @@ class Admission:
         seed: int | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        scoring: Scoring | None = None,
     ) -> Request:
         """A request that can be finished. UsageError for values that make no sense, FitError with the counts for a prompt
         and an answer that do not fit into the context."""
@@ -65,6 +69,7 @@ class Admission:
             seed=self.seed if seed is None else seed,
             stop=tuple(stop),
             ignore_eos=ignore_eos,
+            scoring=scoring,
         )
         self._check_values(request)
         self._check_room(request)

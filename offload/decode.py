@@ -6,11 +6,13 @@ Knows token ids, not text; owns no memory. Streaming text, stop handling and ben
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from tree.draft import DraftTree, grow
+from tree.logprobs import ScoredToken, Scoring, score_tokens
 from tree.sampling import SamplingParams
 from tree.shape import TreeShape
 from tree.verify import Method, Verdict, verify
@@ -29,17 +31,22 @@ from .streaming.stream import LayerStream, PassProgress
 from .trace import Trace
 
 logger = logging.getLogger(__name__)
+# Scoring a prompt needs logits of all its rows, of which a plan has room for a tree's. This is what a pass may take for them.
+SCORED_LOGITS_BYTES = 2**28
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one pass over `shape` brought: new tokens, in order; `verdict` as the verifier gave it; statistics."""
+    """What one pass over `shape` brought: new tokens, in order; `verdict` as the verifier gave it; statistics. `scores` are
+    those of the tokens, `prompt_scores` those of the prompt's tokens but the first; both empty unless asked for."""
 
     shape: TreeShape
     token_ids: tuple[int, ...]
     verdict: Verdict
     stats: PassStats
     first: bool
+    scores: tuple[ScoredToken, ...] = ()
+    prompt_scores: tuple[ScoredToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +94,8 @@ class DecodeLoop:
         self._committed: list[int] = []
         self._first = True
         self._params = SamplingParams()
+        self._scoring: Scoring | None = None
+        self._prompt_scores: tuple[ScoredToken, ...] = ()
         self._generator = torch.Generator(device.torch_device)
         self._masks: dict[TreeShape, torch.Tensor] = {}
 
@@ -95,11 +104,15 @@ class DecodeLoop:
         """What runs now: the plan given, less what had to be given up since."""
         return self._plan
 
-    def start(self, prompt: Sequence[int], params: SamplingParams, seed: int) -> int:
+    def start(self, prompt: Sequence[int], params: SamplingParams, seed: int, scoring: Scoring | None = None) -> int:
         """Begin with `prompt` and fresh randomness. Returns how many of its tokens need no pass, as an earlier sequence began
-        with them."""
+        with them; a prompt that is to be scored needs them all. `scoring` changes no token."""
         num_reused = self.sessions.resume(self._committed, prompt)
+        if scoring is not None and scoring.prompt:
+            num_reused = 0
+            self._target.cache.truncate(0)
         self._params, self._first = params, True
+        self._scoring, self._prompt_scores = scoring, ()
         self._generator.manual_seed(seed)
         if self._drafter is not None:
             self._drafter.restart(prompt)
@@ -112,7 +125,7 @@ class DecodeLoop:
         first, self._first = self._first, False
         relief: Iterator[Plan] | None = None
         while True:
-            begun = self._begun()
+            begun = _Begun(self._generator.get_state(), self._drafter.cache.length if self._drafter else 0)
             try:
                 return self._try_round(max_tokens, start_s, first)
             except torch.OutOfMemoryError as error:
@@ -130,7 +143,8 @@ class DecodeLoop:
         draft = self._grow(shape)
         drafted = self._device.mark()
         logits, cached = self._run_target(draft)
-        verdict = self._verify(draft, logits)  # the round's one host sync
+        verdict = self._verify(draft, logits)  # the round's one host sync, but for scoring
+        scores = self._score(verdict, logits)
         verified_s = time.monotonic()
         self._commit(verdict, cached)
         return StepResult(
@@ -149,6 +163,8 @@ class DecodeLoop:
                 verified_s=verified_s,
             ),
             first=first,
+            scores=scores,
+            prompt_scores=self._prompt_scores if first else (),
         )
 
     # -- when memory runs out -------------------------------------------------------------------------------------------
@@ -158,13 +174,11 @@ class DecodeLoop:
         """Committed tokens that the next pass reads besides its tree, or passes before it."""
         return len(self._committed) - 1 - self._target.cache.length
 
-    def _begun(self) -> _Begun:
-        return _Begun(self._generator.get_state(), self._drafter.cache.length if self._drafter else 0)
-
     def _take_back(self, begun: _Begun) -> None:
         """Undo what a failed round did, but for prompt rows that were read: they are right, and need no second pass."""
         self._generator.set_state(begun.randomness)
         self._target.cache.truncate(self._target.cache.length)
+        self._prompt_scores = self._prompt_scores[: self._target.cache.length]
         if self._drafter is not None:
             self._drafter.cache.truncate(begun.draft_rows)
 
@@ -192,11 +206,12 @@ class DecodeLoop:
     def _read_ahead_of_tree(self) -> int:
         """Pass over prompt tokens that do not fit into one pass with the tree; returns the bytes streamed for them."""
         cache, streamed = self._target.cache, 0
-        room = self._plan.pass_rows - self._plan.tree.num_nodes
-        while self._prompt_rows > room:
-            chunk = self._committed[cache.length :][: min(self._plan.pass_rows, self._prompt_rows)]
+        most_rows = self._rows_per_pass()
+        while self._prompt_rows > most_rows - self._plan.tree.num_nodes:
+            chunk = self._committed[cache.length :][: min(most_rows, self._prompt_rows)]
             rows = self._rows(chunk, torch.zeros(0, dtype=torch.int64), None)
-            self._target.forward(rows.token_ids, rows.positions, rows.mask, 1)
+            logits = self._target.forward(rows.token_ids, rows.positions, rows.mask, len(chunk) if self._scores_prompt else 1)
+            self._score_prompt(logits, len(chunk))
             cache.commit(range(len(chunk)))
             streamed += self._stream.bytes_per_pass
         return streamed
@@ -213,17 +228,45 @@ class DecodeLoop:
         """Logits [N, V] of the tree's nodes, and how many committed tokens the pass read before them."""
         prefix = self._committed[self._target.cache.length : -1]
         rows = self._rows(prefix, draft.token_ids, draft.shape)
-        logits = self._target.forward(rows.token_ids, rows.positions, rows.mask, draft.shape.num_nodes)
-        return logits, len(prefix)
+        num_scored = len(prefix) if self._scores_prompt else 0
+        logits = self._target.forward(rows.token_ids, rows.positions, rows.mask, num_scored + draft.shape.num_nodes)
+        self._score_prompt(logits[:num_scored], len(prefix))
+        return logits[num_scored:], len(prefix)
+
+    @property
+    def _scores_prompt(self) -> bool:
+        return self._scoring is not None and self._scoring.prompt
+
+    def _rows_per_pass(self) -> int:
+        if not self._scores_prompt:
+            return self._plan.pass_rows
+        row_bytes = 4 * self._target.architecture.vocab_size  # as float32, which is what they are scored in
+        return min(self._plan.pass_rows, max(SCORED_LOGITS_BYTES // row_bytes, self._plan.tree.num_nodes + 1))
+
+    def _score_prompt(self, logits: torch.Tensor, num_rows: int) -> None:
+        """The last pass read `num_rows` tokens of the prompt behind the cached ones; each predicts the token after it."""
+        if self._scoring is not None and self._scoring.prompt:
+            with self._numeric(num_rows):
+                token_ids = self._committed[self._target.cache.length + 1 :][:num_rows]
+                self._prompt_scores += score_tokens(logits, token_ids, self._scoring.num_top)
+
+    def _score(self, verdict: Verdict, logits: torch.Tensor) -> tuple[ScoredToken, ...]:
+        scoring = self._scoring
+        return score_tokens(logits[list(verdict.path)], verdict.token_ids, scoring.num_top) if scoring is not None else ()
 
     def _verify(self, draft: DraftTree, logits: torch.Tensor) -> Verdict:
-        try:
+        with self._numeric(draft.shape.num_nodes):
             return verify(draft, logits, self._params, self._generator, method=self._method)
+
+    @contextmanager
+    def _numeric(self, num_rows: int) -> Iterator[None]:
+        try:
+            yield
         except FloatingPointError as error:
             self.sessions.forget()  # what led here is not to be built upon
             raise NumericError(
                 str(error),
-                where=f"pass over {draft.shape.num_nodes} nodes after {len(self._committed)} tokens",
+                where=f"pass over {num_rows} nodes after {len(self._committed)} tokens",
                 cure="check the weights with `verify --full`; try --dtype bfloat16 or float32 if float16 overflowed",
             ) from error
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from time import monotonic
 from types import TracebackType
 
+from tree.logprobs import ScoredToken
 from tree.shape import TreeShape
 from tree.verify import Verdict
 
@@ -21,7 +22,7 @@ from .text import TextStream
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """What one pass over the tree `shape` added: tokens, and the text that has become final with them. `finish_reason` is
-    None but at the end."""
+    None but at the end. Scores as in StepResult, of these tokens only."""
 
     shape: TreeShape
     token_ids: tuple[int, ...]
@@ -29,6 +30,8 @@ class Step:
     finish_reason: str | None
     verdict: Verdict
     stats: PassStats
+    scores: tuple[ScoredToken, ...]
+    prompt_scores: tuple[ScoredToken, ...]
 
 
 class Generation:
@@ -75,7 +78,7 @@ class Generation:
     def _run(self) -> Generator[Step, None, None]:
         loop, request, stats = self._engine.loop, self._request, self.stats
         start_s = previous_s = monotonic()
-        stats.reused_tokens = loop.start(request.prompt, request.params, request.seed)
+        stats.reused_tokens = loop.start(request.prompt, request.params, request.seed, request.scoring)
         self._engine.answering = self
         while True:
             if self._engine.answering is not self:
@@ -128,6 +131,8 @@ class Generation:
             finish_reason=reason,
             verdict=result.verdict,
             stats=result.stats,
+            scores=result.scores[: len(token_ids)],
+            prompt_scores=result.prompt_scores,
         )
 
 

@@ -29,14 +29,15 @@ class TextCodec:
                 where=str(folder),
                 cure="download the tokenizer files again, or give token ids with --prompt-ids",
             ) from error
+        self._special_ids = frozenset(self._tokenizer.all_special_ids)
 
     @property
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of plain text, with the special tokens that the tokenizer adds itself (such as <s>)."""
-        return list(self._tokenizer(text, verbose=False).input_ids)
+        return list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids)
 
     def encode_chat(self, text: str, system_prompt: str | None) -> list[int]:
         """Token ids of one user turn, laid out by the model's own chat template."""
@@ -65,6 +66,22 @@ class TextCodec:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def token_text(self, token_id: int) -> str:
+        """One token by itself, special tokens by their names; REPLACEMENT where its bytes are part of a character."""
+        return str(self._tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether `decode` leaves it out."""
+        return token_id in self._special_ids
+
+    def special_tokens(self) -> dict[str, str]:
+        """Role, such as "eos_token", to text."""
+        return {role: str(token) for role, token in self._tokenizer.special_tokens_map.items() if isinstance(token, str)}
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._tokenizer.chat_template if isinstance(self._tokenizer.chat_template, str) else None
 
     @property
     def num_tokens(self) -> int:

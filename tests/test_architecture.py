@@ -17,20 +17,8 @@ FLOOR = {"errors", "config", "version"}
 NUMBERS = {"stats", "trace", "text", "device.base"}  # records and words: they read no weights and move none
 MACHINE = {*FLOOR, "device", "weights", "streaming"}
 ENGINE = {*MACHINE, *NUMBERS, "model", "planner"}
-ALL = {
-    *ENGINE,
-    "admission",
-    "assemble",
-    "calibrate",
-    "conversation",
-    "decode",
-    "demo",
-    "doctor",
-    "engine",
-    "report",
-    "sessions",
-    "source",
-}
+ALL = {*ENGINE, "admission", "assemble", "calibrate", "conversation", "decode", "demo", "doctor", "engine"}
+ALL |= {"loading", "report", "sessions", "source"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -60,8 +48,10 @@ ALLOWED: dict[str, set[str]] = {
     "loading": {*ENGINE, "source"},
     "assemble": {*ENGINE, "admission", "calibrate", "decode", "engine", "loading", "report", "source"},
     "doctor": ENGINE,  # looks at files, devices and sizes as a run would, and runs nothing
+    # HTTP around one engine; `loading` for the type of a callback only: whoever starts a server says how its engine is opened
+    "serve": {*FLOOR, *NUMBERS, "conversation", "admission", "engine", "loading"},
     "demo": FLOOR,  # data, and the script that made it
-    "cli": ALL,
+    "cli": {*ALL, "serve"},
     "__init__": {*ENGINE, "engine", "assemble"},  # the package's face: `offload.load`
 }
 
@@ -74,6 +64,7 @@ TREE_IMPORTERS = (
     "offload/engine.py",
     "offload/planner/",
     "offload/cli/",
+    "offload/serve/",  # asks for scores and writes them out
     "offload/model/drafter.py",  # fits our model to tree's TreeModel protocol, whose arguments are tree's types
     "offload/__init__.py",  # the guard that the tree it finds is ours and not dm-tree's
 )

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 from ..conversation import check_message, render
 from ..errors import DeviceError, OffloadError, UsageError
-from ..planner.tree_choice import read_acceptance, read_tree
 from .answer import Answerer
 from .dialogue import AnswerSettings, Dialogue
-from .settings import engine_settings
+from .settings import check_small_files, engine_settings
 from .terminal import LoadProgress, full_statistics, say
 from .turns import Turn, line_reader, read_turn
 
@@ -35,9 +34,7 @@ Ctrl-C                stops an answer, which is kept as far as it came; at the p
 
 def run(arguments: argparse.Namespace) -> int:
     settings = engine_settings(arguments, emulate_demo_link=True)
-    read_tree(settings.tree, has_draft=settings.draft_model is not None)
-    if settings.acceptance is not None:
-        read_acceptance(Path(settings.acceptance))
+    check_small_files(settings)
     dialogue = Dialogue(AnswerSettings(**{one.name: getattr(arguments, one.name) for one in fields(AnswerSettings)}))
     dialogue.set_system(arguments.system_prompt)
     from ..assemble import open_engine  # torch, after everything that can be refused without it

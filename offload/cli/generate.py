@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from ..config import EngineSettings
 from ..errors import DeviceError, UsageError
-from ..planner.tree_choice import read_acceptances, read_tree
 from ..trace import Trace
 from .acceptance import AcceptanceRecorder, provenance, write_json
 from .parser import DEMO_PROMPT
-from .settings import check_writable, engine_settings
+from .settings import check_small_files, check_writable, engine_settings
 from .signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated
 from .terminal import LoadProgress, full_statistics, say
 
@@ -49,12 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace, settings: EngineSettings) -> None:
     """UsageError or ModelError for what the flags, and the small files that they name, tell before any model is read."""
-    read_tree(settings.tree, has_draft=bool(settings.draft_models))
-    read_acceptances(settings)
-    if settings.profile is not None:
-        from ..planner.hardware_file import find_hardware  # numpy
-
-        find_hardware(settings.profile)
+    check_small_files(settings)
     templated = "--chat" if arguments.chat else "--system-prompt" if arguments.system_prompt is not None else None
     against = "--raw" if arguments.raw else "--prompt-ids" if arguments.prompt_ids is not None else None
     if templated and against:

@@ -31,6 +31,8 @@ def main(argv: list[str]) -> int:
             from .profile import run
         elif arguments.command == "doctor":
             from .doctor import run
+        elif arguments.command == "serve":
+            from .serve import run
         elif arguments.command == "verify":
             from .verify import run
         else:

@@ -8,7 +8,8 @@ from typing import NoReturn
 from ..config import DTYPES, VERIFIERS, parse_rate
 from ..errors import UsageError
 
-COMMANDS = ("generate", "chat", "plan", "profile", "doctor", "verify", "version")
+COMMANDS = ("generate", "chat", "serve", "plan", "profile", "doctor", "verify", "version")
+DEMO_NAME = "treestream-demo"
 DEMO_PROMPT = "The Congress of the United States should"
 
 
@@ -19,13 +20,13 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, where=self.prog, cure=f"see `{self.prog} --help`")
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """A type for argparse: a whole number from `least` on that fits into 63 bits."""
+def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """A type for argparse: a whole number from `least` to `most`."""
 
     def parse(text: str) -> int:
         if len(text) > 20 or not text.removeprefix("-").isdecimal():
             raise argparse.ArgumentTypeError(f"not a whole number: {text!r}")
-        if not least <= int(text) < 2**63:
+        if not least <= int(text) <= most:
             raise argparse.ArgumentTypeError(f"{text} is too small, the least is {least}" if int(text) < least else "too large")
         return int(text)
 
@@ -61,6 +62,7 @@ def flops(text: str) -> float:
 
 
 _temperature = number("0 (greedy) or positive and finite", lambda value: 0 <= value < math.inf)
+_seconds = number("a number of seconds from 0 to a day", lambda value: 0 <= value <= 86400)
 _probability = number("in (0, 1]", lambda value: 0 < value <= 1)
 
 
@@ -89,6 +91,9 @@ def build_parser() -> Parser:
     )
     doctor.add_argument("--draft-model", metavar="PATH|HUB_ID|PRESET|none", help="and whether this draft fits it")
     doctor.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    serve = commands.add_parser("serve", help="an OpenAI-compatible server, and a page to talk to it", allow_abbrev=False)
+    add_model_flags(serve)
+    add_serve_flags(serve)
     verify = commands.add_parser("verify", help="check a checkpoint before a long run", allow_abbrev=False)
     verify.add_argument("--model", required=True, metavar="PATH", help="folder or hub id")
     verify.add_argument("--full", action="store_true", help="compare contents with the manifest, too")
@@ -142,6 +147,25 @@ def add_profile_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--per-level", action="store_true", help="one vector per level of the tree instead of one for all")
     add_sampling_flags(group)
     group.add_argument("--output", metavar="FILE", help="write the profile to FILE; default: stdout, or profiles/hardware")
+    add_verbosity_flags(parser)
+
+
+def add_serve_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default 127.0.0.1: this machine only")
+    group.add_argument("--port", type=whole(0, 65535), default=8000, metavar="N", help="default 8000; 0: any that is free")
+    key = group.add_mutually_exclusive_group()
+    key.add_argument("--api-key", metavar="KEY", help="ask for this key; others on this machine see it in your command")
+    key.add_argument("--api-key-file", metavar="FILE", help="ask for the key in FILE")
+    key.add_argument("--allow-unauthenticated", action="store_true", help="no key, though other machines reach --host")
+    group.add_argument(
+        "--allowed-host", action="append", default=[], metavar="NAME", help="answer to this name, too (repeatable)"
+    )
+    group.add_argument("--served-model-name", metavar="NAME", help="what clients call the model; default: its folder's name")
+    group.add_argument("--max-queue", type=whole(0), default=16, metavar="N", help="requests that may wait; default 16")
+    group.add_argument(
+        "--grace", type=_seconds, default=30.0, metavar="S", help="seconds to finish in after SIGTERM; default 30"
+    )
     add_verbosity_flags(parser)
 
 

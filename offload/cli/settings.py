@@ -7,6 +7,7 @@ from pathlib import Path
 from ..config import EngineSettings
 from ..demo import DRAFT, LINK, TARGET, acceptance_at
 from ..errors import UsageError
+from ..planner.tree_choice import read_acceptances, read_tree
 from .terminal import say
 
 
@@ -42,6 +43,16 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
         max_context=arguments.max_context,
         emulate_link=emulate_link,
     )
+
+
+def check_small_files(settings: EngineSettings) -> None:
+    """UsageError or ModelError for what the tree, the acceptance and the hardware profile tell before any model is read."""
+    read_tree(settings.tree, has_draft=bool(settings.draft_models))
+    read_acceptances(settings)
+    if settings.profile is not None:
+        from ..planner.hardware_file import find_hardware  # numpy
+
+        find_hardware(settings.profile)
 
 
 def check_writable(flag: str, path: Path) -> None:

@@ -1,0 +1,113 @@
+"""From a body to requests that the engine will surely finish. Runs on a pool's thread: tokenizers may take their time.
+
+Problem for anything that the engine would refuse; nothing that is refused here reaches it.
+"""
+
+import secrets
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..conversation import render
+from ..errors import ModelError
+from .answers import ChatFormat, CompletionFormat, Format, Header
+from .problems import Problem, engine_errors_as_problems
+from .protocol import ChatRequest, CompletionRequest, Sampling
+
+if TYPE_CHECKING:
+    from tree.logprobs import Scoring
+
+    from ..admission import Request
+    from ..engine import Engine
+    from ..text import TextCodec
+
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """Admitted requests, in the order of their choices, and how their answer is written."""
+
+    requests: "tuple[Request, ...]"
+    choices_per_prompt: int
+    format: Format
+
+
+def require_codec(codec: "TextCodec | None") -> "TextCodec":
+    """ModelError for a model without a tokenizer: a server of text needs one."""
+    if codec is None:
+        raise ModelError(
+            "the model folder has no tokenizer", where="--model", cure="add tokenizer.json, or use generate --prompt-ids"
+        )
+    return codec
+
+
+def admit_chat(engine: "Engine", body: ChatRequest) -> Order:
+    codec = require_codec(engine.codec)
+    with engine_errors_as_problems():
+        try:
+            prompt = render(codec, [message.plain() for message in body.messages])
+        except ModelError as error:  # most templates refuse some order of roles, so this is the client's, too
+            raise Problem(400, "chat_template_error", error.what, "messages") from None
+    token_ids = list(prompt.token_ids)
+    scoring = _scoring(body.top_logprobs or 0) if body.logprobs else None
+    wanted = body.max_completion_tokens or body.max_tokens
+    room = max(engine.plan.text_tokens - len(token_ids), 1)
+    requests = _requests(engine, body, token_ids, wanted or room, (*body.stop_strings, *prompt.stop), scoring)
+    header = Header(id=f"chatcmpl-{secrets.token_hex(12)}", created=int(time.time()), model=body.model)
+    layout = ChatFormat(header, codec, with_logprobs=bool(body.logprobs))
+    return Order(requests=requests, choices_per_prompt=len(requests), format=layout)
+
+
+def admit_completion(engine: "Engine", body: CompletionRequest) -> Order:
+    codec = require_codec(engine.codec)
+    echo, num_choices = bool(body.echo), body.n or 1
+    num_new = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    if num_new == 0 and not echo:
+        raise Problem(400, "invalid_value", "max_tokens 0 asks for nothing without echo", "max_tokens")
+    scoring = None if body.logprobs is None else _scoring(body.logprobs, prompt=echo)
+    requests: list[Request] = []
+    texts: list[str] = []
+    for prompt in body.prompts:
+        token_ids = prompt if isinstance(prompt, list) else codec.encode(prompt)
+        made = _requests(engine, body, token_ids, max(num_new, 1), body.stop_strings, scoring)
+        requests += made
+        if echo:
+            texts += [prompt if isinstance(prompt, str) else codec.decode(token_ids)] * len(made)
+    header = Header(id=f"cmpl-{secrets.token_hex(12)}", created=int(time.time()), model=body.model)
+    with_logprobs = body.logprobs is not None
+    layout = CompletionFormat(header, codec, with_logprobs=with_logprobs, echo=echo, num_new=num_new, prompt_texts=texts)
+    return Order(requests=tuple(requests), choices_per_prompt=num_choices, format=layout)
+
+
+def _requests(
+    engine: "Engine",
+    body: Sampling,
+    prompt: list[int],
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    scoring: "Scoring | None",
+) -> "tuple[Request, ...]":
+    """One request per choice; they differ by their seeds. Without a seed, every answer is another."""
+    seed = secrets.randbelow(2**62) if body.seed is None else body.seed % 2**62
+    with engine_errors_as_problems():
+        return tuple(
+            engine.admission.request(
+                prompt,
+                max_new_tokens=max_new_tokens,
+                temperature=1.0 if body.temperature is None else body.temperature,
+                top_k=body.top_k,
+                top_p=1.0 if body.top_p is None else body.top_p,
+                seed=seed + number,
+                stop=stop,
+                ignore_eos=bool(body.ignore_eos),
+                scoring=scoring,
+            )
+            for number in range(body.n or 1)
+        )
+
+
+def _scoring(num_top: int, *, prompt: bool = False) -> "Scoring":
+    from tree.logprobs import Scoring  # torch has long been imported by now
+
+    return Scoring(num_top=num_top, prompt=prompt)

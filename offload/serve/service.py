@@ -1,0 +1,123 @@
+"""One request from admission to answer: into the worker's queue, and out as one document or as a stream."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from anyio import CapacityLimiter, to_thread
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from .admit import Order, admit_chat, admit_completion
+from .answers import Choice, usage
+from .feed import Feed
+from .problems import Problem
+from .protocol import ChatRequest, CompletionRequest, Sampling
+from .settings import ServeSettings
+from .streams import DONE, EventStream, data, or_hangup, with_comments
+from .telemetry import Telemetry
+from .worker import EngineWorker, Finished, Job, Stepped
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+MAX_ADMITTING = 2  # prompts that are tokenised, or laid out by a template's process, at a time
+T = TypeVar("T", bound=Sampling)
+
+
+class Answer:
+    """A job's events on the server's loop."""
+
+    def __init__(self, order: Order) -> None:
+        loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Stepped | Finished] = asyncio.Queue()  # no more than max_new_tokens of them
+        self.order = order
+        self.choices = [Choice(request=request) for request in order.requests]
+        self.job = Job(order.requests, lambda event: _hand_over(loop, self._events, event))
+
+    async def steps(self) -> AsyncIterator[Stepped]:
+        """Every step, added to its choice. Problem when the engine failed or went."""
+        while isinstance(event := await self._events.get(), Stepped):
+            self.choices[event.index].add(event.step, event.reused_tokens)
+            yield event
+        if event.problem is not None:
+            raise event.problem
+
+    def usage(self) -> dict[str, object]:
+        return usage(self.choices, self.order.choices_per_prompt)
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Stepped | Finished]", event: Stepped | Finished) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(events.put_nowait, event)
+
+
+@dataclass(slots=True, kw_only=True)
+class Service:
+    """What the routes share."""
+
+    settings: ServeSettings
+    worker: EngineWorker
+    telemetry: Telemetry
+    feed: Feed
+    created: int = field(default_factory=lambda: int(time.time()))
+    admitting: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_ADMITTING))
+
+    def check_model(self, name: str) -> None:
+        if name != self.settings.model_name:
+            raise Problem(404, "model_not_found", "no model of that name here; see /v1/models", "model")
+
+    async def chat(self, body: ChatRequest, http: HttpRequest) -> Response:
+        self.check_model(body.model)
+        ignored = body.ignored()
+        return await self._answer(await self._admit(admit_chat, body), body, ignored, http)
+
+    async def complete(self, body: CompletionRequest, http: HttpRequest) -> Response:
+        self.check_model(body.model)
+        ignored = body.ignored()
+        return await self._answer(await self._admit(admit_completion, body), body, ignored, http)
+
+    async def _admit(self, admit: "Callable[[Engine, T], Order]", body: T) -> Order:
+        self.worker.check_room()
+        return await to_thread.run_sync(admit, self.worker.ready(), body, limiter=self.admitting)
+
+    async def _answer(self, order: Order, body: Sampling, ignored: Sequence[str], http: HttpRequest) -> Response:
+        answer = Answer(order)
+        self.worker.submit(answer.job)
+        headers = {"x-ignored-fields": ", ".join(_header_safe(ignored))} if ignored else {}
+        if body.stream:
+            events = with_comments(self._stream(answer, body), self.settings.keep_alive_s, lambda: self._status(answer))
+            return EventStream(events, lambda: self.worker.cancel(answer.job), headers)
+        try:
+            await or_hangup(_all(answer.steps()), http.receive)
+            return JSONResponse(order.format.whole(answer.choices, answer.usage()), headers=headers)
+        finally:
+            self.worker.cancel(answer.job)
+
+    async def _stream(self, answer: Answer, body: Sampling) -> AsyncIterator[str]:
+        layout = answer.order.format
+        try:
+            for document in layout.opening(answer.choices):
+                yield data(document)
+            async for event in answer.steps():
+                yield data(layout.chunk(event.index, answer.choices[event.index], event.step))
+            if body.wants_usage:
+                yield data(layout.closing(answer.usage()))
+            yield DONE
+        except Problem as problem:  # the status has been sent: clients look for an error among the chunks
+            yield data(problem.body())
+
+    def _status(self, answer: Answer) -> str:
+        ahead = self.worker.ahead_of(answer.job)
+        return f"keep-alive, {ahead} before this" if ahead else f"keep-alive, {self.worker.progress()}"
+
+
+async def _all(steps: AsyncIterator[Stepped]) -> None:
+    async for _ in steps:
+        pass
+
+
+def _header_safe(names: Sequence[str]) -> list[str]:
+    return [name[:40] for name in names if name.isascii() and name.isidentifier()][:16]
