@@ -32,6 +32,7 @@ setup(
         "offload.device",
         "offload.model",
         "offload.planner",
+        "offload.scale",
         "offload.streaming",
         "offload.weights",
         "tree",

@@ -3,8 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
@@ -14,61 +13,27 @@ from .decode import DecodeLoop
 from .device import Device, open_device
 from .device.host import available_bytes
 from .engine import Engine
-from .errors import ModelError, UsageError
-from .model.architecture import Architecture, check_weights, check_window, read_architecture
+from .errors import FitError, UsageError
+from .model.architecture import check_window
 from .model.causal_lm import CausalLM
 from .model.drafter import ModelDrafter
 from .model.kv_cache import KVCache
-from .model.locate import locate_model, read_eos_token_ids
-from .planner.cost import ModelCost, kv_bytes_per_row
+from .model.locate import read_eos_token_ids
+from .planner.cost import ledger_lines, size_text
 from .planner.plan import Plan, plan_run
 from .planner.tree_choice import resolve_method, resolve_tree
 from .report import Memory
+from .sources import ModelSource, check_source
 from .streaming.stream import LayerStream, ResidentWeights, Weights
-from .text import TextCodec, check_same_vocabulary, open_codec
+from .text import check_same_vocabulary
 from .trace import Trace
-from .weights.checkpoint import Checkpoint, open_checkpoint
-from .weights.layout import LayerLayout
-from .weights.reader import ReadJob, TensorReader
+from .weights.source import Destinations, share_layers
 from .weights.store import Placement, WeightStore, load_through_host
 
 # `progress(read_bytes, total_bytes)` while weights are read.
 Progress = Callable[[int, int], None]
 HOST_RESERVE_BYTES = 2**30
 CUDA_RESERVE_BYTES = 2**30  # context, kernels' workspaces, fragmentation
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
-    """A model that was checked and not yet loaded."""
-
-    folder: Path
-    architecture: Architecture
-    checkpoint: Checkpoint
-    codec: TextCodec | None
-    dtype: torch.dtype
-    layout: LayerLayout
-
-    @property
-    def shared_layout(self) -> LayerLayout:
-        return LayerLayout.pack(self.architecture.shared_shapes.items(), self.dtype)
-
-    @property
-    def cost(self) -> ModelCost:
-        architecture, config = self.architecture, self.architecture.config
-        return ModelCost(
-            num_layers=architecture.num_layers,
-            layer_bytes=self.layout.num_bytes,
-            shared_bytes=self.shared_layout.num_bytes,
-            kv_bytes_per_row=kv_bytes_per_row(
-                architecture.num_layers, architecture.num_kv_heads, architecture.head_dim, self.dtype.itemsize
-            ),
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_heads=config.num_attention_heads,
-            vocab_size=architecture.vocab_size,
-            dtype_bytes=self.dtype.itemsize,
-        )
 
 
 def open_engine(
@@ -89,10 +54,10 @@ def open_engine(
     with ExitStack() as stack:
         device = device or open_device(settings.device, settings.emulate_link_bytes_per_s)
         stack.callback(device.close)
-        target = _check_source(settings.model, "--model", settings, device)
+        target = check_source(settings.model, "--model", settings, device)
         draft = None
         if settings.draft_model is not None:
-            draft = _check_source(settings.draft_model, "--draft-model", settings, device)
+            draft = check_source(settings.draft_model, "--draft-model", settings, device)
             sizes = (target.architecture.vocab_size, draft.architecture.vocab_size)
             check_same_vocabulary(target.codec, draft.codec, sizes, "--draft-model")
         plan = _plan(settings, device, target, draft)
@@ -101,8 +66,9 @@ def open_engine(
         if admit is not None:
             admit(admission)
         eos_token_ids = read_eos_token_ids(target.folder, target.architecture.eos_token_ids)
-        counter = _Counter(progress, _bytes_to_read(target, plan) + (draft.checkpoint.num_bytes if draft else 0))
-        model, stream, store = _load_streamed(device, target, plan, counter, stack)
+        shared = _share(settings, target, plan.placement)
+        counter = _Counter(progress, _bytes_to_read(target, plan, shared) + (_all_bytes(draft) if draft else 0))
+        model, stream, store = _load_streamed(device, target, plan, shared, counter, stack)
         drafter = _load_draft(device, draft, plan, target.architecture.vocab_size, counter, stack) if draft else None
         plan = replace(plan, link_bytes_per_s=settings.emulate_link_bytes_per_s or stream.measure_link())
         method = resolve_method(settings.verifier)
@@ -123,46 +89,7 @@ def open_engine(
     )
 
 
-def _check_source(name: str, flag: str, settings: EngineSettings, device: Device) -> _Source:
-    """Config, tokenizer, headers and index of one model, checked against each other."""
-    folder = locate_model(name, flag)
-    architecture = read_architecture(folder)
-    checkpoint = open_checkpoint(folder)
-    check_weights(architecture, checkpoint)
-    dtype = _dtype(settings.dtype, architecture, checkpoint, device)
-    codec = open_codec(folder)
-    if codec is not None and codec.num_tokens > architecture.vocab_size:
-        raise ModelError(
-            f"the tokenizer numbers {codec.num_tokens} tokens, the model's embedding has {architecture.vocab_size}",
-            where=str(folder),
-            cure="use the tokenizer files that belong to this model",
-        )
-    return _Source(
-        folder=folder,
-        architecture=architecture,
-        checkpoint=checkpoint,
-        codec=codec,
-        dtype=dtype,
-        layout=LayerLayout.pack(architecture.layer_shapes.items(), dtype),
-    )
-
-
-def _dtype(name: str, architecture: Architecture, checkpoint: Checkpoint, device: Device) -> torch.dtype:
-    """auto: the checkpoint's own on a GPU, float32 on the CPU, where 16-bit arithmetic is slow or emulated."""
-    if name != "auto":
-        return {
-            "float16": torch.float16,
-            "bfloat16": torch.bfloat16,
-            "float32": torch.float32,
-            "float64": torch.float64,
-        }[name]
-    if device.torch_device.type == "cpu":
-        return torch.float32
-    first = next(iter(architecture.layer_shapes))
-    return checkpoint.tensors[f"{architecture.prefix}.0.{first}"].dtype
-
-
-def _plan(settings: EngineSettings, device: Device, target: _Source, draft: _Source | None) -> Plan:
+def _plan(settings: EngineSettings, device: Device, target: ModelSource, draft: ModelSource | None) -> Plan:
     tree, expected_tokens = resolve_tree(
         settings.tree,
         settings.acceptance,
@@ -180,9 +107,9 @@ def _plan(settings: EngineSettings, device: Device, target: _Source, draft: _Sou
     if device_budget is None and settings.emulate_link_bytes_per_s is None:
         reserve = CUDA_RESERVE_BYTES if device.torch_device.type == "cuda" else HOST_RESERVE_BYTES
         device_budget = max(device.free_bytes() - reserve, 0)
-    host_budget = settings.host_memory_bytes
-    if host_budget is None:
-        host_budget = max(available_bytes() - HOST_RESERVE_BYTES, 0)
+    host_budget: int | None = _host_budget(settings)
+    if target.tensors.equal_layers:  # beyond the budget they share memory, see _share
+        host_budget = None
     return plan_run(
         settings,
         tree,
@@ -193,6 +120,28 @@ def _plan(settings: EngineSettings, device: Device, target: _Source, draft: _Sou
         device_budget_bytes=device_budget,
         host_budget_bytes=host_budget,
     )
+
+
+def _host_budget(settings: EngineSettings) -> int:
+    return settings.host_memory_bytes or max(available_bytes() - HOST_RESERVE_BYTES, 0)
+
+
+def _share(settings: EngineSettings, source: ModelSource, placement: Placement) -> dict[int, int]:
+    """Host layers that borrow the memory of one with the same bytes, as few as the budget asks for. FitError when even so
+    it does not suffice."""
+    equal, layer_bytes = source.tensors.equal_layers, source.layout.num_bytes
+    if not equal:
+        return {}
+    budget = _host_budget(settings)
+    shared = share_layers(placement.host, equal, budget // layer_bytes)
+    num_held = len(placement.host) - len(shared)
+    if num_held * layer_bytes > budget:
+        raise FitError(
+            ledger_lines({f"{num_held} layers that differ": num_held * layer_bytes}, budget),
+            where="--host-memory",
+            cure=f"allow at least {size_text(num_held * layer_bytes)}, or keep more layers on the device",
+        )
+    return shared
 
 
 class _Counter:
@@ -207,36 +156,39 @@ class _Counter:
             self._progress(self._read_bytes, self._total_bytes)
 
 
-def _bytes_to_read(source: _Source, plan: Plan) -> int:
-    prefix, disk = source.architecture.prefix, plan.placement.disk
-    on_disk = tuple(f"{prefix}.{layer}." for layer in disk)
-    tensors = source.checkpoint.tensors
+def _bytes_to_read(source: ModelSource, plan: Plan, shared: dict[int, int]) -> int:
+    prefix = source.architecture.prefix
+    unread = tuple(f"{prefix}.{layer}." for layer in (*plan.placement.disk, *shared))
     wanted = source.architecture.expected_tensors
-    return sum(tensors[name].num_bytes for name in wanted if not (on_disk and name.startswith(on_disk)))
+    return sum(source.tensors.num_bytes(name) for name in wanted if not (unread and name.startswith(unread)))
+
+
+def _all_bytes(source: ModelSource) -> int:
+    return sum(source.tensors.num_bytes(name) for name in source.architecture.expected_tensors)
 
 
 def _load_streamed(
-    device: Device, source: _Source, plan: Plan, counter: _Counter, stack: ExitStack
+    device: Device, source: ModelSource, plan: Plan, shared: dict[int, int], counter: _Counter, stack: ExitStack
 ) -> tuple[CausalLM, LayerStream, WeightStore]:
-    shared = _load_shared(device, source, counter)
+    outside = _load_shared(device, source, counter)
     cache = _cache(device, source, plan.context_rows)
-    store = WeightStore(device, source.checkpoint, source.layout, source.architecture.prefix, plan.placement)
+    store = WeightStore(device, source.tensors, source.layout, source.architecture.prefix, plan.placement, shared)
     stack.callback(store.close)
     store.load(counter)
     stream = LayerStream(device, store, plan.num_slots)
     stack.callback(stream.close)
-    model = CausalLM(source.architecture, device, source.dtype, shared, stream, cache)
+    model = CausalLM(source.architecture, device, source.dtype, outside, stream, cache)
     return model, stream, store
 
 
 def _load_draft(
-    device: Device, source: _Source, plan: Plan, vocab_size: int, counter: _Counter, stack: ExitStack
+    device: Device, source: ModelSource, plan: Plan, vocab_size: int, counter: _Counter, stack: ExitStack
 ) -> ModelDrafter:
     """The draft stays on the device whole."""
     shared = _load_shared(device, source, counter)
     num_layers = source.architecture.num_layers
     everything = Placement(num_layers=num_layers, resident=frozenset(range(num_layers)))
-    store = WeightStore(device, source.checkpoint, source.layout, source.architecture.prefix, everything)
+    store = WeightStore(device, source.tensors, source.layout, source.architecture.prefix, everything)
     stack.callback(store.close)
     store.load(counter)
     weights = ResidentWeights([store.resident[layer] for layer in range(num_layers)])
@@ -245,24 +197,23 @@ def _load_draft(
     return ModelDrafter(model, device, vocab_size)
 
 
-def _load_shared(device: Device, source: _Source, counter: _Counter) -> Weights:
+def _load_shared(device: Device, source: ModelSource, counter: _Counter) -> Weights:
     """The tensors outside the decoder layers, in one device buffer."""
-    layout, checkpoint = source.shared_layout, source.checkpoint
+    layout = source.shared_layout
     buffer = device.alloc(layout.num_bytes)
 
-    def jobs(host: torch.Tensor) -> list[ReadJob]:
-        views = layout.views(host)
-        return [ReadJob(tensor=checkpoint.tensors[name], destination=view) for name, view in views.items()]
+    def views(host: torch.Tensor) -> Destinations:
+        return layout.views(host)
 
-    with TensorReader(checkpoint) as reader:
+    with source.tensors.open() as feed:
         if device.host_addressable:
-            reader.read(jobs(buffer), counter)
+            feed.fill(views(buffer), counter)
         else:
-            load_through_host(device, [(buffer, jobs)], [], reader, counter)
+            load_through_host(device, [(buffer, views)], [], feed, counter)
     return layout.views(buffer)
 
 
-def _cache(device: Device, source: _Source, rows: int) -> KVCache:
+def _cache(device: Device, source: ModelSource, rows: int) -> KVCache:
     architecture = source.architecture
     return KVCache(
         device,
@@ -279,4 +230,5 @@ def _memory_of(device: Device, store: WeightStore) -> Callable[[], Memory]:
         device_peak_bytes=device.peak_bytes(),
         host_weights_bytes=store.host_bytes,
         host_pinned_bytes=store.pinned_bytes,
+        host_shared_layers=len(store.shared),
     )

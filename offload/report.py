@@ -19,11 +19,12 @@ SCHEMA_VERSION = 1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """Bytes, as measured at the end of a run. `device_peak_bytes` on the CPU device counts what went through the device:
-    weights, slots and caches, not activations."""
+    weights, slots and caches, not activations. `host_shared_layers` of a scale model borrow another layer's memory."""
 
     device_peak_bytes: int
     host_weights_bytes: int
     host_pinned_bytes: int
+    host_shared_layers: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +87,7 @@ class Report:
                 "device_peak_bytes": self.memory.device_peak_bytes,
                 "host_weights_bytes": self.memory.host_weights_bytes,
                 "host_pinned_bytes": self.memory.host_pinned_bytes,
+                "host_shared_layers": self.memory.host_shared_layers,
             },
             "plan": plan.to_json(),
             "environment": environment(self.device_name),

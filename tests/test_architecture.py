@@ -17,7 +17,8 @@ FLOOR = {"errors", "config", "version"}
 NUMBERS = {"stats", "trace", "text", "device.base"}  # records and words: they read no weights and move none
 MACHINE = {*FLOOR, "device", "weights", "streaming"}
 ENGINE = {*MACHINE, *NUMBERS, "model", "planner"}
-ALL = {*ENGINE, "admission", "decode", "report", "engine", "assemble", "demo"}
+LOADED = {*ENGINE, "scale", "sources", "admission", "decode", "report", "engine"}
+ALL = {*LOADED, "assemble", "demo"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -35,7 +36,9 @@ ALLOWED: dict[str, set[str]] = {
     "admission": {*FLOOR, *NUMBERS, "planner"},
     "decode": ENGINE,
     "engine": {*ENGINE, "admission", "decode", "report"},
-    "assemble": {*ENGINE, "admission", "decode", "report", "engine"},
+    "scale": {*MACHINE, "model", "demo"},  # makes tensors instead of reading them; computes what the demo target computes
+    "sources": {*MACHINE, *NUMBERS, "model", "planner", "scale"},
+    "assemble": LOADED,
     "demo": FLOOR,  # data, and the script that made it
     "cli": ALL,
     "__init__": {*ENGINE, "engine", "assemble"},  # the package's face: `offload.load`

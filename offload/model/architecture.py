@@ -72,16 +72,20 @@ def read_architecture(folder: Path) -> Architecture:
     where = str(folder / "config.json")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises anything here: OSError, ValueError, KeyError, StrictDataclassError
+        raise _not_built(error, where) from error
+    return build_architecture(config, where)
+
+
+def build_architecture(config: Any, where: str) -> Architecture:
+    """As `read_architecture`, of a transformers config at hand; `where` names it in errors."""
+    try:
         _check_sizes(config)
         register()
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, trust_remote_code=False)
-    except Exception as error:  # transformers raises anything here: OSError, ValueError, KeyError, StrictDataclassError
-        raise ModelError(
-            f"not a causal language model that transformers can build: {_one_line(error)}",
-            where=where,
-            cure="give the folder of a dense decoder such as Llama, Mistral, Qwen2 or Qwen3",
-        ) from error
+    except Exception as error:
+        raise _not_built(error, where) from error
     _refuse_unsupported(config, model, where)
     prefix = "model.layers"
     layers = list(model.get_submodule(prefix).children())
@@ -149,6 +153,14 @@ def _refuse_unsupported(config: Any, model: PreTrainedModel, where: str) -> None
         raise _unsupported("its attention is not plain grouped-query attention", config, where)
     if getattr(config, "max_position_embeddings", None) is None:
         raise _unsupported("its config names no max_position_embeddings", config, where)
+
+
+def _not_built(error: Exception, where: str) -> ModelError:
+    return ModelError(
+        f"not a causal language model that transformers can build: {_one_line(error)}",
+        where=where,
+        cure="give the folder of a dense decoder such as Llama, Mistral, Qwen2 or Qwen3",
+    )
 
 
 def _unsupported(reason: str, config: Any, where: str) -> ModelError:
