@@ -27,6 +27,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "offload",
+        "offload.bench",
         "offload.cli",
         "offload.demo",
         "offload.device",

@@ -23,6 +23,8 @@ def main(argv: list[str]) -> int:
             from .generate import run
         elif arguments.command == "profile":
             from .profile import run
+        elif arguments.command == "bench":
+            from .bench import run
         elif arguments.command == "verify":
             from .verify import run
         else:

@@ -8,7 +8,7 @@ from typing import NoReturn
 from ..config import DTYPES, VERIFIERS
 from ..errors import UsageError
 
-COMMANDS = ("generate", "profile", "verify", "version")
+COMMANDS = ("generate", "profile", "bench", "verify", "version")
 DEMO_PROMPT = "The Congress of the United States should"
 
 
@@ -48,7 +48,13 @@ def number(law: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
 
 
 _temperature = number("0 (greedy) or positive and finite", lambda value: 0 <= value < math.inf)
+_seconds = number("positive and finite", lambda value: 0 < value < math.inf)
 _probability = number("in (0, 1]", lambda value: 0 < value <= 1)
+
+
+def _percent(text: str) -> float:
+    """5% -> 0.05."""
+    return number("a percentage such as 5%", lambda value: 0 <= value < 1000)(text.removesuffix("%")) / 100
 
 
 def build_parser() -> Parser:
@@ -65,6 +71,8 @@ def build_parser() -> Parser:
     add_output_flags(generate)
     profile = commands.add_parser("profile", help="measure a model pair", allow_abbrev=False)
     add_profile_flags(profile)
+    bench = commands.add_parser("bench", help="latency, side by side with baselines", allow_abbrev=False)
+    add_bench_flags(bench)
     verify = commands.add_parser("verify", help="check a checkpoint before a long run", allow_abbrev=False)
     verify.add_argument("--model", required=True, metavar="PATH", help="folder or hub id")
     verify.add_argument("--full", action="store_true", help="compare contents with the manifest, too")
@@ -88,6 +96,39 @@ def add_profile_flags(parser: argparse.ArgumentParser) -> None:
     add_verbosity_flags(parser)
 
 
+def add_bench_flags(parser: argparse.ArgumentParser) -> None:
+    what = "latency: engines side by side (default); spec: acceptance and tokens per pass; suite: everything, with a report"
+    parser.add_argument("what", nargs="?", default="latency", choices=("latency", "spec", "suite"), help=what)
+    add_model_flags(parser)
+    prompts = parser.add_argument_group("prompts")
+    one_of = prompts.add_mutually_exclusive_group()
+    add_prompt_flags(one_of)
+    one_of.add_argument("--dataset", metavar="FILE", help="prompts as in Spec-Bench: an object with turns, category a line")
+    prompts.add_argument("--raw", action="store_true", help="do not apply the chat template")
+    add_sampling_flags(prompts)
+    group = parser.add_argument_group("benchmark")
+    group.add_argument(
+        "--baseline", metavar="LIST", help="latency: any of plain,accelerate,deepspeed,transformers; default all"
+    )
+    group.add_argument("--runs", type=whole(1), default=3, metavar="N", help="times that each prompt is decoded, default 3")
+    group.add_argument("--warmup", type=whole(0), default=1, metavar="N", help="passes that do not count, default 1")
+    group.add_argument("--max-seconds", type=_seconds, metavar="S", help="time for everything, default 600; suite: 1500")
+    group.add_argument("--compare", metavar="FILE", help="latency: compare with an earlier --output")
+    group.add_argument("--fail-if-slower", type=_percent, metavar="5%", help="with --compare: exit 1 beyond that")
+    group.add_argument("--force", action="store_true", help="compare whatever differs")
+    group.add_argument("--trees", default="none,4x6:kary,64x10", metavar="LIST", help="spec: trees, separated by commas")
+    group.add_argument("--temperatures", default="0,0.6,1", metavar="LIST", help="spec: temperatures")
+    group.add_argument("--top-ps", default="1", metavar="LIST", help="spec: values of top-p")
+    group.add_argument("--out", metavar="DIR", help="suite: folder of its records, figures and report; continued if it exists")
+    output = parser.add_argument_group("output")
+    output.add_argument("-o", dest="format", choices=("md", "json", "jsonl", "csv"), help="what stdout gets, default md")
+    output.add_argument("--json", action="store_true", help="the same as -o json")
+    output.add_argument("--output", metavar="FILE", help="write the JSON object to FILE as well")
+    output.add_argument("--plot", metavar="FILE", help="latency: a picture of the table (.png)")
+    output.add_argument("--trace", metavar="FILE", help="latency: trace of our engine (.json or .png)")
+    add_verbosity_flags(parser)
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and machine")
     group.add_argument("--model", metavar="PATH|HUB_ID", help="target model; default: the bundled demo pair")
@@ -107,10 +148,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_request_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("request")
-    prompt = group.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt; - reads it from stdin")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from FILE")
-    prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids; needs no tokenizer")
+    add_prompt_flags(group.add_mutually_exclusive_group())
     add_sampling_flags(group)
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)")
     group.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence tokens")
@@ -118,6 +156,12 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     template.add_argument("--chat", action="store_true", help="apply the chat template (default if there is one)")
     template.add_argument("--raw", action="store_true", help="do not apply the chat template")
     group.add_argument("--system-prompt", metavar="TEXT", help="system turn for the chat template")
+
+
+def add_prompt_flags(prompt: argparse._MutuallyExclusiveGroup) -> None:
+    prompt.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt; - reads it from stdin")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from FILE")
+    prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids; needs no tokenizer")
 
 
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..config import EngineSettings
 from ..demo import ACCEPTANCE, DRAFT, LINK, TARGET
 from ..errors import UsageError
+from ..scale.preset import PREFIX as SCALE_PREFIX
 from .terminal import say
 
 
@@ -15,6 +16,8 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
     command wants to show. stderr is told."""
     model, draft_model, emulate_link = arguments.model, arguments.draft_model, arguments.emulate_link
     acceptance = arguments.acceptance
+    if model is not None and model.startswith(SCALE_PREFIX) and draft_model is None:  # the demo target's function: its draft
+        draft_model, acceptance = str(DRAFT), acceptance or str(ACCEPTANCE)
     if model is None:
         acceptance = acceptance or str(ACCEPTANCE)
         model, draft_model = str(TARGET), str(DRAFT) if draft_model is None else draft_model

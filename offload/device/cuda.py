@@ -173,6 +173,16 @@ def is_available() -> bool:
     return torch.cuda.is_available()
 
 
+def name(index: int = 0) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def cap_memory(num_bytes: int) -> None:
+    """From here on this process gets at most `num_bytes` of the current device from torch, whoever asks."""
+    total_bytes = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(min(num_bytes / total_bytes, 1.0))
+
+
 def version() -> str | None:
     """The CUDA version torch was built for, None for a CPU build."""
     return torch.version.cuda
