@@ -23,7 +23,7 @@ from .planner.cost import ledger_lines, size_text
 from .planner.plan import Plan, plan_run
 from .planner.tree_choice import resolve_method, resolve_tree
 from .report import Memory
-from .sources import ModelSource, check_source
+from .source import ModelSource, check_source
 from .streaming.stream import LayerStream, ResidentWeights, Weights
 from .text import check_same_vocabulary
 from .trace import Trace
@@ -54,10 +54,10 @@ def open_engine(
     with ExitStack() as stack:
         device = device or open_device(settings.device, settings.emulate_link_bytes_per_s)
         stack.callback(device.close)
-        target = check_source(settings.model, "--model", settings, device)
+        target = check_source(settings.model, "--model", settings.dtype, device.torch_device.type)
         draft = None
         if settings.draft_model is not None:
-            draft = check_source(settings.draft_model, "--draft-model", settings, device)
+            draft = check_source(settings.draft_model, "--draft-model", settings.dtype, device.torch_device.type)
             sizes = (target.architecture.vocab_size, draft.architecture.vocab_size)
             check_same_vocabulary(target.codec, draft.codec, sizes, "--draft-model")
         plan = _plan(settings, device, target, draft)
@@ -113,8 +113,8 @@ def _plan(settings: EngineSettings, device: Device, target: ModelSource, draft: 
     return plan_run(
         settings,
         tree,
-        target.cost,
-        draft.cost if draft else None,
+        target.model.cost,
+        draft.model.cost if draft else None,
         expected_tokens_per_pass=expected_tokens,
         max_positions=target.architecture.max_positions,
         device_budget_bytes=device_budget,
@@ -129,7 +129,7 @@ def _host_budget(settings: EngineSettings) -> int:
 def _share(settings: EngineSettings, source: ModelSource, placement: Placement) -> dict[int, int]:
     """Host layers that borrow the memory of one with the same bytes, as few as the budget asks for. FitError when even so
     it does not suffice."""
-    equal, layer_bytes = source.tensors.equal_layers, source.layout.num_bytes
+    equal, layer_bytes = source.tensors.equal_layers, source.model.layout.num_bytes
     if not equal:
         return {}
     budget = _host_budget(settings)
@@ -172,12 +172,12 @@ def _load_streamed(
 ) -> tuple[CausalLM, LayerStream, WeightStore]:
     outside = _load_shared(device, source, counter)
     cache = _cache(device, source, plan.context_rows)
-    store = WeightStore(device, source.tensors, source.layout, source.architecture.prefix, plan.placement, shared)
+    store = WeightStore(device, source.tensors, source.model.layout, source.architecture.prefix, plan.placement, shared)
     stack.callback(store.close)
     store.load(counter)
     stream = LayerStream(device, store, plan.num_slots)
     stack.callback(stream.close)
-    model = CausalLM(source.architecture, device, source.dtype, outside, stream, cache)
+    model = CausalLM(source.architecture, device, source.model.dtype, outside, stream, cache)
     return model, stream, store
 
 
@@ -188,18 +188,18 @@ def _load_draft(
     shared = _load_shared(device, source, counter)
     num_layers = source.architecture.num_layers
     everything = Placement(num_layers=num_layers, resident=frozenset(range(num_layers)))
-    store = WeightStore(device, source.tensors, source.layout, source.architecture.prefix, everything)
+    store = WeightStore(device, source.tensors, source.model.layout, source.architecture.prefix, everything)
     stack.callback(store.close)
     store.load(counter)
     weights = ResidentWeights([store.resident[layer] for layer in range(num_layers)])
     cache = _cache(device, source, plan.context_rows)
-    model = CausalLM(source.architecture, device, source.dtype, shared, weights, cache)
+    model = CausalLM(source.architecture, device, source.model.dtype, shared, weights, cache)
     return ModelDrafter(model, device, vocab_size)
 
 
 def _load_shared(device: Device, source: ModelSource, counter: _Counter) -> Weights:
     """The tensors outside the decoder layers, in one device buffer."""
-    layout = source.shared_layout
+    layout = source.model.shared_layout
     buffer = device.alloc(layout.num_bytes)
 
     def views(host: torch.Tensor) -> Destinations:
@@ -221,7 +221,7 @@ def _cache(device: Device, source: ModelSource, rows: int) -> KVCache:
         num_kv_heads=architecture.num_kv_heads,
         head_dim=architecture.head_dim,
         capacity=rows,
-        dtype=source.dtype,
+        dtype=source.model.dtype,
     )
 
 

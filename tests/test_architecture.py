@@ -17,7 +17,7 @@ FLOOR = {"errors", "config", "version"}
 NUMBERS = {"stats", "trace", "text", "device.base"}  # records and words: they read no weights and move none
 MACHINE = {*FLOOR, "device", "weights", "streaming"}
 ENGINE = {*MACHINE, *NUMBERS, "model", "planner"}
-LOADED = {*ENGINE, "scale", "sources", "admission", "decode", "report", "engine"}
+LOADED = {*ENGINE, "scale", "source", "admission", "decode", "report", "engine"}
 ALL = {*LOADED, "assemble", "demo"}
 
 ALLOWED: dict[str, set[str]] = {
@@ -37,10 +37,10 @@ ALLOWED: dict[str, set[str]] = {
     "decode": ENGINE,
     "engine": {*ENGINE, "admission", "decode", "report"},
     "scale": {*MACHINE, "model", "demo"},  # makes tensors instead of reading them; computes what the demo target computes
-    "sources": {*MACHINE, *NUMBERS, "model", "planner", "scale"},
+    "source": {*MACHINE, *NUMBERS, "model", "planner", "scale"},
     "assemble": LOADED,
     "demo": FLOOR,  # data, and the script that made it
-    "bench": ALL,  # drives whole engines, ours and others'
+    "bench": ALL,  # drives whole engines, ours and others
     "cli": {*ALL, "bench"},
     "__init__": {*ENGINE, "engine", "assemble"},  # the package's face: `offload.load`
 }
@@ -51,6 +51,7 @@ TREE_IMPORTERS = (
     "offload/decode.py",
     "offload/engine.py",
     "offload/planner/",
+    "offload/bench/",
     "offload/cli/",
     "offload/model/drafter.py",  # fits our model to tree's TreeModel protocol, whose arguments are tree's types
     "offload/__init__.py",  # the guard that the tree it finds is ours and not dm-tree's

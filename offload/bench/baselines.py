@@ -5,7 +5,6 @@ token and nothing else, which favours them over `generate`."""
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from transformers import DynamicCache
 
 from ..device import Device, cuda, open_device
 from ..device.host import available_bytes
-from ..sources import ModelSource, check_source
+from ..source import ModelSource, check_source
 from .case import Case
 from .deepspeed import open_deepspeed
 from .materialise import build_model
@@ -51,7 +50,7 @@ def open_baseline(case: Case) -> Iterator[ForwardDecoder]:
         stack.callback(device.close)
         if device.torch_device.type == "cuda" and case.settings.gpu_memory_bytes is not None:
             cuda.cap_memory(case.settings.gpu_memory_bytes)
-        source = check_source(case.settings.model, "--model", replace(case.settings, draft_model=None), device)
+        source = check_source(case.settings.model, "--model", case.settings.dtype, device.torch_device.type)
         if library == "transformers":
             model = _resident(source, device, case)
         elif library == "accelerate":
@@ -93,7 +92,7 @@ def _layer_classes(model: Any, source: ModelSource) -> list[str]:
 
 
 def _weight_bytes(source: ModelSource) -> int:
-    return source.architecture.num_layers * source.layout.num_bytes + source.shared_layout.num_bytes
+    return source.architecture.num_layers * source.model.layout.num_bytes + source.model.shared_layout.num_bytes
 
 
 def _device_bytes(device: Device, case: Case) -> int:

@@ -121,8 +121,9 @@ def error_to_json(error: OffloadError) -> dict[str, Any]:
 
 def as_error(document: dict[str, Any]) -> OffloadError:
     """What `error_to_json` took apart: the same words, the same exit code."""
-    kinds = {kind.exit_code: kind for kind in (*OffloadError.__subclasses__(), OffloadError)}
-    return kinds[document["exit_code"]](document["what"], where=document["where"], cure=document["cure"])
+    kinds: list[type[OffloadError]] = [OffloadError, *OffloadError.__subclasses__()]
+    kind = next(kind for kind in kinds if kind.exit_code == document["exit_code"])
+    return kind(document["what"], where=document["where"], cure=document["cure"])
 
 
 def tokens_by_prompt(outcome: Outcome) -> dict[int, Sequence[int]]:

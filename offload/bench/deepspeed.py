@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
-from ..sources import ModelSource
+from ..source import ModelSource
 from .materialise import host_tensors
 
 
@@ -40,15 +40,17 @@ def open_deepspeed(variant: str, source: ModelSource) -> Any:
     config = zero_config(
         variant,
         hidden_size=source.architecture.config.hidden_size,
-        layer_parameters=source.layout.num_bytes // source.dtype.itemsize,
-        dtype_name=str(source.dtype).removeprefix("torch."),
+        layer_parameters=source.model.layout.num_bytes // source.model.dtype.itemsize,
+        dtype_name=str(source.model.dtype).removeprefix("torch."),
     )
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}
     os.environ.update(alone)
     deepspeed.init_distributed("nccl")
     keep_alive = HfDeepSpeedConfig(config)
     with deepspeed.zero.Init(config_dict_or_path=config):
-        model = AutoModelForCausalLM.from_config(source.architecture.config, attn_implementation="sdpa", dtype=source.dtype)
+        model = AutoModelForCausalLM.from_config(
+            source.architecture.config, attn_implementation="sdpa", dtype=source.model.dtype
+        )
     tensors = host_tensors(source)
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):

@@ -16,14 +16,24 @@ GRACE_S = 10.0  # for a pass that is under way, and for closing
 def run_isolated(case: Case, *, patient: bool) -> Outcome:
     """`patient`: no end is put to loading, so that the worker can say how long a budget it needs."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "offload.bench.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
-    )
+    ) as process:
+        events, complaints = _listen(process, case, patient=patient)
+    outcome = outcome_of(case.engine, events)
+    if outcome.load_s is None and not any(event["event"] == "refused" for event in events):
+        last = next((line.strip() for line in reversed(complaints) if line.strip()), "")
+        outcome.reason = f"failed: {last[:200]}" if last else f"still loading after {case.max_seconds:.0f} s"
+    return outcome
+
+
+def _listen(process: subprocess.Popen[str], case: Case, *, patient: bool) -> tuple[list[Event], list[str]]:
+    """Events, and what the process said on stderr. It has ended afterwards, whatever happens here."""
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
     complaints: list[str] = []
     reader = threading.Thread(target=lambda stream: complaints.extend(stream), args=(process.stderr,))
@@ -34,14 +44,9 @@ def run_isolated(case: Case, *, patient: bool) -> Outcome:
     try:
         with process.stdin:
             json.dump(case.to_json(), process.stdin)
-        events: list[Event] = [json.loads(line) for line in process.stdout if line.endswith("\n")]
+        return [json.loads(line) for line in process.stdout if line.endswith("\n")], complaints
     finally:
         watchdog.cancel()
         process.kill()  # interrupted, or done already
         process.wait()
         reader.join()
-    outcome = outcome_of(case.engine, events)
-    if outcome.load_s is None and not any(event["event"] == "refused" for event in events):
-        last = next((line.strip() for line in reversed(complaints) if line.strip()), "")
-        outcome.reason = f"failed: {last[:200]}" if last else f"still loading after {case.max_seconds:.0f} s"
-    return outcome

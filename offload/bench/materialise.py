@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from ..device.host import available_bytes
 from ..model.causal_lm import rebuild_rotary
-from ..sources import ModelSource
+from ..source import ModelSource
 from ..weights.source import share_layers
 from .measure import CannotRun
 
@@ -18,7 +18,9 @@ def build_model(source: ModelSource) -> Any:
     """transformers' model with the source's tensors, in host memory; equal layers share theirs when memory is short.
     CannotRun when it is not enough."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(source.architecture.config, attn_implementation="sdpa", dtype=source.dtype)
+        model = AutoModelForCausalLM.from_config(
+            source.architecture.config, attn_implementation="sdpa", dtype=source.model.dtype
+        )
     state = host_tensors(source)
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
@@ -28,8 +30,8 @@ def build_model(source: ModelSource) -> Any:
 
 def host_tensors(source: ModelSource) -> dict[str, torch.Tensor]:
     """Every tensor by name, on the CPU."""
-    architecture, layer_bytes = source.architecture, source.layout.num_bytes
-    room = (round(available_bytes() * HOST_SHARE) - source.shared_layout.num_bytes) // layer_bytes
+    architecture, layer_bytes = source.architecture, source.model.layout.num_bytes
+    room = (round(available_bytes() * HOST_SHARE) - source.model.shared_layout.num_bytes) // layer_bytes
     borrowed = share_layers(range(architecture.num_layers), source.tensors.equal_layers, room)
     if architecture.num_layers - len(borrowed) > room:
         raise CannotRun(f"host memory has room for {max(room, 0)} of {architecture.num_layers} layers")
@@ -37,7 +39,7 @@ def host_tensors(source: ModelSource) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for name, shape in architecture.expected_tensors.items():
         if not name.startswith(elsewhere):
-            tensors[name] = torch.empty(shape, dtype=source.dtype)
+            tensors[name] = torch.empty(shape, dtype=source.model.dtype)
     with source.tensors.open() as feed:
         feed.fill(tensors)
     for layer, owner in borrowed.items():

@@ -116,7 +116,7 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--compare", metavar="FILE", help="latency: compare with an earlier --output")
     group.add_argument("--fail-if-slower", type=_percent, metavar="5%", help="with --compare: exit 1 beyond that")
     group.add_argument("--force", action="store_true", help="compare whatever differs")
-    group.add_argument("--trees", default="none,4x6:kary,64x10", metavar="LIST", help="spec: trees, separated by commas")
+    group.add_argument("--trees", default="4x6:kary,64x10", metavar="LIST", help="spec: trees, separated by commas")
     group.add_argument("--temperatures", default="0,0.6,1", metavar="LIST", help="spec: temperatures")
     group.add_argument("--top-ps", default="1", metavar="LIST", help="spec: values of top-p")
     group.add_argument("--out", metavar="DIR", help="suite: folder of its records, figures and report; continued if it exists")

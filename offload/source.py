@@ -1,12 +1,10 @@
-"""Models that were checked and not yet loaded: config, tokenizer and tensors, held against each other. Reads no weight."""
+"""A model that was looked at and not yet loaded: what it is, where its tensors are, how large it will be."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .config import EngineSettings
-from .device import Device
 from .errors import ModelError
 from .model.architecture import Architecture, check_weights, read_architecture
 from .model.locate import locate_model
@@ -19,42 +17,56 @@ from .weights.source import CheckpointSource, TensorSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSource:
-    """A model that was checked and not yet loaded. `folder` has its tokenizer and generation config."""
+class TypedModel:
+    """An architecture in the dtype it will run in: everything that has a size."""
 
-    folder: Path
     architecture: Architecture
-    tensors: TensorSource
-    codec: TextCodec | None
     dtype: torch.dtype
-    layout: LayerLayout
+
+    @property
+    def layout(self) -> LayerLayout:
+        """Of one decoder layer."""
+        return LayerLayout.pack(self.architecture.layer_shapes.items(), self.dtype)
 
     @property
     def shared_layout(self) -> LayerLayout:
+        """Of the tensors outside the decoder layers."""
         return LayerLayout.pack(self.architecture.shared_shapes.items(), self.dtype)
 
     @property
     def cost(self) -> ModelCost:
-        architecture, config = self.architecture, self.architecture.config
+        architecture, config, itemsize = self.architecture, self.architecture.config, self.dtype.itemsize
+        kv_bytes = kv_bytes_per_row(architecture.num_layers, architecture.num_kv_heads, architecture.head_dim, itemsize)
         return ModelCost(
             num_layers=architecture.num_layers,
             layer_bytes=self.layout.num_bytes,
             shared_bytes=self.shared_layout.num_bytes,
-            kv_bytes_per_row=kv_bytes_per_row(
-                architecture.num_layers, architecture.num_kv_heads, architecture.head_dim, self.dtype.itemsize
-            ),
+            kv_bytes_per_row=kv_bytes,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             num_heads=config.num_attention_heads,
             vocab_size=architecture.vocab_size,
-            dtype_bytes=self.dtype.itemsize,
+            dtype_bytes=itemsize,
         )
 
 
-def check_source(name: str, flag: str, settings: EngineSettings, device: Device) -> ModelSource:
-    """Config, tokenizer, headers and index of one model, checked against each other."""
-    folder, architecture, tensors = open_scale_model(name, flag) if is_scale_model(name) else _open_checkpoint(name, flag)
-    dtype = _dtype(settings.dtype, architecture, tensors, device)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """A model whose config, tokenizer and tensors were checked against each other. `folder` has its tokenizer."""
+
+    folder: Path
+    tensors: TensorSource
+    codec: TextCodec | None
+    model: TypedModel
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.model.architecture
+
+
+def check_source(name: str, flag: str, dtype: str, device_type: str) -> ModelSource:
+    """The model `name`, a folder or a hub id, as `flag` gave it. Errors of errors.py for whatever is wrong with it."""
+    folder, architecture, tensors = open_scale_model(name, flag) if is_scale_model(name) else _open_folder(name, flag)
     codec = open_codec(folder)
     if codec is not None and codec.num_tokens > architecture.vocab_size:
         raise ModelError(
@@ -62,17 +74,12 @@ def check_source(name: str, flag: str, settings: EngineSettings, device: Device)
             where=str(folder),
             cure="use the tokenizer files that belong to this model",
         )
-    return ModelSource(
-        folder=folder,
-        architecture=architecture,
-        tensors=tensors,
-        codec=codec,
-        dtype=dtype,
-        layout=LayerLayout.pack(architecture.layer_shapes.items(), dtype),
-    )
+    stored = tensors.dtype(f"{architecture.prefix}.0.{next(iter(architecture.layer_shapes))}")
+    model = TypedModel(architecture=architecture, dtype=resolve_dtype(dtype, stored, device_type))
+    return ModelSource(folder=folder, tensors=tensors, codec=codec, model=model)
 
 
-def _open_checkpoint(name: str, flag: str) -> tuple[Path, Architecture, TensorSource]:
+def _open_folder(name: str, flag: str) -> tuple[Path, Architecture, TensorSource]:
     folder = locate_model(name, flag)
     architecture = read_architecture(folder)
     checkpoint = open_checkpoint(folder)
@@ -80,7 +87,7 @@ def _open_checkpoint(name: str, flag: str) -> tuple[Path, Architecture, TensorSo
     return folder, architecture, CheckpointSource(checkpoint)
 
 
-def _dtype(name: str, architecture: Architecture, tensors: TensorSource, device: Device) -> torch.dtype:
+def resolve_dtype(name: str, stored: torch.dtype, device_type: str) -> torch.dtype:
     """auto: the checkpoint's own on a GPU, float32 on the CPU, where 16-bit arithmetic is slow or emulated."""
     if name != "auto":
         return {
@@ -89,7 +96,4 @@ def _dtype(name: str, architecture: Architecture, tensors: TensorSource, device:
             "float32": torch.float32,
             "float64": torch.float64,
         }[name]
-    if device.torch_device.type == "cpu":
-        return torch.float32
-    first = next(iter(architecture.layer_shapes))
-    return tensors.dtype(f"{architecture.prefix}.0.{first}")
+    return torch.float32 if device_type == "cpu" else stored
