@@ -52,6 +52,7 @@ class EngineDecoder:
             "emulated_link": self._engine.emulated_link,
             "link_utilisation": last.link_utilisation if last else None,
             "stall_s": last.stats.stall_s if last else None,
+            "pass_s": last.stats.median_pass_s if last else None,
             "draft_s": _median([one.draft_s for one in last.stats.passes]) if last else None,
             "verify_s": _median([one.verify_s for one in last.stats.passes]) if last else None,
             "plan": plan.to_json(),

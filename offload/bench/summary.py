@@ -41,16 +41,19 @@ def _row(outcome: Outcome, plain: Outcome | None, ours: Outcome | None, referenc
         "device_peak_bytes": facts.get("device_peak_bytes"),
         "host_peak_bytes": facts.get("host_peak_bytes"),
     }
-    return {**row, **_physics(facts, row)}
+    return {**row, **_physics(outcome, row["s_per_token_p50"])}
 
 
-def _physics(facts: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    """The floor: bytes per pass / link rate / tokens per pass; and what the planner said, at the tokens per pass that were."""
-    bytes_per_pass, rate, tokens = facts.get("bytes_per_pass"), facts.get("link_bytes_per_s"), row["tokens_per_pass"]
+def _physics(outcome: Outcome, measured_s: float | None) -> dict[str, Any]:
+    """The floor: bytes per pass / link rate / tokens per pass; and what the planner said, at the tokens per pass that were,
+    those of the first passes left out as their time is."""
+    facts = outcome.facts
+    bytes_per_pass, rate = facts.get("bytes_per_pass"), facts.get("link_bytes_per_s")
+    later = [tokens for sample in outcome.samples for tokens in sample.pass_tokens[1:]]
+    tokens = statistics.fmean(later) if later else None
     floor_s = bytes_per_pass / rate / tokens if bytes_per_pass and rate and tokens else None
     round_s = facts.get("plan", {}).get("predicted_round_s")
     predicted_s = round_s / tokens if round_s and tokens else None
-    measured_s = row["s_per_token_p50"]
     return {
         "floor_s_per_token": floor_s,
         "over_floor": measured_s / floor_s if measured_s and floor_s else None,
