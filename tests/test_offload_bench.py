@@ -259,6 +259,27 @@ def test_errors_of_our_engine_end_the_command_with_its_exit_code(
     assert_error(bench(*argv, "--gpu-memory", "1KiB", "-q"), 4, "--gpu-memory")
 
 
+def test_an_interruption_keeps_the_engines_that_had_ended(
+    models: Models, bench: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(case: Case, *, patient: bool) -> Outcome:
+        if case.engine == "plain":
+            raise KeyboardInterrupt
+        return outcome(case.engine, [2.0], [5, 6], device="cpu")
+
+    monkeypatch.setattr("offload.bench.latency.run_isolated", run)
+    finished = bench(
+        "--model", models(), "--prompt-ids", "5,9", "--device", "cpu", "--baseline", "plain,transformers", "--json", "-q"
+    )
+    assert finished.code == 130
+    rows = json.loads(finished.stdout)["summary"]
+    assert [(row["s_per_token_p50"], row["reason"]) for row in rows] == [
+        (2.0, None),
+        (None, "interrupted"),
+        (None, "interrupted"),
+    ]
+
+
 def test_a_budget_too_short_for_one_pass_is_refused(models: Models, in_process: None, bench: Callable[..., Finished]) -> None:
     argv = ("--model", models(), "--prompt-ids", "5,9", "--device", "cpu", "--baseline", "", "-n", 4)
     finished = bench(*argv, "--emulate-link", "1KB/s", "--max-seconds", 20, "-q")

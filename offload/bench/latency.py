@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import EngineSettings
+from ..demo import TARGET
 from ..errors import UsageError
 from ..report import environment
 from .case import Case, Outcome, as_error
@@ -18,6 +19,7 @@ from .prompts import Prompt
 from .summary import by_category, summarise
 
 SCHEMA_VERSION = 1
+INTERRUPTED = "interrupted"
 DEEPSPEED_WARMUP = 3  # tokens until its prefetcher has seen a whole pass
 
 
@@ -61,13 +63,18 @@ class LatencyRequest:
 
 
 def measure_latency(request: LatencyRequest, say: Callable[[str], None]) -> dict[str, Any]:
-    """The document that `bench --json` prints. UsageError when the time does not allow one pass of ours."""
+    """The document that `bench --json` prints; after Ctrl-C, of the engines that had ended. UsageError when the time does not
+    allow one pass of ours."""
     host, gpu = describe_host(), describe_gpu()  # before we make the machine busy
     end_s = time.monotonic() + request.max_seconds
     outcomes: list[Outcome] = []
     for number, engine in enumerate(request.engines):
         share_s = (end_s - time.monotonic()) / (len(request.engines) - number)
-        outcome = run_engine(request, engine, share_s, on_gpu=gpu is not None and request.settings.device != "cpu")
+        try:
+            outcome = run_engine(request, engine, share_s, on_gpu=gpu is not None and request.settings.device != "cpu")
+        except KeyboardInterrupt:
+            outcomes += [Outcome(engine=left, reason=INTERRUPTED) for left in request.engines[number:]]
+            break
         outcomes.append(outcome)
         say(f"{engine}: {_progress(outcome)}")
         if engine == "ours" and outcome.error is not None:
@@ -111,6 +118,7 @@ def _document(request: LatencyRequest, outcomes: list[Outcome], host: dict[str, 
         "runs": [record for outcome in outcomes for record in outcome.to_json()],
         "facts": {outcome.engine: outcome.facts for outcome in outcomes},
         "summary": summarise(outcomes, greedy=request.temperature == 0),
+        "interrupted": any(outcome.reason == INTERRUPTED for outcome in outcomes),
         "categories": by_category(outcomes, categories) if len(set(categories)) > 1 else [],
         "environment": environment(device),
     }
@@ -123,12 +131,17 @@ def describe_model(settings: EngineSettings) -> dict[str, Any]:
     """Models by name, not by path: the document may travel."""
     scale = settings.model.startswith("scale:")
     return {
-        "target": settings.model if scale else Path(settings.model).name,
-        "draft": Path(settings.draft_model).name if settings.draft_model else None,
+        "target": settings.model if scale else _name(settings.model),
+        "draft": _name(settings.draft_model) if settings.draft_model else None,
         "dtype": settings.dtype,
         "scale": SCALE_NOTE if scale else None,
         "emulated_link_bytes_per_s": settings.emulate_link_bytes_per_s,
     }
+
+
+def _name(model: str) -> str:
+    path = Path(model)
+    return f"demo-{path.name}" if path.parent == TARGET.parent else path.name
 
 
 SCALE_NOTE = "real work of this shape, an easy language: the bundled demo target's function at the size of a large model"

@@ -17,6 +17,7 @@ from .acceptance import write_json
 from .generate import read_prompt
 from .parser import DEMO_PROMPT
 from .settings import check_writable, engine_settings
+from .signals import EXIT_INTERRUPTED
 from .terminal import say
 
 LATENCY_SECONDS, SUITE_SECONDS = 600.0, 1500.0
@@ -66,7 +67,7 @@ def _run_latency(arguments: argparse.Namespace) -> int:
             say(f"{row['engine']}: {row['old']:.3g} -> {row['new']:.3g} s/token, {row['change'] * 100:+.1f} %")
         if arguments.fail_if_slower is not None:
             check_not_slower(changes, arguments.fail_if_slower, where=f"--compare {arguments.compare}")
-    return 0
+    return EXIT_INTERRUPTED if document["interrupted"] else 0
 
 
 def _run_spec(arguments: argparse.Namespace) -> int:
