@@ -113,7 +113,7 @@ def _document(request: LatencyRequest, outcomes: list[Outcome], host: dict[str, 
             "engines": list(request.engines),
             "prompts": len(request.prompts),
             **{name: getattr(request, name) for name in _ASKED},
-            "settings": asdict(settings),
+            "settings": {**asdict(settings), **_names(settings)},
         },
         "runs": [record for outcome in outcomes for record in outcome.to_json()],
         "facts": {outcome.engine: outcome.facts for outcome in outcomes},
@@ -130,17 +130,29 @@ _ASKED = ("max_new_tokens", "runs", "warmup", "max_seconds", "temperature", "top
 def describe_model(settings: EngineSettings) -> dict[str, Any]:
     """Models by name, not by path: the document may travel."""
     scale = settings.model.startswith("scale:")
+    names = _names(settings)
     return {
-        "target": settings.model if scale else _name(settings.model),
-        "draft": _name(settings.draft_model) if settings.draft_model else None,
+        "target": names["model"],
+        "draft": names["draft_model"],
         "dtype": settings.dtype,
         "scale": SCALE_NOTE if scale else None,
         "emulated_link_bytes_per_s": settings.emulate_link_bytes_per_s,
     }
 
 
+def _names(settings: EngineSettings) -> dict[str, str | None]:
+    """The settings that are files, by name."""
+    files = {
+        "model": settings.model,
+        "draft_model": settings.draft_model,
+        "acceptance": settings.acceptance,
+        "tree": settings.tree,
+    }
+    return {field: _name(value) if value is not None else None for field, value in files.items()}
+
+
 def _name(model: str) -> str:
-    path = Path(model)
+    path = Path(model).resolve()
     return f"demo-{path.name}" if path.parent == TARGET.parent else path.name
 
 
