@@ -218,22 +218,45 @@ def test_engines_side_by_side_write_the_same_tokens(models: Models, tmp_path: Pa
         torch.tensor([[5, 9, 33]]), max_new_tokens=6, do_sample=False, eos_token_id=None
     )
     argv = ("--model", folder, "--draft-model", folder, "--device", "cpu", "--tree", "2x3:kary", "--emulate-link", "20MB/s")
+    others = "accelerate,deepspeed,transformers"
     finished = bench(
-        *argv, "--prompt-ids", "5,9,33", "-n", 6, "--runs", 2, "--output", tmp_path / "b.json", "--plot", tmp_path / "b.png"
+        *argv,
+        "--prompt-ids",
+        "5,9,33",
+        "-n",
+        6,
+        "--runs",
+        2,
+        "--baseline",
+        others,
+        "--output",
+        tmp_path / "b.json",
+        "--plot",
+        tmp_path / "b.png",
     )
     assert finished.code == 0, finished
     document = json.loads((tmp_path / "b.json").read_text())
     rows = {row["engine"]: row for row in document["summary"]}
-    ran = ("ours", "plain", "accelerate-disk", "transformers")
-    assert [rows[engine]["identical_tokens"] for engine in ran] == [True] * 4, finished.stderr
+    ran = ("ours", "accelerate-disk", "transformers")
+    assert [rows[engine]["identical_tokens"] for engine in ran] == [True] * 3, finished.stderr
     assert all(rows[engine]["s_per_token_p50"] > 0 and rows[engine]["host_peak_bytes"] > 0 for engine in ran)
     assert {tuple(record["token_ids"]) for record in document["runs"]} == {tuple(expected[0, 3:].tolist())}
     assert rows["deepspeed-tuned"]["reason"] in ("not installed", "needs a GPU")
-    assert rows["ours"]["tokens_per_pass"] == 3 and rows["plain"]["tokens_per_pass"] == 1
+    assert rows["ours"]["tokens_per_pass"] == 3 and rows["transformers"]["tokens_per_pass"] == 1
     assert {"schema_version", "host", "gpu", "model", "runs", "summary"} <= set(document)
     assert "| treestream | " in finished.stdout and "emulated link of 20 MB/s" in finished.stdout
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     assert compare(document, document)[0]["change"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_every_engine_of_a_gpu_machine_writes_the_same_tokens(models: Models, bench: Callable[..., Finished]) -> None:
+    argv = ("--model", models(), "--device", "cuda", "--dtype", "float32", "--gpu-memory", "2GiB", "--prompt-ids", "5,9,33")
+    document = json.loads(bench(*argv, "-n", 6, "--runs", 1, "--json", "--baseline", "plain,accelerate,transformers").stdout)
+    rows = {row["engine"]: row for row in document["summary"]}
+    assert set(rows) == {"ours", "plain", "accelerate", "accelerate-preload", "accelerate-dispatch", "transformers"}
+    assert all(row["identical_tokens"] and row["device_peak_bytes"] > 0 for row in rows.values()), rows
 
 
 def test_other_forms_and_a_comparison(models: Models, tmp_path: Path, in_process: None, bench: Callable[..., Finished]) -> None:

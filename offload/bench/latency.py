@@ -14,7 +14,7 @@ from ..report import environment
 from .case import Case, Outcome, as_error
 from .engines import why_not
 from .launch import run_isolated
-from .machine import describe_gpu, describe_host
+from .machine import describe_gpu, describe_host, uses_gpu
 from .prompts import Prompt
 from .summary import by_category, summarise
 
@@ -42,10 +42,10 @@ class LatencyRequest:
     trace: str | None = None
 
     def case(self, engine: str, max_seconds: float) -> Case:
-        """Baselines copy through no emulated link."""
+        """Baselines copy through no emulated link, on the CPU where ours emulates one."""
         settings = self.settings
-        if engine not in ("ours", "plain"):
-            settings = replace(settings, emulate_link_bytes_per_s=None)
+        if engine not in ("ours", "plain") and settings.emulate_link_bytes_per_s is not None:
+            settings = replace(settings, emulate_link_bytes_per_s=None, device="cpu")
         return Case(
             engine=engine,
             settings=settings,
@@ -71,7 +71,7 @@ def measure_latency(request: LatencyRequest, say: Callable[[str], None]) -> dict
     for number, engine in enumerate(request.engines):
         share_s = (end_s - time.monotonic()) / (len(request.engines) - number)
         try:
-            outcome = run_engine(request, engine, share_s, on_gpu=gpu is not None and request.settings.device != "cpu")
+            outcome = run_engine(request, engine, share_s, on_gpu=uses_gpu(request.settings))
         except KeyboardInterrupt:
             outcomes += [Outcome(engine=left, reason=INTERRUPTED) for left in request.engines[number:]]
             break

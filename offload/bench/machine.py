@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 
+from ..config import EngineSettings
 from ..device import cuda
 
 
@@ -24,6 +25,11 @@ def describe_host() -> dict[str, Any]:
 
 def describe_gpu() -> str | None:
     return cuda.name() if cuda.is_available() else None
+
+
+def uses_gpu(settings: EngineSettings) -> bool:
+    """Whether engines with these settings run on a GPU; an emulated link is the CPU device's."""
+    return settings.device != "cpu" and settings.emulate_link_bytes_per_s is None and cuda.is_available()
 
 
 def _processor() -> str:

@@ -38,11 +38,11 @@ def _run_latency(arguments: argparse.Namespace) -> int:
     settings = engine_settings(arguments, emulate_demo_link=True)
     prompts, prompt_ids = _prompts(arguments, settings)
     from ..bench.latency import LatencyRequest, measure_latency  # torch, after everything that can be refused without it
-    from ..device import cuda
+    from ..bench.machine import uses_gpu
 
     request = LatencyRequest(
         settings=settings,
-        engines=engines_for(baselines, on_gpu=settings.device != "cpu" and cuda.is_available()),
+        engines=engines_for(baselines, on_gpu=uses_gpu(settings)),
         prompts=tuple(prompts),
         prompt_ids=tuple(prompt_ids),
         max_new_tokens=arguments.max_new_tokens,

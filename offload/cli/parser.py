@@ -131,7 +131,9 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and machine")
-    group.add_argument("--model", metavar="PATH|HUB_ID", help="target model; default: the bundled demo pair")
+    group.add_argument(
+        "--model", metavar="PATH|HUB_ID", help="target; default: the demo pair; scale:PRESET[:LAYERS]: see docs/cli.md"
+    )
     group.add_argument("--draft-model", metavar="PATH|HUB_ID|none", help="draft model; none = no speculation")
     group.add_argument("--tree", default="auto", metavar="SPEC", help="auto, none, 768x18, 4x6:kary, or a JSON file")
     group.add_argument("--verifier", default="auto", choices=VERIFIERS, help="how sampled trees are verified, all exactly")
