@@ -28,9 +28,8 @@ def test_ours_over_plain_is_tokens_per_pass_times_predicted_overhead() -> None:
     assert f"{rows['ours']['speedup']:.2f} x" in TEXT and f"{rows['ours']['s_per_token_p50']:.4f}" in TEXT
 
 
-def test_committed_acceptance_falls_with_temperature_for_every_tree() -> None:
+def test_the_acceptance_table_is_that_of_the_committed_file() -> None:
     document: Any = json.loads((FOLDER / "spec_cpu.json").read_text(encoding="utf-8"))
-    assert document["kind"] == "spec" and document["complete"]
-    for tree in ("4x6:kary", "16x8", "64x10"):
-        tokens = [row["tokens_per_pass"] for row in document["summary"] if row["tree"] == tree and row["top_p"] == 1]
-        assert tokens == sorted(tokens, reverse=True) and len(tokens) == 3
+    assert document["kind"] == "spec" and document["complete"] and len(document["summary"]) == 15
+    cells = [f"{row['tokens_per_pass']:.2f} +- {row['tokens_per_pass_error']:.2f}" for row in document["summary"]]
+    assert [cell for cell in cells if cell not in TEXT] == []

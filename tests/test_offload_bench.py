@@ -146,6 +146,14 @@ def test_rows_by_hand() -> None:
     assert [row["identical_tokens"] for row in summarise([outcome("ours", [1.0], [5, 6])], greedy=False)] == [None]
 
 
+def test_no_ratio_is_formed_across_an_emulated_link() -> None:
+    """It would be as large as one likes, by the rate that was chosen."""
+    outcomes = [outcome("ours", [1.0], [5, 6], emulated_link=True), outcome("plain", [4.0], [5, 6], emulated_link=True)]
+    rows = summarise([*outcomes, outcome("accelerate-disk", [2.0], [5, 6])], greedy=True)
+    assert [(row["speedup"], row["ours_by"]) for row in rows] == [(4, 1), (1, 4), (None, None)]
+    assert all(row["identical_tokens"] for row in rows)
+
+
 def test_percentiles_lie_between_the_nearest_values() -> None:
     assert [percentile([4.0, 1.0, 2.0], percent) for percent in (0, 50, 75, 100)] == [1, 2, 3, 4]
     assert percentile([], 50) is None and percentile([7.0], 90) == 7

@@ -16,7 +16,15 @@ def summarise(outcomes: Sequence[Outcome], *, greedy: bool) -> list[dict[str, An
     the row's over ours. Intervals are 95 %, by bootstrap over samples, None for a single one."""
     by_name = {outcome.engine: outcome for outcome in outcomes}
     reference = next((by_name[name] for name in REFERENCES if name in by_name and by_name[name].ran), None)
-    return [_row(outcome, by_name.get("plain"), by_name.get("ours"), reference if greedy else None) for outcome in outcomes]
+    plain, ours = by_name.get("plain"), by_name.get("ours")
+    return [_row(outcome, _alike(plain, outcome), _alike(ours, outcome), reference if greedy else None) for outcome in outcomes]
+
+
+def _alike(other: Outcome | None, outcome: Outcome) -> Outcome | None:
+    """`other`, unless one of the two went over an emulated link: then their ratio says how slow that link was chosen."""
+    if other is None or bool(other.facts.get("emulated_link")) != bool(outcome.facts.get("emulated_link")):
+        return None
+    return other
 
 
 def _row(outcome: Outcome, plain: Outcome | None, ours: Outcome | None, reference: Outcome | None) -> dict[str, Any]:
