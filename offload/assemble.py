@@ -13,7 +13,7 @@ from .decode import DecodeLoop
 from .device import Device, open_device
 from .device.host import available_bytes
 from .engine import Engine
-from .loading import HOST_RESERVE_BYTES, Progress, ReadCounter, bytes_to_read, load_draft, load_target
+from .loading import HOST_RESERVE_BYTES, Progress, ReadCounter, bytes_to_read, load_draft, load_target, share_memory
 from .model.architecture import check_window
 from .model.locate import read_eos_token_ids
 from .planner.cost import GIB
@@ -28,6 +28,7 @@ from .report import Memory
 from .source import ModelSource, check_source
 from .text import check_same_vocabulary
 from .trace import Trace
+from .weights.source import CheckpointSource
 from .weights.store import WeightStore
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,9 @@ def open_engine(
         stack.callback(device.close)
         target = check_source(settings.model, "--model", settings.dtype, device.torch_device.type)
         drafts = _drafts(settings, target, device.torch_device.type)
-        budgets = _budgets(settings, device)
+        budgets = host = _budgets(settings, device)
+        if target.tensors.equal_layers:  # what exceeds the host's memory shares it, see share_memory
+            budgets = replace(budgets, host_bytes=None)
         hardware = hardware or _measure(settings, budgets, device, target, drafts)
         plan, fallbacks = _plan(settings, hardware, budgets, target, drafts)
         draft = drafts[plan.draft] if plan.draft is not None else None
@@ -66,8 +69,9 @@ def open_engine(
         if admit is not None:
             admit(admission)
         eos_token_ids = read_eos_token_ids(target.folder, target.architecture.eos_token_ids)
-        counter = ReadCounter(progress, lambda plan: bytes_to_read(target, draft, plan))
-        plan, model, stream, store = load_target(device, target, plan, fallbacks, counter, stack)
+        shared = share_memory(target, plan.placement, _left_for_layers(host, plan))
+        counter = ReadCounter(progress, lambda plan: bytes_to_read(target, draft, plan, shared))
+        plan, model, stream, store = load_target(device, target, plan, shared, fallbacks, counter, stack)
         drafter = load_draft(device, draft, plan, target.architecture.vocab_size, counter, stack) if draft else None
         plan, fallbacks = _see_pinned(plan, fallbacks, store, hardware)
         plan = replace(plan, link_bytes_per_s=settings.emulate_link_bytes_per_s or stream.measure_link())
@@ -108,6 +112,13 @@ def _budgets(settings: EngineSettings, device: Device) -> Budgets:
     return Budgets(device_bytes=device_bytes, host_bytes=host_bytes, shared=is_cpu and settings.host_memory_bytes is None)
 
 
+def _left_for_layers(budgets: Budgets, plan: Plan) -> int:
+    """Host memory beside what the device takes of it, where they are one."""
+    assert budgets.host_bytes is not None
+    taken = sum(plan.device_ledger.values()) if budgets.shared else 0
+    return max(budgets.host_bytes - taken, 0)
+
+
 def _measure(
     settings: EngineSettings, budgets: Budgets, device: Device, target: ModelSource, drafts: list[ModelSource]
 ) -> HardwareProfile:
@@ -125,7 +136,7 @@ def _measure(
             subjects,
             QUICK,
             link_bytes_per_s=settings.emulate_link_bytes_per_s,
-            disk=target.checkpoint if may_need_disk else None,
+            disk=target.tensors.checkpoint if may_need_disk and isinstance(target.tensors, CheckpointSource) else None,
         )
     finally:
         own.close()
@@ -167,4 +178,5 @@ def _memory_of(device: Device, store: WeightStore) -> Callable[[], Memory]:
         device_peak_bytes=device.peak_bytes(),
         host_weights_bytes=store.host_bytes,
         host_pinned_bytes=store.pinned_bytes,
+        host_shared_layers=len(store.shared),
     )

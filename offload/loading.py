@@ -1,24 +1,22 @@
 """Weights into memory: the target's layers where a plan puts them, the draft whole. What fails leaves nothing behind."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-
-import torch
 
 from .device import Device
 from .device.host import available_bytes
-from .errors import HostMemoryError
+from .errors import FitError, HostMemoryError
 from .model.causal_lm import CausalLM
 from .model.drafter import PROMPT_CHUNK_TOKENS, ModelDrafter
 from .model.kv_cache import KVCache
-from .planner.cost import GIB
+from .planner.cost import GIB, ledger_lines, size_text
 from .planner.fallback import Fallbacks
 from .planner.plan import Plan
 from .source import ModelSource
 from .streaming.stream import LayerStream, ResidentWeights, Weights
 from .weights.placement import Placement
-from .weights.reader import ReadJob, TensorReader
+from .weights.source import share_layers
 from .weights.store import WeightStore, load_through_host
 
 logger = logging.getLogger(__name__)
@@ -45,28 +43,56 @@ class ReadCounter:
             self._progress(self._read_bytes, self._total_bytes)
 
 
-def bytes_to_read(source: ModelSource, draft: ModelSource | None, plan: Plan) -> int:
-    prefix, disk = source.architecture.prefix, plan.placement.disk
-    on_disk = tuple(f"{prefix}.{layer}." for layer in disk)
-    tensors = source.checkpoint.tensors
+def bytes_to_read(source: ModelSource, draft: ModelSource | None, plan: Plan, shared: Mapping[int, int]) -> int:
+    """What loading under `plan` reads: layers on disk are read later, those that share memory not at all."""
+    prefix = source.architecture.prefix
+    unread = tuple(f"{prefix}.{layer}." for layer in (*plan.placement.disk, *shared))
     wanted = source.architecture.expected_tensors
-    num_bytes = sum(tensors[name].num_bytes for name in wanted if not (on_disk and name.startswith(on_disk)))
-    return num_bytes + (draft.checkpoint.num_bytes if draft else 0)
+    num_bytes = sum(source.tensors.num_bytes(name) for name in wanted if not (unread and name.startswith(unread)))
+    if draft is not None:
+        num_bytes += sum(draft.tensors.num_bytes(name) for name in draft.architecture.expected_tensors)
+    return num_bytes
+
+
+def share_memory(source: ModelSource, placement: Placement, host_bytes: int) -> dict[int, int]:
+    """{borrower: owner}: host layers that borrow the memory of one with the same bytes, as few as `host_bytes` asks for.
+    FitError when even so it does not suffice."""
+    equal, layer_bytes = source.tensors.equal_layers, source.model.layout.num_bytes
+    if not equal:
+        return {}
+    shared = share_layers(placement.host, equal, host_bytes // layer_bytes)
+    num_held = len(placement.host) - len(shared)
+    if num_held * layer_bytes > host_bytes:
+        raise FitError(
+            ledger_lines({f"{num_held} layers that differ": num_held * layer_bytes}, host_bytes),
+            where="--host-memory",
+            cure=f"allow at least {size_text(num_held * layer_bytes)}, or keep more layers on the device",
+        )
+    return shared
 
 
 def load_target(
-    device: Device, source: ModelSource, plan: Plan, fallbacks: Fallbacks, counter: ReadCounter, stack: ExitStack
+    device: Device,
+    source: ModelSource,
+    plan: Plan,
+    shared: Mapping[int, int],
+    fallbacks: Fallbacks,
+    counter: ReadCounter,
+    stack: ExitStack,
 ) -> tuple[Plan, CausalLM, LayerStream, WeightStore]:
     """Under `plan`, or, if by now the host has less memory than was planned, under a smaller one: once, then it is an error."""
     in_host_bytes = sum(plan.device_ledger.values()) if device.host_addressable else 0
     try:
-        _check_host(sum(plan.host_ledger.values()) + in_host_bytes)
-        return plan, *_load_streamed(device, source, plan, counter, stack)
+        borrowed_bytes = len(shared) * source.model.layout.num_bytes
+        _check_host(sum(plan.host_ledger.values()) - borrowed_bytes + in_host_bytes)
+        return plan, *_load_streamed(device, source, plan, shared, counter, stack)
     except HostMemoryError as error:
+        if source.tensors.equal_layers:
+            raise  # nothing of it could come from disk
         refused = error.what  # not the error itself: its traceback holds all that was allocated
     plan = fallbacks.less_host(plan, available_bytes() - HOST_RESERVE_BYTES - in_host_bytes)
     logger.warning("%s: %s", refused, plan.notes[-1])
-    return plan, *_load_streamed(device, source, plan, counter, stack)
+    return plan, *_load_streamed(device, source, plan, shared, counter, stack)
 
 
 def _check_host(needed_bytes: int) -> None:
@@ -80,18 +106,18 @@ def _check_host(needed_bytes: int) -> None:
 
 
 def _load_streamed(
-    device: Device, source: ModelSource, plan: Plan, counter: ReadCounter, stack: ExitStack
+    device: Device, source: ModelSource, plan: Plan, shared: Mapping[int, int], counter: ReadCounter, stack: ExitStack
 ) -> tuple[CausalLM, LayerStream, WeightStore]:
     counter.begin(plan)
     with ExitStack() as own:
-        shared = _load_shared(device, source, counter)
+        outside = _load_outside(device, source, counter)
         cache = _cache(device, source, plan.context_rows)
-        store = WeightStore(device, source.checkpoint, source.model.layout, source.architecture.prefix, plan.placement)
+        store = WeightStore(device, source.tensors, source.model.layout, source.architecture.prefix, plan.placement, shared)
         own.callback(store.close)
         store.load(counter)
         stream = LayerStream(device, store, plan.num_slots)
         own.callback(stream.close)
-        model = CausalLM(source.architecture, device, source.model.dtype, shared, stream, cache)
+        model = CausalLM(source.architecture, device, source.model.dtype, outside, stream, cache)
         stack.push(own.pop_all())
     return model, stream, store
 
@@ -100,32 +126,27 @@ def load_draft(
     device: Device, source: ModelSource, plan: Plan, vocab_size: int, counter: ReadCounter, stack: ExitStack
 ) -> ModelDrafter:
     """The draft stays on the device whole."""
-    shared = _load_shared(device, source, counter)
+    outside = _load_outside(device, source, counter)
     num_layers = source.architecture.num_layers
     everything = Placement(num_layers=num_layers, resident=frozenset(range(num_layers)))
-    store = WeightStore(device, source.checkpoint, source.model.layout, source.architecture.prefix, everything)
+    store = WeightStore(device, source.tensors, source.model.layout, source.architecture.prefix, everything)
     stack.callback(store.close)
     store.load(counter)
     weights = ResidentWeights([store.resident[layer] for layer in range(num_layers)])
     cache = _cache(device, source, plan.context_rows)
-    model = CausalLM(source.architecture, device, source.model.dtype, shared, weights, cache)
+    model = CausalLM(source.architecture, device, source.model.dtype, outside, weights, cache)
     return ModelDrafter(model, device, vocab_size, chunk_tokens=min(PROMPT_CHUNK_TOKENS, plan.pass_rows))
 
 
-def _load_shared(device: Device, source: ModelSource, counter: ReadCounter) -> Weights:
+def _load_outside(device: Device, source: ModelSource, counter: ReadCounter) -> Weights:
     """The tensors outside the decoder layers, in one device buffer."""
-    layout, checkpoint = source.model.shared_layout, source.checkpoint
+    layout = source.model.shared_layout
     buffer = device.alloc(layout.num_bytes)
-
-    def jobs(host: torch.Tensor) -> list[ReadJob]:
-        views = layout.views(host)
-        return [ReadJob(tensor=checkpoint.tensors[name], destination=view) for name, view in views.items()]
-
-    with TensorReader(checkpoint) as reader:
+    with source.tensors.open() as feed:
         if device.host_addressable:
-            reader.read(jobs(buffer), counter)
+            feed.fill(layout.views(buffer), counter)
         else:
-            load_through_host(device, [(buffer, jobs)], [], reader, counter)
+            load_through_host(device, [(buffer, layout.views)], [], feed, counter)
     return layout.views(buffer)
 
 

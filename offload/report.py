@@ -19,12 +19,13 @@ SCHEMA_VERSION = 1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """Bytes, as measured at the end of a run. `device_peak_bytes` on the CPU device counts what went through the device:
-    weights, slots and caches, not activations."""
+    weights, slots and caches, not activations. `host_shared_layers` of a scale model borrow another layer's memory."""
 
     device_peak_bytes: int
     host_weights_bytes: int
     host_pinned_bytes: int
     host_sessions_bytes: int = 0  # keys and values of conversations that other requests have put aside
+    host_shared_layers: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +90,7 @@ class Report:
                 "host_weights_bytes": self.memory.host_weights_bytes,
                 "host_pinned_bytes": self.memory.host_pinned_bytes,
                 "host_sessions_bytes": self.memory.host_sessions_bytes,
+                "host_shared_layers": self.memory.host_shared_layers,
             },
             "plan": plan.to_json(),
             "environment": environment(self.device_name),

@@ -11,9 +11,11 @@ from .model.architecture import Architecture, architecture_of, check_weights, re
 from .model.locate import locate_model
 from .planner.cost import ModelCost, kv_bytes_per_row
 from .planner.shapes import read_preset_config
+from .scale.model import is_scale_model, open_scale_model
 from .text import TextCodec, open_codec
-from .weights.checkpoint import Checkpoint, open_checkpoint
+from .weights.checkpoint import open_checkpoint
 from .weights.layout import LayerLayout
+from .weights.source import CheckpointSource, TensorSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +55,10 @@ class TypedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """A model folder whose config, tokenizer, headers and index were checked against each other."""
+    """A model whose config, tokenizer and tensors were checked against each other. `folder` has its tokenizer."""
 
     folder: Path
-    checkpoint: Checkpoint
+    tensors: TensorSource
     codec: TextCodec | None
     model: TypedModel
 
@@ -67,10 +69,7 @@ class ModelSource:
 
 def check_source(name: str, flag: str, dtype: str, device_type: str) -> ModelSource:
     """The model `name`, a folder or a hub id, as `flag` gave it. Errors of errors.py for whatever is wrong with it."""
-    folder = locate_model(name, flag)
-    architecture = read_architecture(folder)
-    checkpoint = open_checkpoint(folder)
-    check_weights(architecture, checkpoint)
+    folder, architecture, tensors = open_scale_model(name, flag) if is_scale_model(name) else _open_folder(name, flag)
     codec = open_codec(folder)
     if codec is not None and codec.num_tokens > architecture.vocab_size:
         raise ModelError(
@@ -78,9 +77,17 @@ def check_source(name: str, flag: str, dtype: str, device_type: str) -> ModelSou
             where=str(folder),
             cure="use the tokenizer files that belong to this model",
         )
-    first = checkpoint.tensors[f"{architecture.prefix}.0.{next(iter(architecture.layer_shapes))}"]
-    model = TypedModel(architecture=architecture, dtype=resolve_dtype(dtype, first.dtype, device_type))
-    return ModelSource(folder=folder, checkpoint=checkpoint, codec=codec, model=model)
+    stored = tensors.dtype(f"{architecture.prefix}.0.{next(iter(architecture.layer_shapes))}")
+    model = TypedModel(architecture=architecture, dtype=resolve_dtype(dtype, stored, device_type))
+    return ModelSource(folder=folder, tensors=tensors, codec=codec, model=model)
+
+
+def _open_folder(name: str, flag: str) -> tuple[Path, Architecture, TensorSource]:
+    folder = locate_model(name, flag)
+    architecture = read_architecture(folder)
+    checkpoint = open_checkpoint(folder)
+    check_weights(architecture, checkpoint)
+    return folder, architecture, CheckpointSource(checkpoint)
 
 
 def typed_preset(name: str, dtype: str, device_type: str) -> TypedModel:

@@ -17,8 +17,8 @@ FLOOR = {"errors", "config", "version"}
 NUMBERS = {"stats", "trace", "text", "device.base"}  # records and words: they read no weights and move none
 MACHINE = {*FLOOR, "device", "weights", "streaming"}
 ENGINE = {*MACHINE, *NUMBERS, "model", "planner"}
-ALL = {*ENGINE, "admission", "assemble", "calibrate", "conversation", "decode", "demo", "doctor", "engine"}
-ALL |= {"loading", "report", "sessions", "source"}
+LOADED = {*ENGINE, "admission", "calibrate", "decode", "engine", "loading", "report", "scale", "source"}
+ALL = {*LOADED, "assemble", "conversation", "demo", "doctor", "sessions"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -38,7 +38,8 @@ ALLOWED: dict[str, set[str]] = {
     "planner": {*FLOOR, "device", "weights", "streaming.schedule", "model.locate"},
     "report": {*FLOOR, *NUMBERS, "planner"},
     "admission": {*FLOOR, *NUMBERS, "planner"},
-    "source": ENGINE,  # a model looked at and not yet loaded: what calibrate measures and assemble loads
+    # a model looked at and not yet loaded: what calibrate measures and assemble loads
+    "source": {*ENGINE, "scale"},
     "short_model": {*ENGINE, "source"},
     "calibrate": {*ENGINE, "source", "short_model"},
     "sessions": {*FLOOR, "device", "model", "planner"},  # which rows a sequence may take over; caches are the model's
@@ -46,12 +47,14 @@ ALLOWED: dict[str, set[str]] = {
     "decode": {*ENGINE, "sessions", "round_stats"},
     "engine": {*ENGINE, "admission", "decode", "report"},
     "loading": {*ENGINE, "source"},
-    "assemble": {*ENGINE, "admission", "calibrate", "decode", "engine", "loading", "report", "source"},
+    "assemble": LOADED,
     "doctor": ENGINE,  # looks at files, devices and sizes as a run would, and runs nothing
     # HTTP around one engine; `loading` for the type of a callback only: whoever starts a server says how its engine is opened
     "serve": {*FLOOR, *NUMBERS, "conversation", "admission", "engine", "loading"},
     "demo": FLOOR,  # data, and the script that made it
-    "cli": {*ALL, "serve"},
+    "scale": {*MACHINE, "model", "demo"},  # makes tensors instead of reading them; computes what the demo target computes
+    "bench": ALL,  # drives whole engines, ours and others
+    "cli": {*ALL, "bench", "serve"},
     "__init__": {*ENGINE, "engine", "assemble"},  # the package's face: `offload.load`
 }
 
@@ -63,6 +66,7 @@ TREE_IMPORTERS = (
     "offload/decode.py",
     "offload/engine.py",
     "offload/planner/",
+    "offload/bench/",
     "offload/cli/",
     "offload/serve/",  # asks for scores and writes them out
     "offload/model/drafter.py",  # fits our model to tree's TreeModel protocol, whose arguments are tree's types

@@ -37,7 +37,9 @@ KEYS = {
         *("streamed_layers", "resident_layers", "disk_layers", "slots", "bytes_per_pass", "link_bytes_per_s"),
         *("link_peak_bytes_per_s", "link_utilisation", "stall_s", "emulated_link"),
     },
-    "memory": {"device_peak_bytes", "host_weights_bytes", "host_pinned_bytes", "host_sessions_bytes"},
+    "memory": {
+        *("device_peak_bytes", "host_weights_bytes", "host_pinned_bytes", "host_sessions_bytes", "host_shared_layers"),
+    },
     "plan": {"predicted_pass_s", "predicted_round_s", "predicted_s_per_token"},
     "environment": {"device", "torch", "transformers", "commit"},
 }

@@ -18,6 +18,7 @@ from offload.streaming.stream import LayerStream, layer_timings
 from offload.weights.checkpoint import open_checkpoint
 from offload.weights.layout import LayerLayout
 from offload.weights.placement import RING_BUFFERS, Placement
+from offload.weights.source import CheckpointSource
 from offload.weights.store import WeightStore
 
 LAYOUT = LayerLayout.pack([("a", (7,)), ("b", (3, 5))], torch.float32)
@@ -31,7 +32,7 @@ def open_stream(
     in_memory = spread_evenly(resident, num_layers)
     rest = [layer for layer in range(num_layers) if layer not in in_memory]
     placement = Placement(num_layers=num_layers, resident=in_memory, disk=frozenset(rest[:disk]))
-    store = WeightStore(device, open_checkpoint(folder), LAYOUT, "model.layers", placement)
+    store = WeightStore(device, CheckpointSource(open_checkpoint(folder)), LAYOUT, "model.layers", placement)
     store.load()
     stream = LayerStream(device, store, slots)
     yield stream, store

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def run(arguments: argparse.Namespace) -> int:
     settings = engine_settings(arguments, emulate_demo_link=True)
     _check(arguments, settings)
-    prompt = _read_prompt(arguments)
+    prompt = read_prompt(arguments)
     from ..assemble import open_engine  # torch, after everything that can be refused without it
 
     trace = Trace() if arguments.trace else None
@@ -65,7 +65,7 @@ def _check(arguments: argparse.Namespace, settings: EngineSettings) -> None:
         raise UsageError("a picture needs matplotlib", where="--trace", cure="install matplotlib, or name a .json file")
 
 
-def _read_prompt(arguments: argparse.Namespace) -> str | list[int]:
+def read_prompt(arguments: argparse.Namespace) -> str | list[int]:
     """Text, or token ids. UsageError when it cannot be read."""
     if arguments.prompt_ids is not None:
         try:

@@ -33,6 +33,8 @@ def main(argv: list[str]) -> int:
             from .doctor import run
         elif arguments.command == "serve":
             from .serve import run
+        elif arguments.command == "bench":
+            from .bench import run
         elif arguments.command == "verify":
             from .verify import run
         else:

@@ -1,14 +1,13 @@
 """The flags, and nothing else: importing this is cheap, so help and usage errors are instant."""
 
 import argparse
-import math
-from collections.abc import Callable
 from typing import NoReturn
 
-from ..config import DTYPES, VERIFIERS, parse_rate
+from ..config import DTYPES, VERIFIERS
 from ..errors import UsageError
+from .flag_types import flops, percent, positive, probability, rate, seconds, temperature, whole
 
-COMMANDS = ("generate", "chat", "serve", "plan", "profile", "doctor", "verify", "version")
+COMMANDS = ("generate", "chat", "serve", "plan", "bench", "profile", "doctor", "verify", "version")
 DEMO_NAME = "treestream-demo"
 DEMO_PROMPT = "The Congress of the United States should"
 
@@ -18,52 +17,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, where=self.prog, cure=f"see `{self.prog} --help`")
-
-
-def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
-    """A type for argparse: a whole number from `least` to `most`."""
-
-    def parse(text: str) -> int:
-        if len(text) > 20 or not text.removeprefix("-").isdecimal():
-            raise argparse.ArgumentTypeError(f"not a whole number: {text!r}")
-        if not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is too small, the least is {least}" if int(text) < least else "too large")
-        return int(text)
-
-    return parse
-
-
-def number(law: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
-    """A type for argparse: a number for which `law` holds."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"not a number: {text!r}") from None
-        if not holds(value):  # NaN holds nowhere
-            raise argparse.ArgumentTypeError(f"{text} is not {law}")
-        return value
-
-    return parse
-
-
-def rate(flag: str) -> Callable[[str], float]:
-    """A type for argparse: bytes per second."""
-    return lambda text: parse_rate(text, flag=flag)
-
-
-def flops(text: str) -> float:
-    """A type for argparse: operations per second, 90TFLOP/s or a plain number."""
-    scale = {"T": 1e12, "G": 1e9, "P": 1e15}
-    digits = text.removesuffix("FLOP/s").removesuffix("FLOPS")
-    value = number("positive and finite", lambda value: 0 < value < math.inf)
-    return value(digits[:-1]) * scale[digits[-1]] if digits[-1:] in scale else value(digits)
-
-
-_temperature = number("0 (greedy) or positive and finite", lambda value: 0 <= value < math.inf)
-_seconds = number("a number of seconds from 0 to a day", lambda value: 0 <= value <= 86400)
-_probability = number("in (0, 1]", lambda value: 0 < value <= 1)
 
 
 def build_parser() -> Parser:
@@ -94,6 +47,8 @@ def build_parser() -> Parser:
     serve = commands.add_parser("serve", help="an OpenAI-compatible server, and a page to talk to it", allow_abbrev=False)
     add_model_flags(serve)
     add_serve_flags(serve)
+    bench = commands.add_parser("bench", help="latency, side by side with baselines", allow_abbrev=False)
+    add_bench_flags(bench)
     verify = commands.add_parser("verify", help="check a checkpoint before a long run", allow_abbrev=False)
     verify.add_argument("--model", required=True, metavar="PATH", help="folder or hub id")
     verify.add_argument("--full", action="store_true", help="compare contents with the manifest, too")
@@ -164,19 +119,54 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--served-model-name", metavar="NAME", help="what clients call the model; default: its folder's name")
     group.add_argument("--max-queue", type=whole(0), default=16, metavar="N", help="requests that may wait; default 16")
     group.add_argument(
-        "--grace", type=_seconds, default=30.0, metavar="S", help="seconds to finish in after SIGTERM; default 30"
+        "--grace", type=seconds, default=30.0, metavar="S", help="seconds to finish in after SIGTERM; default 30"
     )
+    add_verbosity_flags(parser)
+
+
+def add_bench_flags(parser: argparse.ArgumentParser) -> None:
+    what = "latency: engines side by side (default); spec: acceptance and tokens per pass; suite: everything, with a report"
+    parser.add_argument("what", nargs="?", default="latency", choices=("latency", "spec", "suite"), help=what)
+    add_model_flags(parser)
+    prompts = parser.add_argument_group("prompts")
+    one_of = prompts.add_mutually_exclusive_group()
+    add_prompt_flags(one_of)
+    one_of.add_argument("--dataset", metavar="FILE", help="prompts as in Spec-Bench: an object with turns, category a line")
+    prompts.add_argument("--raw", action="store_true", help="do not apply the chat template")
+    add_sampling_flags(prompts)
+    group = parser.add_argument_group("benchmark")
+    group.add_argument(
+        "--baseline", metavar="LIST", help="latency: any of plain,accelerate,deepspeed,transformers; default all"
+    )
+    group.add_argument("--runs", type=whole(1), default=3, metavar="N", help="times that each prompt is decoded, default 3")
+    group.add_argument("--warmup", type=whole(0), default=1, metavar="N", help="passes that do not count, default 1")
+    group.add_argument("--max-seconds", type=positive, metavar="S", help="time for everything, default 600; suite: 1500")
+    group.add_argument("--compare", metavar="FILE", help="latency: compare with an earlier --output")
+    group.add_argument("--fail-if-slower", type=percent, metavar="5%", help="with --compare: exit 1 beyond that")
+    group.add_argument("--force", action="store_true", help="compare whatever differs")
+    group.add_argument("--trees", default="4x6:kary,64x10", metavar="LIST", help="spec: trees, separated by commas")
+    group.add_argument("--temperatures", default="0,0.6,1", metavar="LIST", help="spec: temperatures")
+    group.add_argument("--top-ps", default="1", metavar="LIST", help="spec: values of top-p")
+    group.add_argument("--out", metavar="DIR", help="suite: folder of its records, figures and report; continued if it exists")
+    output = parser.add_argument_group("output")
+    output.add_argument("-o", dest="format", choices=("md", "json", "jsonl", "csv"), help="what stdout gets, default md")
+    output.add_argument("--json", action="store_true", help="the same as -o json")
+    output.add_argument("--output", metavar="FILE", help="write the JSON object to FILE as well")
+    output.add_argument("--plot", metavar="FILE", help="latency: a picture of the table (.png)")
+    output.add_argument("--trace", metavar="FILE", help="latency: trace of our engine (.json or .png)")
     add_verbosity_flags(parser)
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and machine")
-    group.add_argument("--model", metavar="PATH|HUB_ID", help="target model; default: the bundled demo pair")
     group.add_argument(
         "--draft-model",
         action="append",
         metavar="PATH|HUB_ID|none",
         help="draft model; none = no speculation; several: the planner takes the best",
+    )
+    group.add_argument(
+        "--model", metavar="PATH|HUB_ID", help="target; default: the demo pair; scale:PRESET[:LAYERS]: see docs/cli.md"
     )
     group.add_argument("--tree", default="auto", metavar="SPEC", help="auto, none, 768x18, 4x6:kary, or a JSON file")
     group.add_argument("--verifier", default="auto", choices=VERIFIERS, help="how sampled trees are verified, all exactly")
@@ -196,10 +186,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_request_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("request")
-    prompt = group.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt; - reads it from stdin")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from FILE")
-    prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids; needs no tokenizer")
+    add_prompt_flags(group.add_mutually_exclusive_group())
     add_sampling_flags(group)
     add_ending_flags(group)
     template = group.add_mutually_exclusive_group()
@@ -224,11 +211,17 @@ def add_ending_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence tokens")
 
 
+def add_prompt_flags(prompt: argparse._MutuallyExclusiveGroup) -> None:
+    prompt.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt; - reads it from stdin")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from FILE")
+    prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids; needs no tokenizer")
+
+
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max-new-tokens", "-n", type=whole(1), default=128, metavar="N", help="default 128")
-    group.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="default 0 (greedy)")
+    group.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="default 0 (greedy)")
     group.add_argument("--top-k", type=whole(1), metavar="K", help="keep the K most probable tokens")
-    group.add_argument("--top-p", type=_probability, default=1.0, metavar="P", help="keep the smallest set reaching P")
+    group.add_argument("--top-p", type=probability, default=1.0, metavar="P", help="keep the smallest set reaching P")
     group.add_argument("--seed", type=whole(0), default=0, metavar="S", help="default 0")
 
 

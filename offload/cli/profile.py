@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..bench.prompts import read_prompts
 from ..config import EngineSettings
 from ..demo import PROMPTS
-from ..errors import ModelError, UsageError
+from ..errors import UsageError
 from .acceptance import AcceptanceRecorder, provenance, write_json
 from .settings import check_writable, engine_settings
 from .terminal import LoadProgress, say
@@ -28,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         settings = replace(settings, tree=MEASURING_TREE)
     if arguments.output:
         check_writable("--output", Path(arguments.output))
-    prompts = read_prompts(Path(arguments.dataset) if arguments.dataset else PROMPTS)
+    prompts = [prompt.text for prompt in read_prompts(Path(arguments.dataset) if arguments.dataset else PROMPTS)]
     from ..assemble import open_engine
 
     with LoadProgress(enabled=not arguments.quiet) as progress:
@@ -40,22 +41,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(json.dumps(document))
     return 0
-
-
-def read_prompts(path: Path) -> list[str]:
-    """First turns of a question.jsonl (Spec-Bench, MT-Bench). ModelError for a file without them."""
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        prompts = [str(row["turns"][0]) for row in rows]
-        if not prompts:
-            raise ValueError("no line in it")
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ModelError(
-            f"not a set of prompts: {type(error).__name__} {error}",
-            where=str(path),
-            cure='one JSON object a line, each with {"turns": ["the prompt"]}',
-        ) from error
-    return prompts
 
 
 def _measure(

@@ -8,6 +8,7 @@ from ..config import EngineSettings
 from ..demo import DRAFT, LINK, TARGET, acceptance_at
 from ..errors import UsageError
 from ..planner.tree_choice import read_acceptances, read_tree
+from ..scale.preset import PREFIX as SCALE_PREFIX
 from .terminal import say
 
 
@@ -16,6 +17,8 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
     command wants to show. stderr is told."""
     model, draft_model, emulate_link = arguments.model, arguments.draft_model, arguments.emulate_link
     acceptance = arguments.acceptance
+    if model is not None and model.startswith(SCALE_PREFIX) and draft_model is None:  # the demo target's function: its draft
+        draft_model, acceptance = str(DRAFT), acceptance or str(acceptance_at(getattr(arguments, "temperature", 0.0)))
     if model is None:
         acceptance = acceptance or str(acceptance_at(getattr(arguments, "temperature", 0.0)))
         model, draft_model = str(TARGET), str(DRAFT) if draft_model is None else draft_model

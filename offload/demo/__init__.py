@@ -4,7 +4,8 @@ from pathlib import Path
 
 TARGET = Path(__file__).parent / "target"
 DRAFT = Path(__file__).parent / "draft"
-_ACCEPTANCE = Path(__file__).parents[2] / "profiles/acceptance"
+_PROFILES = Path(__file__).parents[2] / "profiles/acceptance"
+ACCEPTANCE = _PROFILES / "demo-draft__demo-target__t0.json"
 PROMPTS = Path(__file__).parent / "prompts.jsonl"
 
 # Chosen so that copying takes most of a pass on two CPU cores, as it does for a 70B over PCIe.
@@ -14,4 +15,4 @@ LINK = "100MB/s"
 def acceptance_at(temperature: float) -> Path:
     """The pair's acceptance, measured at 0, 0.6 and 1.0, nearest to `temperature`."""
     nearest = min(("0", "0.6", "1.0"), key=lambda measured: abs(float(measured) - temperature))
-    return _ACCEPTANCE / f"demo-draft__demo-target__t{nearest}.json"
+    return _PROFILES / f"demo-draft__demo-target__t{nearest}.json"

@@ -178,6 +178,7 @@ class CudaDevice:
 
     def close(self) -> None:
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # for whoever else is on this GPU, such as the next engine of a benchmark
 
     def _time_of(self, event: torch.cuda.Event) -> float:
         return self._clock_s + float(self._clock_event.elapsed_time(event)) / 1e3
@@ -192,6 +193,16 @@ def _end_event(ticket: Ticket) -> torch.cuda.Event:
 
 def is_available() -> bool:
     return torch.cuda.is_available()
+
+
+def name(index: int = 0) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def cap_memory(num_bytes: int) -> None:
+    """From here on this process gets at most `num_bytes` of the current device from torch, whoever asks."""
+    total_bytes = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(min(num_bytes / total_bytes, 1.0))
 
 
 def version() -> str | None:

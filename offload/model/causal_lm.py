@@ -38,7 +38,7 @@ class CausalLM:
         self._layers: Iterator[Weights] = iter(())
         self._model = architecture.model
         _materialise(self._model, device.torch_device, dtype, shared)
-        _rebuild_rotary(self._model, architecture.config, device.torch_device)
+        rebuild_rotary(self._model, architecture.config, device.torch_device)
         layers = list(self._model.get_submodule(architecture.prefix).children())
         self._parameters = [dict(layer.named_parameters()) for layer in layers]
         for layer, parameters in zip(layers, self._parameters, strict=True):
@@ -110,7 +110,7 @@ def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, sha
             setattr(module, key, made[id(parameter)])
 
 
-def _rebuild_rotary(model: nn.Module, config: object, device: torch.device) -> None:
+def rebuild_rotary(model: nn.Module, config: object, device: torch.device) -> None:
     """Rotary tables are not in checkpoints and were lost on the meta device; transformers computes them again."""
     for name, module in list(model.named_modules()):
         if name.rpartition(".")[2] == "rotary_emb":

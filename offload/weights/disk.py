@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from ..device import Device, Ticket
-from .checkpoint import Checkpoint
 from .layout import LayerLayout
 from .placement import RING_BUFFERS
-from .reader import ReadJob, TensorReader
+from .source import Destinations, TensorFeed, TensorSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +42,12 @@ class DiskRing:
     def __init__(
         self,
         device: Device,
-        checkpoint: Checkpoint,
+        source: TensorSource,
         layout: LayerLayout,
         order: tuple[int, ...],
-        jobs: Callable[[int, torch.Tensor], list[ReadJob]],
+        views: Callable[[int, torch.Tensor], Destinations],
     ) -> None:
-        self._device, self._checkpoint, self._order, self._jobs = device, checkpoint, order, jobs
+        self._device, self._source, self._order, self._views = device, source, order, views
         cuts = [layout.num_bytes * (buffer + 1) for buffer in range(RING_BUFFERS)]
         self.memory = device.pin(layout.num_bytes * RING_BUFFERS, cuts)
         self.reads: deque[DiskRead] = deque(maxlen=4096)
@@ -101,7 +100,7 @@ class DiskRing:
         self._changed.notify_all()
 
     def _read_forever(self) -> None:
-        with TensorReader(self._checkpoint) as reader:
+        with self._source.open() as feed:
             for layer in itertools.cycle(self._order):
                 with self._changed:
                     self._changed.wait_for(lambda: self._empty or self._closing)
@@ -110,15 +109,15 @@ class DiskRing:
                     buffer, ticket = self._empty.popleft()
                 if ticket is not None:
                     self._device.drain(ticket)
-                filled = self._read(reader, layer, buffer)
+                filled = self._read(feed, layer, buffer)
                 with self._changed:
                     self._filled.append(filled)
                     self._changed.notify_all()
 
-    def _read(self, reader: TensorReader, layer: int, buffer: torch.Tensor) -> _Filled:
+    def _read(self, feed: TensorFeed, layer: int, buffer: torch.Tensor) -> _Filled:
         start_s = time.monotonic()
         try:
-            reader.read(self._jobs(layer, buffer))
+            feed.fill(self._views(layer, buffer))
         except Exception as error:  # handed to the consumer, who raises it
             return _Filled(layer, buffer, error)
         self.reads.append(DiskRead(layer, start_s, time.monotonic()))

@@ -1,33 +1,41 @@
 """Where the decoder layers live: on the device (resident), in one pinned host arena, or on disk behind a bounce ring."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 
 from ..device import Device, HostBuffer, Ticket
-from .checkpoint import Checkpoint
 from .disk import DiskRing
 from .layout import LayerLayout
 from .placement import Placement
-from .reader import ReadJob, TensorReader
+from .source import Destinations, TensorFeed, TensorSource
 
 Progress = Callable[[int], None]
 
 
 class WeightStore:
     """Owns the memory of all decoder layers and fills it. Host memory held: one exact-size arena of the host layers, plus
-    the ring when some layers are on disk; peak while loading is that plus the reader's scratch (see TensorReader)."""
+    the ring when some layers are on disk; peak while loading is that plus the reader's scratch (see TensorReader).
+    `shared` host layers, {borrower: owner}, have no memory of their own: the source says that their bytes are equal."""
 
-    def __init__(self, device: Device, checkpoint: Checkpoint, layout: LayerLayout, prefix: str, placement: Placement) -> None:
-        self.layout, self.placement = layout, placement
-        self._device, self._checkpoint, self._prefix = device, checkpoint, prefix
+    def __init__(
+        self,
+        device: Device,
+        source: TensorSource,
+        layout: LayerLayout,
+        prefix: str,
+        placement: Placement,
+        shared: Mapping[int, int] | None = None,
+    ) -> None:
+        self.layout, self.placement, self.shared = layout, placement, dict(shared or {})
+        self._device, self._source, self._prefix = device, source, prefix
         self._resident = {layer: device.alloc(layout.num_bytes) for layer in sorted(placement.resident)}
-        cuts = [layout.num_bytes * (order + 1) for order in range(len(placement.host))]
-        self._arena = device.pin(layout.num_bytes * len(placement.host), cuts)
-        self._host = {
-            layer: self._arena.tensor[cut - layout.num_bytes : cut] for layer, cut in zip(placement.host, cuts, strict=True)
-        }
+        owners = [layer for layer in placement.host if layer not in self.shared]
+        cuts = [layout.num_bytes * (order + 1) for order in range(len(owners))]
+        self._arena = device.pin(layout.num_bytes * len(owners), cuts)
+        self._owned = {layer: self._arena.tensor[cut - layout.num_bytes : cut] for layer, cut in zip(owners, cuts, strict=True)}
+        self._host = {**self._owned, **{layer: self._owned[owner] for layer, owner in self.shared.items()}}
         self._moved: list[HostBuffer] = []  # layers that were resident first, each in memory of its own
         self._ring: DiskRing | None = None
 
@@ -63,9 +71,9 @@ class WeightStore:
 
     def load(self, progress: Progress | None = None) -> None:
         """Read every layer that has a place in memory; start reading ahead what has none. `progress` gets bytes read."""
-        with TensorReader(self._checkpoint) as reader:
-            self._load_resident(reader, progress)
-            reader.read([job for layer, buffer in self._host.items() for job in self._jobs(layer, buffer)], progress)
+        with self._source.open() as feed:
+            self._load_resident(feed, progress)
+            feed.fill(self._destinations(self._owned), progress)
         self._open_ring()
 
     def give_up(self, placement: Placement) -> list[torch.Tensor]:
@@ -109,6 +117,7 @@ class WeightStore:
     def close(self) -> None:
         self._close_ring()
         self._host.clear()
+        self._owned.clear()
         self._resident.clear()
         for buffer in [self._arena, *self._moved]:
             buffer.close()
@@ -119,7 +128,7 @@ class WeightStore:
     def _open_ring(self) -> None:
         if self.placement.disk:
             order = tuple(sorted(self.placement.disk))
-            self._ring = DiskRing(self._device, self._checkpoint, self.layout, order, self._jobs)
+            self._ring = DiskRing(self._device, self._source, self.layout, order, self._views)
 
     def _close_ring(self) -> None:
         if self._ring is not None:
@@ -134,45 +143,44 @@ class WeightStore:
             places[name].copy_(self._device.download(tensor))
         return copy
 
-    def _jobs(self, layer: int, buffer: torch.Tensor) -> list[ReadJob]:
-        return [
-            ReadJob(tensor=self._checkpoint.tensors[f"{self._prefix}.{layer}.{name}"], destination=view)
-            for name, view in self.layout.views(buffer).items()
-        ]
+    def _views(self, layer: int, buffer: torch.Tensor) -> Destinations:
+        return {f"{self._prefix}.{layer}.{name}": view for name, view in self.layout.views(buffer).items()}
 
-    def _load_resident(self, reader: TensorReader, progress: Progress | None) -> None:
+    def _destinations(self, buffers: Mapping[int, torch.Tensor]) -> Destinations:
+        return {name: view for layer, buffer in buffers.items() for name, view in self._views(layer, buffer).items()}
+
+    def _load_resident(self, feed: TensorFeed, progress: Progress | None) -> None:
         if self._device.host_addressable:
-            jobs = [job for layer, buffer in self._resident.items() for job in self._jobs(layer, buffer)]
-            reader.read(jobs, progress)
+            feed.fill(self._destinations(self._resident), progress)
         elif self._resident:
             load_through_host(
                 self._device,
-                [(buffer, partial(self._jobs, layer)) for layer, buffer in self._resident.items()],
-                list(self._host.values())[:2],
-                reader,
+                [(buffer, partial(self._views, layer)) for layer, buffer in self._resident.items()],
+                list(self._owned.values())[:2],
+                feed,
                 progress,
             )
 
 
 def load_through_host(
     device: Device,
-    buffers: list[tuple[torch.Tensor, Callable[[torch.Tensor], list[ReadJob]]]],
+    buffers: list[tuple[torch.Tensor, Callable[[torch.Tensor], Destinations]]],
     staging: list[torch.Tensor],
-    reader: TensorReader,
+    feed: TensorFeed,
     progress: Progress | None,
 ) -> None:
-    """Fill device `buffers`, each by the jobs it names for a host buffer, through `staging` host buffers (arena memory
+    """Fill device `buffers`, each by the views that it lays into a host buffer, through `staging` host buffers (arena memory
     whose own contents come later; one is made when there is none). One copy flies while the next buffer is read."""
     owned = None
     if not staging:
         owned = device.pin(max(buffer.numel() for buffer, _ in buffers), ())
         staging = [owned.tensor]
     flying: list[Ticket] = []
-    for number, (buffer, jobs) in enumerate(buffers):
+    for number, (buffer, views) in enumerate(buffers):
         if number >= len(staging):
             device.drain(flying[number - len(staging)])
         host = staging[number % len(staging)][: buffer.numel()]
-        reader.read(jobs(host), progress)
+        feed.fill(views(host), progress)
         flying.append(device.copy_async(buffer, host, device.mark()))
     for ticket in flying:
         device.drain(ticket)

@@ -1,0 +1,248 @@
+"""The steps of the suite. Each is a function of its extent and of the time it may take, and returns what it measured as JSON;
+none knows of the others, of files, or of what is done with the result."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tree.acceptance import Acceptance
+from tree.draft import DraftTree
+from tree.optimizer import best_tree
+from tree.sampling import SamplingParams
+from tree.verify import Method, verify
+
+from ..assemble import open_engine
+from ..config import EngineSettings
+from ..demo import ACCEPTANCE, PROMPTS, TARGET
+from ..device import open_device
+from ..text import open_codec
+from ..trace import Trace
+from .case import Case, Event, Outcome, outcome_of
+from .engines import engines_for, why_not
+from .extent import Extent
+from .launch import run_isolated
+from .machine import describe_gpu, describe_host
+from .measure import run_case
+from .ours import open_ours
+from .prompts import read_prompts
+from .summary import percentile, summarise
+
+Row = dict[str, Any]
+Step = Callable[[Extent, float], Row]
+LINK_COPIES = 5
+VERIFY_RUNS = 5
+KNEE = 1.05
+TIMELINE_ROUNDS = 2
+
+
+def link(extent: Extent, max_seconds: float) -> Row:
+    """Rates of copies by size, with nothing else under way, and how long host memory takes to be mapped and registered."""
+    device = open_device(extent.settings.device, extent.settings.emulate_link_bytes_per_s)
+    try:
+        largest = max(extent.link_bytes)
+        start_s = time.monotonic()
+        host = device.pin(largest, ())
+        registered_s = time.monotonic() - start_s
+        buffer = device.alloc(largest)
+        rates = {}
+        for num_bytes in extent.link_bytes:
+            times = []
+            for _ in range(LINK_COPIES):
+                ticket = device.copy_async(buffer[:num_bytes], host.tensor[:num_bytes], device.mark())
+                device.drain(ticket)
+                interval = device.interval(ticket)
+                times.append(interval.end_s - interval.start_s)
+            rates[str(num_bytes)] = num_bytes / min(times)
+        result = {"host": describe_host(), "gpu": describe_gpu(), "bytes_per_s": rates, "pinned_bytes": host.pinned_bytes}
+        del buffer
+        host.close()
+        return {**result, "registration_bytes": largest, "registration_s": registered_s}
+    finally:
+        device.close()
+
+
+def utilisation(extent: Extent, max_seconds: float) -> Row:
+    """Of the link: by slots, by tree, by resident layers."""
+    base = _small(extent)
+    variants = [replace(base, tree="none", draft_models=(), slots=slots, resident_layers=0) for slots in extent.slots]
+    variants += [replace(base, tree=tree, slots=3, resident_layers=0) for tree in extent.trees if tree != "none"]
+    variants += [replace(base, tree=extent.trees[-1], slots=3, resident_layers=count) for count in extent.residents]
+    return _rows(_run_all(extent, variants, max_seconds), len(variants))
+
+
+def pass_time(extent: Extent, max_seconds: float) -> Row:
+    """By nodes: flat while the stream hides the computing, and the knee where it no longer does."""
+    variants = [
+        replace(_small(extent), tree=f"{nodes}x24" if nodes > 1 else "none", slots=3, resident_layers=0)
+        for nodes in extent.pass_nodes
+    ]
+    rows = _run_all(extent, variants, max_seconds)
+    curve = [(row["facts"]["tree_nodes"], row["facts"]["pass_s"]) for row in rows if row["facts"].get("pass_s")]
+    flat_s = min((pass_s for _, pass_s in curve), default=None)
+    knee = next((nodes for nodes, pass_s in curve if flat_s and pass_s > KNEE * flat_s), None)
+    return {**_rows(rows, len(variants)), "curve": curve, "flat_s": flat_s, "knee_nodes": knee}
+
+
+def table(extent: Extent, max_seconds: float) -> Row:
+    """Every budget: the planner's choice, greedy and at temperature 0.6, and plain decoding. The first holds every layer in
+    host memory if it can, the others as `_small` says."""
+    rows: list[Row] = []
+    end_s = time.monotonic() + max_seconds
+    cases = [(budget, *case) for budget in extent.budgets for case in (("ours", 0.0), ("ours", 0.6), ("plain", 0.0))]
+    for budget, engine, temperature in cases:
+        settings = replace(_small(extent) if rows else extent.settings, gpu_memory_bytes=budget)
+        rows += _run_all(extent, [settings], end_s - time.monotonic(), engine=engine, temperature=temperature)
+    return _rows(rows, len(cases))
+
+
+def timeline(extent: Extent, max_seconds: float) -> Row:
+    """What happened when in the last passes of the planner's choice: spans of lane, name, start and end."""
+    trace = Trace()
+    end_s = time.monotonic() + max_seconds
+    with open_engine(_small(extent), trace=trace) as engine:
+        for step in engine.stream(prompt_ids(), max_new_tokens=extent.new_tokens, ignore_eos=True):
+            last_s = step.stats.round_s
+            if time.monotonic() > end_s:
+                break
+    shown_s = trace.spans[-1].end_s - TIMELINE_ROUNDS * last_s
+    return {"spans": [[s.lane, s.name, s.start_s, s.end_s] for s in trace.spans if s.end_s > shown_s]}
+
+
+def sweep(extent: Extent, max_seconds: float) -> Row:
+    """Trees around the planner's choice, under the first budget."""
+    variants = [replace(_small(extent), tree=tree) for tree in extent.sweep]
+    return _rows(_run_all(extent, variants, max_seconds), len(variants))
+
+
+def baselines(extent: Extent, max_seconds: float) -> Row:
+    """Accelerate and DeepSpeed at the depths that fit, and the line through them at full depth."""
+    end_s = time.monotonic() + max_seconds
+    engines = engines_for(("accelerate", "deepspeed"), on_gpu=extent.on_gpu)[1:]
+    num_runs = len(engines) * len(extent.depths)
+    rows: list[Row] = []
+    for number, engine in enumerate(engines):
+        points: list[tuple[int, float]] = []
+        reason = why_not(engine, on_gpu=extent.on_gpu)
+        for order, depth in enumerate(extent.depths if reason is None else ()):
+            left = num_runs - number * len(extent.depths) - order
+            outcome = _run_baseline(extent, engine, depth, (end_s - time.monotonic()) / left)
+            times = [s for sample in outcome.samples for s in sample.pass_s[1:]]
+            if times:
+                points.append((depth, percentile(times, 50) or 0.0))
+            reason = outcome.reason
+        rows.append({"engine": engine, "reason": reason, "points": points, **fit_line(points, _full_depth(extent))})
+    complete = all(row["reason"] != "its time was over" for row in rows)
+    return {"rows": rows, "complete": complete}
+
+
+def verification(extent: Extent, max_seconds: float) -> Row:
+    """Medians of judging one tree, greedy and sampled, on the device that computes."""
+    device = open_device(extent.settings.device)
+    place = device.torch_device
+    generator = torch.Generator(place).manual_seed(0)
+    shape = best_tree(Acceptance.from_json(ACCEPTANCE.read_text(encoding="utf-8")), extent.verify_nodes, 18)
+    laws = torch.rand(shape.num_nodes, extent.verify_vocab, generator=generator, device=place).softmax(-1)
+    logits = torch.randn(shape.num_nodes, extent.verify_vocab, generator=generator, device=place) * 4
+    token_ids = torch.tensor([0, *shape.ranks[1:]], device=place)
+    rows = []
+    methods: tuple[tuple[Method, float], ...] = (("sample", 0.0), ("traversal", 0.6), ("rejection", 0.6))
+    for method, temperature in methods:
+        drawn = DraftTree(shape, token_ids, laws if temperature else None)
+        times = []
+        for _ in range(VERIFY_RUNS + 1):
+            start_s = time.monotonic()
+            verify(drawn, logits, SamplingParams(temperature=temperature), generator, method=method)  # ends with a host sync
+            times.append(time.monotonic() - start_s)
+        rows.append({"method": method if temperature else "greedy", "median_s": percentile(times[1:], 50)})
+    device.close()
+    return {"nodes": shape.num_nodes, "vocabulary": extent.verify_vocab, "rows": rows}
+
+
+# In order of what matters most, with their shares of the time.
+STEPS: Mapping[str, tuple[Step, int]] = {
+    "link": (link, 1),
+    "table": (table, 5),
+    "baselines": (baselines, 4),
+    "pass_time": (pass_time, 3),
+    "utilisation": (utilisation, 3),
+    "sweep": (sweep, 2),
+    "timeline": (timeline, 1),
+    "verification": (verification, 1),
+}
+
+
+def fit_line(points: list[tuple[int, float]], depth: int) -> Row:
+    """Least squares of seconds over layers. `worst` is the largest distance of a point from the line, relative."""
+    if len(points) < 2:
+        return {"s_per_layer": None, "extrapolated_s_per_token": None, "worst": None}
+    mean_x, mean_y = (sum(point[axis] for point in points) / len(points) for axis in (0, 1))
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    base = mean_y - slope * mean_x
+    worst = max(abs(base + slope * x - y) / y for x, y in points)
+    return {"s_per_layer": slope, "extrapolated_s_per_token": base + slope * depth, "depth": depth, "worst": worst}
+
+
+def _small(extent: Extent) -> EngineSettings:
+    return replace(extent.settings, host_memory_bytes=extent.host_bytes, gpu_memory_bytes=extent.budgets[0])
+
+
+def _rows(rows: list[Row], wanted: int) -> Row:
+    return {"rows": rows, "complete": len(rows) == wanted}
+
+
+def _run_all(
+    extent: Extent, variants: list[EngineSettings], max_seconds: float, *, engine: str = "ours", temperature: float = 0.0
+) -> list[Row]:
+    """Our engine in this process, one variant after another. Those for which no time is left are missing, those that were
+    refused have a reason and no figures."""
+    end_s = time.monotonic() + max_seconds
+    rows = []
+    for settings in variants:
+        if time.monotonic() > end_s:
+            break
+        case = Case(
+            engine=engine,
+            settings=settings,
+            prompts=(prompt_ids(),),
+            max_new_tokens=extent.plain_tokens if engine == "plain" or settings.tree == "none" else extent.new_tokens,
+            runs=1,
+            max_seconds=max(end_s - time.monotonic(), 0.0),
+            temperature=temperature,
+        )
+        events: list[Event] = []
+        run_case(case, open_ours, events.append)
+        outcome = outcome_of(engine, events)
+        row = summarise([outcome], greedy=False)[0]
+        asked = {"tree": settings.tree, "temperature": temperature, "budget_bytes": settings.gpu_memory_bytes}
+        rows.append({**asked, **row, "facts": outcome.facts})
+    return rows
+
+
+def _run_baseline(extent: Extent, engine: str, depth: int, max_seconds: float) -> Outcome:
+    settings = replace(
+        extent.settings,
+        model=f"{extent.settings.model}:{depth}",
+        gpu_memory_bytes=extent.budgets[0],
+        emulate_link_bytes_per_s=None,
+    )
+    tokens = extent.baseline_tokens + 1
+    case = Case(
+        engine=engine, settings=settings, prompts=(prompt_ids(),), max_new_tokens=tokens, runs=1, max_seconds=max_seconds
+    )
+    return run_isolated(case, patient=False)
+
+
+def prompt_ids() -> tuple[int, ...]:
+    """A prompt of the demo's, which is every scale model's."""
+    codec = open_codec(TARGET)
+    assert codec is not None
+    return tuple(codec.encode(read_prompts(PROMPTS)[0].text))
+
+
+def _full_depth(extent: Extent) -> int:
+    from ..scale.preset import parse_scale_name, read_preset
+
+    return int(read_preset(parse_scale_name(extent.settings.model, "--model")[0], "--model")["num_hidden_layers"])

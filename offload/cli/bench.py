@@ -1,0 +1,180 @@
+"""`bench`: the result on stdout as a table, or in another form; how it goes on stderr."""
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..bench.compare import check_comparable, check_not_slower, compare, read_document
+from ..bench.engines import BASELINES, engines_for, parse_baselines
+from ..bench.prompts import Prompt, read_prompts
+from ..bench.table import render
+from ..config import EngineSettings
+from ..demo import TARGET
+from ..errors import DeviceError, UsageError
+from ..scale.preset import PREFIX as SCALE_PREFIX
+from .acceptance import write_json
+from .generate import read_prompt
+from .parser import DEMO_PROMPT
+from .settings import check_writable, engine_settings
+from .signals import EXIT_INTERRUPTED
+from .terminal import say
+
+LATENCY_SECONDS, SUITE_SECONDS = 600.0, 1500.0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    _check_flags(arguments)
+    if arguments.what == "latency":
+        return _run_latency(arguments)
+    if arguments.what == "spec":
+        return _run_spec(arguments)
+    return _run_suite(arguments)
+
+
+def _run_latency(arguments: argparse.Namespace) -> int:
+    baselines = parse_baselines(arguments.baseline if arguments.baseline is not None else ",".join(BASELINES))
+    old = read_document(Path(arguments.compare)) if arguments.compare else None
+    settings = engine_settings(arguments, emulate_demo_link=True)
+    prompts, prompt_ids = _prompts(arguments, settings)
+    from ..bench.latency import LatencyRequest, measure_latency  # torch, after everything that can be refused without it
+    from ..bench.machine import uses_gpu
+
+    request = LatencyRequest(
+        settings=settings,
+        engines=engines_for(baselines, on_gpu=uses_gpu(settings)),
+        prompts=tuple(prompts),
+        prompt_ids=tuple(prompt_ids),
+        max_new_tokens=arguments.max_new_tokens,
+        runs=arguments.runs,
+        warmup=arguments.warmup,
+        max_seconds=arguments.max_seconds or LATENCY_SECONDS,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        trace=str(Path(arguments.trace).absolute()) if arguments.trace else None,
+    )
+    document = measure_latency(request, _teller(arguments))
+    changes = None
+    if old is not None:
+        if not arguments.force:
+            check_comparable(old, document, where=f"--compare {arguments.compare}")
+        changes = document["compared"] = compare(old, document)
+    _write(arguments, document)
+    if changes is not None:
+        for row in changes:
+            say(f"{row['engine']}: {row['old']:.3g} -> {row['new']:.3g} s/token, {row['change'] * 100:+.1f} %")
+        if arguments.fail_if_slower is not None:
+            check_not_slower(changes, arguments.fail_if_slower, where=f"--compare {arguments.compare}")
+    return EXIT_INTERRUPTED if document["interrupted"] else 0
+
+
+def _run_spec(arguments: argparse.Namespace) -> int:
+    from ..bench.spec import SpecRequest, measure_acceptance, parse_numbers, spec_table
+
+    settings = engine_settings(arguments, emulate_demo_link=False)
+    if not settings.draft_models:
+        raise UsageError("nothing is speculated without a draft", where="bench spec", cure="name a --draft-model")
+    temperatures = parse_numbers(arguments.temperatures, flag="--temperatures", least=0.0, most=100.0)
+    top_ps = parse_numbers(arguments.top_ps, flag="--top-ps", least=1e-6, most=1.0)
+    prompts, prompt_ids = _prompts(arguments, settings)
+    request = SpecRequest(
+        settings=settings,
+        trees=tuple(arguments.trees.split(",")),
+        temperatures=temperatures,
+        top_ps=top_ps,
+        prompts=tuple(prompts),
+        prompt_ids=tuple(prompt_ids),
+        max_new_tokens=arguments.max_new_tokens,
+        runs=arguments.runs,
+        max_seconds=arguments.max_seconds or LATENCY_SECONDS,
+        seed=arguments.seed,
+    )
+    document = measure_acceptance(request, _teller(arguments))
+    _write(arguments, document, table="\n".join(spec_table(document)) + "\n")
+    return 0
+
+
+def _run_suite(arguments: argparse.Namespace) -> int:
+    from ..bench.suite import run_suite
+
+    budget_s = arguments.max_seconds or SUITE_SECONDS
+    report = run_suite(Path(arguments.out), arguments.device, budget_s, _teller(arguments))
+    print(report.read_text(encoding="utf-8"), end="", flush=True)
+    return 0
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """UsageError for flags of another kind of benchmark, and for files that cannot be written."""
+    if arguments.json and arguments.format not in (None, "json"):
+        raise UsageError(f"--json and -o {arguments.format}", where="bench", cure="leave one of the two out")
+    arguments.format = "json" if arguments.json else arguments.format or "md"
+    of_latency = {
+        "--baseline": arguments.baseline,
+        "--compare": arguments.compare,
+        "--fail-if-slower": arguments.fail_if_slower,
+        "--plot": arguments.plot,
+        "--trace": arguments.trace,
+    }
+    misplaced = [flag for flag, value in of_latency.items() if value is not None and arguments.what != "latency"]
+    if misplaced:
+        raise UsageError(f"{misplaced[0]} belongs to bench latency", where=f"bench {arguments.what}", cure="leave it out")
+    if (arguments.out is not None) != (arguments.what == "suite"):
+        raise UsageError("--out and suite go together", where=f"bench {arguments.what}", cure="bench suite --out DIR")
+    if arguments.fail_if_slower is not None and arguments.compare is None:
+        raise UsageError("slower than what?", where="--fail-if-slower", cure="name an earlier --output with --compare FILE")
+    for flag in ("--output", "--plot", "--trace"):
+        name = getattr(arguments, flag.removeprefix("--"))
+        if name is not None:
+            check_writable(flag, Path(name))
+            if (flag == "--plot" or name.endswith(".png")) and find_spec("matplotlib") is None:
+                raise UsageError("a picture needs matplotlib", where=flag, cure="install the bench extra")
+
+
+def _prompts(arguments: argparse.Namespace, settings: EngineSettings) -> tuple[list[Prompt], list[tuple[int, ...]]]:
+    """Of the dataset, or of the flags, or the demo's default prompt; and their token ids."""
+    is_scale = settings.model.startswith(SCALE_PREFIX)
+    if arguments.dataset:
+        prompts = read_prompts(Path(arguments.dataset))
+    else:
+        given = any(getattr(arguments, name) is not None for name in ("prompt", "prompt_file", "prompt_ids"))
+        text = DEMO_PROMPT if is_scale and not given else read_prompt(_with_system_prompt(arguments))
+        if not isinstance(text, str):
+            return [Prompt(text="", category="")], [tuple(text)]
+        prompts = [Prompt(text=text, category="")]
+    from ..model.locate import locate_model
+    from ..text import open_codec
+
+    codec = open_codec(TARGET if is_scale else locate_model(settings.model, "--model"))
+    if codec is None:
+        raise UsageError("the model folder has no tokenizer", where="--model", cure="give token ids with --prompt-ids 1,2,3")
+    templated = codec.has_chat_template and not arguments.raw
+    return prompts, [tuple(codec.encode_chat(one.text, None) if templated else codec.encode(one.text)) for one in prompts]
+
+
+def _with_system_prompt(arguments: argparse.Namespace) -> argparse.Namespace:
+    return argparse.Namespace(**vars(arguments), system_prompt=None)
+
+
+def _write(arguments: argparse.Namespace, document: dict[str, Any], *, table: str | None = None) -> None:
+    """The result on stdout, whole; then the files."""
+    text = table if table is not None and arguments.format == "md" else render(document, arguments.format)
+    print(text, end="", flush=True)
+    try:
+        if arguments.output:
+            write_json(Path(arguments.output), document)
+        if arguments.plot:
+            from ..bench.plots import save_bars
+
+            save_bars(document["summary"], Path(arguments.plot))
+    except OSError as error:
+        raise DeviceError(
+            f"the result above is complete, but a file could not be written: {error}",
+            where=" and ".join(filter(None, (arguments.output, arguments.plot))),
+            cure="check the folder and the space on its disk",
+        ) from error
+
+
+def _teller(arguments: argparse.Namespace) -> Any:
+    return (lambda text: None) if arguments.quiet else say

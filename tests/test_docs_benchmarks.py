@@ -1,0 +1,35 @@
+"""The committed benchmarks are what `bench` writes, and say what the documents quote from them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload.bench.compare import compare, read_document
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs/benchmarks"
+TEXT = (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["side_by_side_cpu.json", "side_by_side_cpu_memory.json"])
+def test_committed_tables_hold_identical_tokens_and_can_be_compared_with(name: str) -> None:
+    document = read_document(FOLDER / name)
+    ran = [row for row in document["summary"] if row["s_per_token_p50"]]
+    assert {row["engine"] for row in ran} == {"ours", "plain", "accelerate-disk", "transformers"}
+    assert all(row["identical_tokens"] for row in ran)
+    assert compare(document, document) and document["environment"]["commit"][:7] in TEXT
+
+
+def test_ours_over_plain_is_tokens_per_pass_times_predicted_overhead() -> None:
+    """Bar: within 5 %. Both rows are divided by what was predicted for the tokens per pass that they had."""
+    rows = {row["engine"]: row for row in read_document(FOLDER / "side_by_side_cpu.json")["summary"]}
+    assert abs(rows["plain"]["over_predicted"] / rows["ours"]["over_predicted"] - 1) < 0.05
+    assert f"{rows['ours']['speedup']:.2f} x" in TEXT and f"{rows['ours']['s_per_token_p50']:.4f}" in TEXT
+
+
+def test_the_acceptance_table_is_that_of_the_committed_file() -> None:
+    document: Any = json.loads((FOLDER / "spec_cpu.json").read_text(encoding="utf-8"))
+    assert document["kind"] == "spec" and document["complete"] and len(document["summary"]) == 15
+    cells = [f"{row['tokens_per_pass']:.2f} +- {row['tokens_per_pass_error']:.2f}" for row in document["summary"]]
+    assert [cell for cell in cells if cell not in TEXT] == []
