@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     from ..planner.advice import wins
 
-    found = wins(made, question.budgets, lambda budgets: replace(question, budgets=budgets).answer(question.tree))
+    found = wins(made, question.budgets, lambda budgets: replace(question, budgets=budgets).answer(made.tree))
     print(screen(made, question.target, question.drafts, question.hardware, found))
     return 0
 
@@ -158,7 +158,8 @@ def _question(arguments: argparse.Namespace) -> Question:
     rates = {"flops_per_s": arguments.flops, "disk_bytes_per_s": arguments.disk, "link_bytes_per_s": arguments.link}
     hardware = replace(hardware, **{name: rate for name, rate in rates.items() if rate is not None})
     device_bytes = settings.gpu_memory_bytes
-    if device_bytes is None and hardware.device_memory_bytes is not None:
+    anything = settings.profile is None and settings.resident_layers is not None  # on whatever machine they fit
+    if device_bytes is None and hardware.device_memory_bytes is not None and not anything:
         device_bytes = max(hardware.device_memory_bytes - RESERVE_BYTES, 0)
     host_bytes = settings.host_memory_bytes if settings.host_memory_bytes is not None else hardware.host_memory_bytes
     return Question(

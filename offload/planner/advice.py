@@ -41,7 +41,7 @@ class DraftVerdict:
 
 
 def wins(made: Plan, budgets: Budgets, again: Callable[[Budgets], Plan]) -> list[Win]:
-    """The biggest first. `again` makes the same plan within other budgets."""
+    """The biggest first. `again` makes the same plan, with the same tree, within other budgets."""
     found = []
     for change, other in _changes(made, budgets):
         try:

@@ -27,8 +27,10 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 MAX_NODES, MAX_LEVELS = 4096, 32
-# All sizes up to 16, then eight per doubling: tokens per pass grow with the logarithm of the nodes.
-NODES = (*range(1, 17), *sorted({round(2 ** (eighth / 8)) for eighth in range(33, 97)}))
+# All sizes up to 16, then four per doubling, as tokens per pass grow with the logarithm of the nodes; at the end as many as
+# BETWEEN around the best.
+NODES = (*range(1, 17), *(round(2 ** (quarter / 4)) for quarter in range(17, 49)))
+BETWEEN = 32
 WIDTHS = (4, 8, 16, 32, 64, 128, 256)  # tried as bounds on a level's nodes, where a wider level takes a draft longer
 CATCH_UP_ROWS = 2  # what a draft reads before its first level: the new root, and an accepted leaf it has not seen
 
@@ -147,7 +149,8 @@ class _Search:
         self, workload: Workload, draft: DraftOption | None, num_slots: int, sizes: Sequence[int], max_levels: int
     ) -> None:
         self._workload, self._draft, self._num_slots, self._max_levels = workload, draft, num_slots, max_levels
-        self._sizes, self._plans = self._fitting(sizes if draft is not None else (1,))
+        self._grid = sizes if draft is not None else (1,)
+        self._sizes, self._plans = self._fitting(self._grid)
 
     def run(self, bound_s: float) -> Choice | None:
         """The best choice, None if none is better than `bound_s` seconds per token. First the number of levels, most
@@ -166,9 +169,9 @@ class _Search:
         num_levels = best.num_levels
         for width in self._widths(draft):
             best = _better(best, self._evaluate(draft, num_levels, width, self._sizes))
-        place = int(np.searchsorted(self._sizes, best.num_nodes))
-        around = self._sizes[max(place - 1, 0) : place + 2]
-        between, self._plans = self._fitting(range(int(around[0]), int(around[-1]) + 1))
+        first = max((size for size in self._grid if size < best.num_nodes), default=best.num_nodes)
+        last = min((size for size in self._grid if size > best.num_nodes), default=best.num_nodes)
+        between, self._plans = self._fitting(range(first, last + 1, max((last - first) // BETWEEN, 1)))
         return _better(best, self._evaluate(draft, num_levels, best.max_level_width, between))
 
     def _fitting(self, sizes: Iterable[int]) -> tuple[Ints, dict[int, MemoryPlan]]:
@@ -189,9 +192,16 @@ class _Search:
         tokens = expected_tokens_table(draft.acceptance, int(sizes[-1]), self._max_levels, max_branching=work.target.vocab_size)
         reaches = tokens[sizes][:, 1:] > tokens[sizes][:, :-1]  # a tree that does not use the last level is one of fewer
         least_level_s = float(draft.level_s(np.array(draft.times.rows)).min())
-        arrival_s = np.array([_arrival_s(work, self._plans[int(size)]) for size in sizes])[:, None]
-        compute_s = (work.target.num_layers * work.times.layer(sizes) + work.times.rest(sizes) + work.verify.at(sizes))[:, None]
-        least_s = np.maximum(arrival_s, compute_s + (levels - 1) * least_level_s) / np.maximum(tokens[sizes][:, 1:], 1.0)
+        plans = [self._plans[int(size)] for size in sizes]
+        arrival_s = np.array([_arrival_s(work, plan) for plan in plans])[:, None]
+        # While nothing is computed but the draft and what follows the last layer, no slot becomes free: of all copies, only as
+        # many as there are slots hide there.
+        copies = np.array([max(len(plan.placement.streamed) - plan.num_slots, 0) for plan in plans])[:, None]
+        between_s = (work.times.rest(sizes) + work.verify.at(sizes))[:, None] + (levels - 1) * least_level_s
+        compute_s = work.target.num_layers * work.times.layer(sizes)[:, None]
+        copy_s = work.target.layer_bytes / work.link_bytes_per_s
+        least_s = np.maximum(arrival_s, between_s + np.maximum(compute_s, copies * copy_s))
+        least_s = least_s / np.maximum(tokens[sizes][:, 1:], 1.0)
         least = np.where(reaches, least_s, np.inf).min(axis=0)
         order = np.argsort(least, kind="stable")
         return [(int(levels[place]), float(least[place])) for place in order if np.isfinite(least[place])]

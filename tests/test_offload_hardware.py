@@ -1,0 +1,107 @@
+"""Hardware profiles: what a file must say, what it is taken for, and what the machine measures of itself."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from command_line import INVALID, assert_error, assert_usage_error, run_command
+from offload.calibrate import QUICK, Subject, measure_hardware
+from offload.device.cpu import CpuDevice
+from offload.planner.hardware import ROWS, HardwareProfile, ModelTimes, interpolate
+from offload.planner.hardware_file import PRESETS, find_hardware, from_json, read_hardware, to_json
+from offload.planner.shapes import find_shape
+from offload.source import check_source
+from planning import L40, LLAMA_2_70B
+
+Models = Callable[..., Path]
+GOOD = to_json(L40)
+
+
+def test_estimates_follow_the_roofline() -> None:
+    """One row reads the layer's 1.71 GB once; 4096 rows multiply 7 TFLOP in it."""
+    times = L40.times(LLAMA_2_70B, "target", 0)
+    assert times.rows == ROWS
+    assert times.layer_s[0] == pytest.approx(1e-4 + 855_654_400 * 2 / 864e9, rel=1e-3)
+    multiplied = 2 * 4096 * 855_654_400 + 4 * 4096 * 4096 * 8192  # matrices, and attention among the rows themselves
+    assert times.layer_s[-1] == pytest.approx(1e-4 + multiplied / 110e12, rel=1e-3)
+
+
+def test_times_between_measured_points_lie_on_the_line_and_go_on_beyond() -> None:
+    assert interpolate((1, 3), (1.0, 2.0), [1, 2, 3, 5]).tolist() == [1.0, 1.5, 2.0, 3.0]
+    assert interpolate((1, 3), (2.0, 1.0), [9]).tolist() == [1.0]
+    with pytest.raises(ValueError, match="do not increase"):
+        ModelTimes(context_rows=0, rows=(4, 1), layer_s=(1.0, 1.0), rest_s=(0.0, 0.0))
+
+
+def test_this_machine_measures_itself_and_the_file_says_the_same(models: Models, tmp_path: Path) -> None:
+    source = check_source(str(models()), "--model", "float32", "cpu")
+    device = CpuDevice()
+    subjects = [Subject(role="target", model=source.model), Subject(role="draft", model=source.model)]
+    measured = measure_hardware(device, subjects, QUICK)
+    device.close()
+    assert measured.link_bytes_per_s > 0 and measured.verify_times(97).at(64) > 0
+    for role in ("target", "draft"):
+        times = measured.times(source.model.cost, role, 300)
+        assert min(times.layer_s) > 0 and len(times.rows) == len(measured.models[0].times[0].rows)
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(to_json(measured)))
+    assert read_hardware(path) == measured
+
+
+def test_presets_are_found_by_name_and_plan_every_model() -> None:
+    for path in PRESETS.glob("*.json"):
+        profile = find_hardware(path.stem)
+        times = profile.times(find_shape("llama-2-70b", "--model").cost(2), "target", 1024)
+        assert all(second >= 0 for second in times.layer_s)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 2}, "schema_version is 2"),
+        ({"link_bytes_per_s": None}, "missing key 'link_bytes_per_s'"),
+        ({"link_bytes_per_s": -1.0}, "not a positive number"),
+        ({"disk_bytes_per_s": float("nan")}, "not a positive number"),
+        ({"flops_per_s": "fast"}, "not a number"),
+        ({"device_memory_bytes": 1.5}, "not a whole number"),
+        ({"lnik": 1}, "unknown key 'lnik'"),
+        ({"models": [{"role": "judge"}]}, "an entry of models"),
+        ({"models": {}}, "models is not a list"),
+        ({"verify": [{"vocab_size": 0}]}, "an entry of verify"),
+        ({"facts": []}, "facts is not an object"),
+    ],
+)
+def test_a_profile_that_is_none_is_refused_with_its_fault(
+    change: dict[str, object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps({**GOOD, **change}))
+    assert_error(run_command(capsys, "plan", "-q", "--profile", path), INVALID, message, str(path))
+    with pytest.raises(ValueError, match=message.split("'")[0]):
+        from_json({**GOOD, **change})
+
+
+def test_a_profile_that_is_missing_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert_error(run_command(capsys, "plan", "-q", "--profile", "rtx-9090"), INVALID, "rtx-9090", "rtx-4090", "l40")
+
+
+def test_profile_hardware_writes_what_plan_reads(
+    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload.calibrate.FULL", QUICK)
+    monkeypatch.setattr("offload.cli.profile_hardware.COPY_SIZES", (2**16, 2**20))
+    path = tmp_path / "here.json"
+    finished = run_command(capsys, "profile", "hardware", "--model", models(), "--device", "cpu", "--output", path)
+    assert finished.code == 0 and str(path) in finished.stderr
+    profile = read_hardware(path)
+    assert isinstance(profile, HardwareProfile) and profile.device_type == "cpu"
+    assert profile.disk_bytes_per_s and set(profile.facts) >= {"measured_at", "commit", "link_bytes_per_s_by_copy"}
+    planned = run_command(capsys, "plan", "-q", "--model", models(), "--profile", path, "--json")
+    assert planned.code == 0 and json.loads(planned.stdout)["fits"]
+
+
+def test_profile_hardware_refuses_a_place_it_cannot_write_to(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    finished = run_command(capsys, "profile", "hardware", "-q", "--output", tmp_path / "no" / "file.json")
+    assert_usage_error(finished, "--output")

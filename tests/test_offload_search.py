@@ -1,0 +1,196 @@
+"""The planner's choice against brute force, against Sequoia's own, and the timeline that both rest on."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from offload.errors import FitError
+from offload.planner.advice import compare_drafts
+from offload.planner.cost import ModelCost
+from offload.planner.hardware import ModelTimes, VerifyTimes
+from offload.planner.memory import MAX_AUTO_SLOTS, MIN_SLOTS, MemoryPlan, plan_memory
+from offload.planner.pipeline import PartTimes, steady_round
+from offload.planner.plan import expanded_per_level, make_workload
+from offload.planner.search import DraftOption, Workload, best_choice, predict
+from offload.streaming.schedule import spread_evenly
+from offload.weights.placement import Placement
+from planning import GIB, L40, LLAMA_2_7B, LLAMA_2_70B, SETTINGS, budgets, constant_times, draft_option, plan
+from tree.acceptance import Acceptance
+from tree.optimizer import best_tree, expected_tokens
+
+NO_VERIFY = VerifyTimes(vocab_size=32000, nodes=(1, 2), verify_s=(0.0, 0.0))
+# Acceptance that the Sequoia repository ships, and the times of its demo configuration (arXiv 2402.12374, section 4.3).
+SEQUOIA = Acceptance(((0.634183, 0.107946, 0.056972, 0.022489, 0.01949),))
+
+
+def one_round(
+    resident: int, slots: int, *, copy_s: float, before_s: float, layer_s: float, after_s: float, disk: int = 0
+) -> float:
+    streamed = [layer for layer in range(8) if layer not in spread_evenly(resident, 8)]
+    placement = Placement(num_layers=8, resident=spread_evenly(resident, 8), disk=frozenset(streamed[:disk]))
+    parts = PartTimes(copy_s=copy_s, read_s=1.0, before_s=before_s, layer_s=layer_s, after_s=after_s)
+    return float(steady_round(placement, slots, parts).round_s)
+
+
+def test_what_the_link_hides_costs_nothing() -> None:
+    assert one_round(0, 3, copy_s=1.0, before_s=0.5, layer_s=0.1, after_s=0.5) == pytest.approx(8.0)
+    assert one_round(4, 3, copy_s=1.0, before_s=0.5, layer_s=0.1, after_s=0.5) == pytest.approx(4.0)
+
+
+def test_what_computing_hides_costs_nothing() -> None:
+    assert one_round(0, 2, copy_s=0.1, before_s=3.0, layer_s=1.0, after_s=2.0) == pytest.approx(13.0)
+
+
+def test_drafting_beyond_what_the_slots_hide_is_paid_for() -> None:
+    """With all slots full the link waits: 2 of 8 copies run while 5 s are drafted and verified, 6 after."""
+    assert one_round(0, 2, copy_s=1.0, before_s=4.0, layer_s=0.01, after_s=1.0) == pytest.approx(5.0 + 6.0, abs=0.1)
+
+
+def test_a_disk_that_feeds_the_pass_sets_its_pace() -> None:
+    assert one_round(0, 3, copy_s=0.1, before_s=0.0, layer_s=0.01, after_s=0.0, disk=8) == pytest.approx(8.0)
+
+
+@given(
+    st.integers(0, 8),
+    st.integers(1, 4),
+    st.tuples(st.floats(0.01, 2), st.floats(0, 5), st.floats(0.001, 2), st.floats(0, 3)),
+)
+def test_a_round_takes_at_least_its_longest_part_and_at_most_their_sum(
+    resident: int, slots: int, times: tuple[float, float, float, float]
+) -> None:
+    copy_s, before_s, layer_s, after_s = times
+    found = one_round(resident, slots, copy_s=copy_s, before_s=before_s, layer_s=layer_s, after_s=after_s)
+    copies_s, computes_s = (8 - resident) * copy_s, before_s + 8 * layer_s + after_s
+    assert max(copies_s, computes_s) - 1e-9 <= found <= copies_s + computes_s + 1e-9
+
+
+def fits(workload: Workload, draft: DraftOption) -> bool:
+    try:
+        workload.memory(draft, 16, MAX_AUTO_SLOTS)
+    except FitError:
+        return False
+    return True
+
+
+def brute_force(workload: Workload, drafts: list[DraftOption], max_nodes: int, max_levels: int) -> float:
+    """The least seconds per token over every draft, slots, nodes and levels, each tree made and timed on its own."""
+    found = [math.inf]
+    for slots in (MIN_SLOTS, MAX_AUTO_SLOTS):
+        memory = workload.memory(None, 1, slots)
+        found.append(predict(workload, memory, 1, 0.0, 1.0).s_per_token)
+        for draft in drafts:
+            for nodes in range(2, max_nodes + 1):
+                for levels in range(2, max_levels + 1):
+                    shape = best_tree(draft.acceptance, nodes, levels)
+                    memory = workload.memory(draft, shape.num_nodes, slots)
+                    draft_s = float(draft.draft_s(expanded_per_level(shape)))
+                    tokens = expected_tokens(shape, draft.acceptance)
+                    found.append(predict(workload, memory, shape.num_nodes, draft_s, tokens).s_per_token)
+    return min(found)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.floats(16.5, 60),
+    st.sampled_from([1e9, 25e9, 400e9]),
+    st.lists(st.floats(0.01, 1.0), min_size=1, max_size=3),
+    st.floats(1e-4, 1.0),
+)
+def test_the_choice_is_the_best_of_all(device_gib: float, link: float, weights: list[float], level_s: float) -> None:
+    """Levels of one length whatever their width, so that bounds on the width cannot help."""
+    ranks = sorted((weight / sum(weights) * 0.9 for weight in weights), reverse=True)
+    hardware = replace(L40, link_bytes_per_s=link)
+    draft = draft_option(
+        acceptance=Acceptance((tuple(ranks),)), times=constant_times((1, 64), (level_s / 32,) * 2), cost=LLAMA_2_7B
+    )
+    limits = budgets(device_gib)
+    workload = make_workload(SETTINGS, LLAMA_2_70B, hardware, limits, max_positions=4096)
+    assume(fits(workload, draft))  # all sixteen sizes, so that both look at the same space
+    choice = best_choice(workload, [None, draft], (MIN_SLOTS, MAX_AUTO_SLOTS), max_nodes=16, max_levels=6)
+    assert choice is not None
+    assert choice.s_per_token == pytest.approx(brute_force(workload, [draft], 16, 6), rel=1e-9)
+
+
+def test_a_bound_on_the_width_is_taken_when_wide_levels_are_slow() -> None:
+    slow = draft_option(times=constant_times((1, 8, 9, 64), (1e-3, 1e-3, 0.1, 0.7)))
+    workload = make_workload(SETTINGS, LLAMA_2_70B, L40, budgets(48), max_positions=4096)
+    choice = best_choice(workload, [slow], (2, 3))
+    assert choice is not None and choice.max_level_width is not None and choice.max_level_width <= 8
+
+
+def sequoia_workload() -> tuple[Workload, DraftOption]:
+    """Nothing streamed, one layer: a round is what Sequoia's cost model has, levels x draft time + target time."""
+    nodes, times = (1, 2, 4, 8, 16, 32), (10.0, 10.0, 10.0, 12.0, 14.0, 18.0)
+    one_layer = replace(LLAMA_2_70B, num_layers=1, layer_bytes=2**20, shared_bytes=2**20)
+    memory = plan_memory(SETTINGS, one_layer, None, 1, 2, max_positions=4096, budgets=budgets(100))
+    draft_cost = replace(one_layer, num_layers=1)
+    workload = Workload(
+        target=one_layer,
+        times=ModelTimes(context_rows=0, rows=nodes, layer_s=times, rest_s=(0.3,) * 6),  # it charges the root a level, too
+        verify=NO_VERIFY,
+        link_bytes_per_s=1e9,
+        disk_bytes_per_s=1e9,
+        memory=lambda draft, num_nodes, slots: memory,
+    )
+    return workload, draft_option(cost=draft_cost, acceptance=SEQUOIA, times=constant_times((1, 32), (0.3, 0.3)))
+
+
+def test_sequoias_demo_configuration_gives_its_choice() -> None:
+    """4 nodes in 4 levels, 4.8878 time units a token (the repository's tree_search.py on its demo-config.json)."""
+    workload, draft = sequoia_workload()
+    choice = best_choice(workload, [draft], (2,), max_levels=10, sizes=(1, 2, 4, 8, 16, 32))
+    assert choice is not None
+    exact = (4 * 0.3 + 10.0) / expected_tokens(best_tree(SEQUOIA, 4, 4), SEQUOIA)
+    assert exact == pytest.approx(4.8878, abs=2e-4)
+    assert choice.s_per_token <= exact + 1e-9
+
+
+def test_a_draft_that_costs_more_than_it_brings_is_left_out() -> None:
+    useless = draft_option(times=constant_times((1, 64), (10.0, 10.0)))
+    made = plan(tree=None, device_gib=48, drafts=(useless,))
+    assert made.draft is None and made.tree.num_nodes == 1
+    assert "no draft is used: each that fits would take longer" in made.notes[0]
+
+
+def test_of_two_drafts_the_better_is_used_and_the_comparison_says_so() -> None:
+    slow, quick = draft_option(name="slow", times=constant_times((1, 64), (0.02, 0.02))), draft_option(name="quick")
+    made = plan(tree=None, device_gib=48, drafts=(slow, quick))
+    assert made.draft == 1
+    workload = make_workload(SETTINGS, LLAMA_2_70B, L40, budgets(48), max_positions=4096)
+    verdicts = compare_drafts(workload, [slow, quick], (2, 3))
+    assert [verdict.name for verdict in verdicts] == ["quick", "slow"]
+    assert verdicts[0].s_per_token == pytest.approx(made.prediction.s_per_token, rel=1e-3)
+    law = verdicts[0].expected_tokens / ((verdicts[0].num_levels - 1) * verdicts[0].level_s + verdicts[0].target_s)
+    assert verdicts[0].law_tokens_per_s == pytest.approx(law)
+
+
+@pytest.mark.parametrize(("device_gib", "draft"), [(47, LLAMA_2_7B), (23, LLAMA_2_7B), (11.5, None)])
+def test_preset_cards_hold_their_plans(device_gib: float, draft: ModelCost | None) -> None:
+    """The ledger sums to the budget, but for less than a layer, which is what is left where trees or layers end."""
+    drafts = (draft_option(cost=draft),) if draft else ()
+    made = plan(tree=None, device_gib=device_gib, drafts=drafts)
+    used = sum(made.device_ledger.values())
+    assert device_gib * GIB - LLAMA_2_70B.layer_bytes * 1.01 <= used <= device_gib * GIB
+
+
+def test_on_a_machine_of_one_memory_nothing_is_counted_twice() -> None:
+    made = plan(tree=None, device_gib=60, host_gib=60, shared=True)
+    assert sum(made.device_ledger.values()) + sum(made.host_ledger.values()) <= 60 * GIB
+    assert made.placement.disk
+
+
+def memory_of(made: MemoryPlan) -> int:
+    return sum(made.device_ledger.values())
+
+
+def test_a_larger_tree_takes_no_less_memory() -> None:
+    """What the search relies on when it stops at the first size that does not fit."""
+    fixed = replace(SETTINGS, resident_layers=0)
+    sizes = [
+        memory_of(plan_memory(fixed, LLAMA_2_70B, LLAMA_2_7B, nodes, 2, max_positions=4096, budgets=budgets(None)))
+        for nodes in (1, 2, 16, 64, 256, 1024, 4096)
+    ]
+    assert sizes == sorted(sizes)
