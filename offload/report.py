@@ -8,6 +8,8 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .deviation import Deviation
+from .deviation import deviation as find_deviation
 from .stats import RunStats
 
 if TYPE_CHECKING:  # a plan places weights, so it knows torch; commands that only name a commit need not wait for it
@@ -92,7 +94,7 @@ class Report:
                 "host_sessions_bytes": self.memory.host_sessions_bytes,
                 "host_shared_layers": self.memory.host_shared_layers,
             },
-            "plan": plan.to_json(),
+            "plan": {**plan.to_json(), "deviation": deviation.text() if (deviation := self.deviation) else None},
             "environment": environment(self.device_name),
         }
 
@@ -108,7 +110,15 @@ class Report:
             parts.append(f"{stats.tokens_per_pass:.1f} tokens/pass of {plan.tree.num_nodes} nodes")
         parts.append(self._link())
         parts.append(f"device {self.memory.device_peak_bytes / 2**30:.2f} GiB")
+        if (deviation := self.deviation) is not None:
+            parts.append(deviation.text())
         return " | ".join(parts)
+
+    @property
+    def deviation(self) -> "Deviation | None":
+        """Where the prediction was off by more than a tenth, and why."""
+        plan = self.plan
+        return find_deviation(plan.prediction, self.stats.passes[1:], plan.bytes_per_pass, plan.link_bytes_per_s)
 
     def _predicted(self) -> str:
         predicted_s = self.plan.prediction.s_per_token

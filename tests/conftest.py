@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fakes import DEVICES
+from offload.calibrate import QUICK
 from offload.device import Device
 
 # Matrices this small gain nothing from a second thread, and threads that wait for each other lose a busy machine.
@@ -60,6 +62,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def quick_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that are opened without a profile look at this machine for milliseconds: what they plan with is real, and
+    coarse. Whoever tests the measurement itself calls it."""
+    brief = replace(QUICK, rows=(1, 64), contexts=(64,), repeats=1, copy_bytes=2**16, disk_s=0.01)
+    monkeypatch.setattr("offload.assemble.QUICK", brief)
 
 
 @pytest.fixture(params=sorted(DEVICES))

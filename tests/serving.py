@@ -8,10 +8,11 @@ from typing import Any
 
 import httpx2 as httpx
 
-from offload.assemble import Progress, open_engine
+from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.demo import ACCEPTANCE, DRAFT, TARGET
 from offload.engine import Engine
+from offload.loading import Progress
 from offload.serve.server import Server
 from offload.serve.settings import ServeSettings
 

@@ -36,7 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "model": MACHINE,
     # which layers are resident is part of the schedule; shapes come from where models are found, without building any
     "planner": {*FLOOR, "device", "weights", "streaming.schedule", "model.locate"},
-    "report": {*FLOOR, *NUMBERS, "planner"},
+    "deviation": {"planner", "stats"},
+    "report": {*FLOOR, *NUMBERS, "deviation", "planner"},
     "admission": {*FLOOR, *NUMBERS, "planner"},
     # a model looked at and not yet loaded: what calibrate measures and assemble loads
     "source": {*ENGINE, "scale"},

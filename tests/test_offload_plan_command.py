@@ -81,8 +81,8 @@ def test_a_model_folder_is_planned_from_its_config_alone(tmp_path: Path, capsys:
 def test_a_plan_for_a_preset_imports_neither_torch_nor_transformers() -> None:
     """It answers in under 0.5 s because of that; time itself depends on who else is using the machine."""
     code = (
-        "import sys; from offload.cli.main import main; "
-        f"code = main(['plan', *{BIG!r}]); print(code, [m for m in ('torch', 'transformers') if m in sys.modules])"
+        "from sys import modules; from offload.cli.main import main; "
+        f"code = main(['plan', *{BIG!r}]); print(code, [m for m in ('torch', 'transformers') if m in modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ran.stdout.splitlines()[-1] == "0 []" and ran.stderr == ""

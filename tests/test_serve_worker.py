@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from offload.admission import Request
-from offload.assemble import Progress
 from offload.engine import Step
 from offload.errors import DeviceError, NumericError
+from offload.loading import Progress
 from offload.serve.problems import Problem
 from offload.serve.telemetry import Telemetry
 from offload.serve.worker import EngineWorker, Finished, Job, Stepped

@@ -1,0 +1,71 @@
+"""Pure: a run's seconds per token beside what was predicted, and the term of the prediction that is to blame."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .stats import PassStats
+
+if TYPE_CHECKING:  # numpy, which commands that only name a commit need not wait for
+    from .planner.search import Prediction
+
+TOLERANCE = 0.10  # of the predicted seconds per token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deviation:
+    """`share` of the prediction by which the run was slower (positive) or quicker; `term` explains most of it."""
+
+    share: float
+    term: str
+    predicted: float
+    measured: float
+
+    def text(self) -> str:
+        way = "slower" if self.share > 0 else "quicker"
+        return (
+            f"{abs(self.share) * 100:.0f} % {way} than predicted, mostly by {self.term}: {self.measured:.3g}, "
+            f"expected {self.predicted:.3g}"
+        )
+
+
+def deviation(
+    prediction: "Prediction", rounds: Sequence[PassStats], bytes_per_pass: int, link: float | None
+) -> Deviation | None:
+    """None when steady `rounds` (the first one left out by the caller) took what was predicted, within TOLERANCE, or when
+    there are none. Each term's share is what the seconds per token would change by, were it alone as measured."""
+    if not rounds:
+        return None
+    tokens = sum(one.emitted_tokens for one in rounds) / len(rounds)
+    round_s = _mean([one.round_s for one in rounds])
+    share = round_s / tokens / prediction.s_per_token - 1.0
+    if abs(share) <= TOLERANCE:
+        return None
+    expected = prediction.expected_tokens
+    compute_s = _mean([max(one.pass_s - one.stall_s, 0.0) for one in rounds])
+    draft_s = _mean([one.draft_s for one in rounds])
+    terms = {
+        "acceptance (tokens a pass)": (
+            prediction.expected_tokens,
+            tokens,
+            round_s / tokens - round_s / prediction.expected_tokens,
+        ),
+        "compute (s a pass)": (
+            prediction.compute_s,
+            compute_s,
+            (compute_s - prediction.compute_s) / prediction.expected_tokens,
+        ),
+        "draft (s a pass)": (prediction.draft_s, draft_s, (draft_s - prediction.draft_s) / prediction.expected_tokens),
+    }
+    copied_s = _mean([one.copied_s for one in rounds])
+    if link and bytes_per_pass and copied_s:
+        rate = bytes_per_pass / copied_s
+        terms["link (GB/s)"] = (link / 1e9, rate / 1e9, (copied_s - bytes_per_pass / link) / expected)
+    sign = 1.0 if share > 0 else -1.0
+    term = max(terms, key=lambda name: sign * terms[name][2])
+    predicted, measured, _ = terms[term]
+    return Deviation(share=share, term=term, predicted=predicted, measured=measured)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
