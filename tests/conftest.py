@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -16,6 +17,9 @@ from offload.device import Device
 
 # Matrices this small gain nothing from a second thread, and threads that wait for each other lose a busy machine.
 torch.set_num_threads(1)
+# How long an example takes is up to who else uses the machine.
+settings.register_profile("treestream", deadline=None)
+settings.load_profile("treestream")
 
 VOCAB_SIZE = 97
 EOS = 96
