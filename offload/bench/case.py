@@ -35,7 +35,10 @@ class Case:
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "Case":
         prompts = tuple(tuple(prompt) for prompt in document["prompts"])
-        return cls(**{**document, "settings": EngineSettings(**document["settings"]), "prompts": prompts})
+        settings: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in document["settings"].items()
+        }
+        return cls(**{**document, "settings": EngineSettings(**settings), "prompts": prompts})
 
 
 @dataclass(slots=True)

@@ -133,7 +133,7 @@ def describe_model(settings: EngineSettings) -> dict[str, Any]:
     names = _names(settings)
     return {
         "target": names["model"],
-        "draft": names["draft_model"],
+        "draft": ", ".join(_name(name) for name in settings.draft_models) or None,
         "dtype": settings.dtype,
         "scale": SCALE_NOTE if scale else None,
         "emulated_link_bytes_per_s": settings.emulate_link_bytes_per_s,
