@@ -2,8 +2,9 @@
 
     python docs/benchmarks/prediction.py --markdown
 
-The bundled pair on the CPU device over emulated links, greedy, all layers streamed. The machine is measured quickly before each run, as
-without --profile; seconds per token are predicted with the tokens per pass that were measured: what is judged is the model of time.
+The bundled pair on the CPU device over emulated links, greedy, all layers streamed. The machine is measured quickly before
+each run, as without --profile; seconds per token are predicted with the tokens per pass that were measured, so that the
+model of time is judged and not the text.
 """
 
 import argparse
