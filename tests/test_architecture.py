@@ -53,7 +53,12 @@ ALLOWED: dict[str, set[str]] = {
     # HTTP around one engine; `loading` for the type of a callback only: whoever starts a server says how its engine is opened
     "serve": {*FLOOR, *NUMBERS, "conversation", "admission", "engine", "loading"},
     "demo": FLOOR,  # data, and the script that made it
-    "scale": {*MACHINE, "model", "demo"},  # makes tensors instead of reading them; computes what the demo target computes
+    "scale": {
+        *MACHINE,
+        "model",
+        "planner.shapes",
+        "demo",
+    },  # makes tensors instead of reading them; computes what the demo target computes
     "bench": ALL,  # drives whole engines, ours and others
     "cli": {*ALL, "bench", "serve"},
     "__init__": {*ENGINE, "engine", "assemble"},  # the package's face: `offload.load`

@@ -181,11 +181,17 @@ def preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A preset called "small" that the demo target fits into."""
     facts = facts_of((512, 768, 4, 2, 128, 8), max_position_embeddings=512)
     (tmp_path / "small.json").write_text(json.dumps({"schema_version": 1, "source": "a test", "config": facts}))
-    (tmp_path / "narrow.json").write_text(json.dumps({"config": facts_of((128, 768, 4, 2, 128, 8))}))
-    (tmp_path / "heads.json").write_text(json.dumps({"config": facts_of((512, 768, 4, 2, 64, 8))}))
-    (tmp_path / "qwen3.json").write_text(json.dumps({"config": facts_of((512, 768, 4, 2, 128, 8), "qwen3")}))
+    (tmp_path / "narrow.json").write_text(
+        json.dumps({"schema_version": 1, "source": "a test", "config": facts_of((128, 768, 4, 2, 128, 8))})
+    )
+    (tmp_path / "heads.json").write_text(
+        json.dumps({"schema_version": 1, "source": "a test", "config": facts_of((512, 768, 4, 2, 64, 8))})
+    )
+    (tmp_path / "qwen3.json").write_text(
+        json.dumps({"schema_version": 1, "source": "a test", "config": facts_of((512, 768, 4, 2, 128, 8), "qwen3")})
+    )
     (tmp_path / "damaged.json").write_text("{")
-    monkeypatch.setattr("offload.scale.preset.FOLDER", tmp_path)
+    monkeypatch.setattr("offload.planner.shapes.PRESETS", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +205,7 @@ def preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("scale:narrow", UsageError, "hidden size is 128, and 256 are needed"),
         ("scale:heads", UsageError, "heads of 64 dimensions are no multiple of 128"),
         ("scale:qwen3", ModelError, "a qwen3 cannot compute what a llama computes"),
-        ("scale:damaged", ModelError, "not a model preset"),
+        ("scale:damaged", ModelError, "not the JSON of a model"),
     ],
 )
 def test_a_name_that_cannot_be_built_is_refused(preset: None, name: str, error: type[OffloadError], words: str) -> None:
