@@ -21,12 +21,11 @@ from .planner.fallback import Fallbacks
 from .planner.hardware import HardwareProfile
 from .planner.hardware_file import find_hardware
 from .planner.memory import Budgets
-from .planner.plan import TYPICAL_CONTEXT_ROWS, Plan, make_workload, plan_run
-from .planner.search import DraftOption
+from .planner.plan import Plan, context_tokens, make_option, make_workload, plan_run
 from .planner.tree_choice import read_acceptances, read_tree, resolve_method
 from .report import Memory
 from .source import ModelSource, check_source
-from .text import check_same_vocabulary
+from .text import TextCodec, check_same_vocabulary
 from .trace import Trace
 from .weights.source import CheckpointSource
 from .weights.store import WeightStore
@@ -44,13 +43,15 @@ def open_engine(
     trace: Trace | None = None,
     device: Device | None = None,
     hardware: HardwareProfile | None = None,
+    expect: Callable[[EngineSettings, TextCodec | None], EngineSettings] | None = None,
     admit: Callable[[Admission], None] | None = None,
 ) -> Engine:
     """Load what `settings` name. Raises the errors of errors.py; nothing stays allocated after one.
 
     `device` takes the place of the one that the settings name; the engine closes it. `hardware` takes the place of the
-    profile that they name, or of a quick measurement. `admit` is called when everything is
-    planned and no weight has been read, so that a request which cannot be finished is refused in time.
+    profile that they name, or of a quick measurement. `expect` adds to the settings what is known of the requests once
+    there is a tokenizer. `admit` is called when everything is planned and no weight has been read, so that a request which
+    cannot be finished is refused in time.
     """
     start_s = time.monotonic()
     with ExitStack() as stack:
@@ -58,6 +59,7 @@ def open_engine(
         stack.callback(device.close)
         target = check_source(settings.model, "--model", settings.dtype, device.torch_device.type)
         drafts = _drafts(settings, target, device.torch_device.type)
+        settings = expect(settings, target.codec) if expect is not None else settings
         budgets = host = _budgets(settings, device)
         if target.tensors.equal_layers:  # what exceeds the host's memory shares it, see share_memory
             budgets = replace(budgets, host_bytes=None)
@@ -134,7 +136,7 @@ def _measure(
         return measure_hardware(
             own,
             subjects,
-            QUICK,
+            replace(QUICK, contexts=(context_tokens(settings),), laws=(settings.sampled,)),
             link_bytes_per_s=settings.emulate_link_bytes_per_s,
             disk=target.tensors.checkpoint if may_need_disk and isinstance(target.tensors, CheckpointSource) else None,
         )
@@ -149,12 +151,7 @@ def _plan(
     max_positions = target.architecture.max_positions
     workload = make_workload(settings, target.model.cost, hardware, budgets, max_positions=max_positions)
     options = [
-        DraftOption(
-            name=draft.folder.name,
-            cost=draft.model.cost,
-            times=hardware.times(draft.model.cost, "draft", TYPICAL_CONTEXT_ROWS),
-            acceptance=acceptance,
-        )
+        make_option(settings, hardware, draft.folder.name, draft.model.cost, acceptance)
         for draft, acceptance in zip(drafts, read_acceptances(settings), strict=True)
     ]
     plan = plan_run(settings, tree, workload, options, max_positions=max_positions, budgets=budgets)

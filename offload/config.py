@@ -47,6 +47,9 @@ class EngineSettings:
     `model` is a folder with config.json and safetensors, or a hub id; so is each of `draft_models`, of which the planner takes
     the best, or none. `acceptances` are acceptance files, one for each draft or one for all; `profile` a hardware profile.
     `tree` is a spec such as "4x6:kary", "none", "auto" or the path of a TreeShape JSON. Sizes are bytes, rates bytes/s.
+
+    What is known of the requests to come makes plans better: whether they are `sampled`, how many tokens prompt and answer
+    have together at most, and how many of them an average pass looks back on.
     """
 
     model: str
@@ -63,6 +66,9 @@ class EngineSettings:
     emulate_link_bytes_per_s: float | None = None
     acceptances: tuple[str, ...] = ()
     profile: str | None = None
+    sampled: bool = False
+    text_tokens: int | None = None
+    context_tokens: int | None = None
 
     @classmethod
     def parse(

@@ -1,10 +1,10 @@
 """Models of a few layers full of noise: what a forward pass takes, without the model whose layers they are."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from tree.sampling import SamplingParams, law, sample_without_replacement
 from tree.shape import TreeShape
 
 from .device import Device
@@ -20,17 +20,19 @@ from .source import TypedModel
 FEW_LAYERS, MORE_LAYERS = 1, 3
 ROTATED_BYTES = 2**26
 NOISE_NUMBERS = 2**18
-PARAMS = SamplingParams(temperature=0.6)
 
 
 class _Repeated:
-    """A weight source: `num_layers` layers from a few buffers in turn, across passes."""
+    """A weight source: `num_layers` layers from a few buffers in turn, across passes; each comes after `late_s`."""
 
     def __init__(self, buffers: Sequence[Mapping[str, torch.Tensor]], num_layers: int) -> None:
         self._buffers, self._num_layers, self._next = buffers, num_layers, 0
+        self.late_s = 0.0
 
     def one_pass(self) -> Iterator[Mapping[str, torch.Tensor]]:
         for _ in range(self._num_layers):
+            if self.late_s:
+                time.sleep(self.late_s)
             self._next = (self._next + 1) % len(self._buffers)
             yield self._buffers[self._next]
 
@@ -38,13 +40,13 @@ class _Repeated:
 class ShortModel:
     """A model of a few layers, ready to be timed."""
 
-    def __init__(self, device: Device, role: Role, model: CausalLM) -> None:
-        self._device, self._model = device, model
+    def __init__(self, device: Device, role: Role, model: CausalLM, weights: _Repeated) -> None:
+        self._device, self._model, self._weights = device, model, weights
         self._drafter = ModelDrafter(model, device, model.architecture.vocab_size) if role == "draft" else None
-        self._generator = torch.Generator(device.torch_device).manual_seed(0)
 
-    def work(self, rows: int, context_rows: int) -> Callable[[], object]:
-        """What a pass over `rows` nodes does; for a draft, a level of as many nodes and the drawing of their children."""
+    def work(self, rows: int, context_rows: int, *, late_s: float = 0.0) -> Callable[[], object]:
+        """What a pass over `rows` nodes does, or a draft over a level of as many. Weights come after `late_s`."""
+        self._weights.late_s = late_s
         self._model.cache.truncate(0)
         self._model.cache.length = context_rows
         if self._drafter is not None:
@@ -68,8 +70,7 @@ class ShortModel:
         drafter.begin(shape)
 
         def level() -> None:
-            logits = drafter.expand(nodes, token_ids)
-            sample_without_replacement(law(logits, PARAMS), 1, self._generator, ranking=logits)
+            drafter.expand(nodes, token_ids)
             drafter.commit((0,))
 
         return level
@@ -93,7 +94,7 @@ def short_models(device: Device, model: TypedModel, role: Role, capacity: int) -
             dtype=model.dtype,
         )
         weights = _Repeated(buffers, num_layers)
-        return ShortModel(device, role, CausalLM(architecture, device, model.dtype, shared_views, weights, cache))
+        return ShortModel(device, role, CausalLM(architecture, device, model.dtype, shared_views, weights, cache), weights)
 
     return short(FEW_LAYERS), short(MORE_LAYERS)
 

@@ -21,7 +21,7 @@ GOOD = to_json(L40)
 
 def test_estimates_follow_the_roofline() -> None:
     """One row reads the layer's 1.71 GB once; 4096 rows multiply 7 TFLOP in it."""
-    times = L40.times(LLAMA_2_70B, "target", 0)
+    times = L40.times(LLAMA_2_70B, "target", 0, sampled=False)
     assert times.rows == ROWS
     assert times.layer_s[0] == pytest.approx(1e-4 + 855_654_400 * 2 / 864e9, rel=1e-3)
     multiplied = 2 * 4096 * 855_654_400 + 4 * 4096 * 4096 * 8192  # matrices, and attention among the rows themselves
@@ -41,9 +41,9 @@ def test_this_machine_measures_itself_and_the_file_says_the_same(models: Models,
     subjects = [Subject(role="target", model=source.model), Subject(role="draft", model=source.model)]
     measured = measure_hardware(device, subjects, QUICK)
     device.close()
-    assert measured.link_bytes_per_s > 0 and measured.verify_times(97).at(64) > 0
+    assert measured.link_bytes_per_s > 0 and measured.law_times("verify", 97, sampled=True).at(64) > 0
     for role in ("target", "draft"):
-        times = measured.times(source.model.cost, role, 300)
+        times = measured.times(source.model.cost, role, 300, sampled=False)
         assert min(times.layer_s) > 0 and len(times.rows) == len(measured.models[0].times[0].rows)
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(to_json(measured)))
@@ -53,7 +53,7 @@ def test_this_machine_measures_itself_and_the_file_says_the_same(models: Models,
 def test_presets_are_found_by_name_and_plan_every_model() -> None:
     for path in PRESETS.glob("*.json"):
         profile = find_hardware(path.stem)
-        times = profile.times(find_shape("llama-2-70b", "--model").cost(2), "target", 1024)
+        times = profile.times(find_shape("llama-2-70b", "--model").cost(2), "target", 1024, sampled=True)
         assert all(second >= 0 for second in times.layer_s)
 
 
@@ -69,7 +69,7 @@ def test_presets_are_found_by_name_and_plan_every_model() -> None:
         ({"lnik": 1}, "unknown key 'lnik'"),
         ({"models": [{"role": "judge"}]}, "an entry of models"),
         ({"models": {}}, "models is not a list"),
-        ({"verify": [{"vocab_size": 0}]}, "an entry of verify"),
+        ({"laws": [{"vocab_size": 0}]}, "an entry of laws"),
         ({"facts": []}, "facts is not an object"),
     ],
 )

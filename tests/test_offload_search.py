@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from offload.errors import FitError
 from offload.planner.advice import compare_drafts
 from offload.planner.cost import ModelCost
-from offload.planner.hardware import ModelTimes, VerifyTimes
+from offload.planner.hardware import LawTimes, ModelTimes
 from offload.planner.memory import MAX_AUTO_SLOTS, MIN_SLOTS, MemoryPlan, plan_memory
 from offload.planner.pipeline import PartTimes, steady_round
 from offload.planner.plan import expanded_per_level, make_workload
@@ -21,7 +21,7 @@ from planning import GIB, L40, LLAMA_2_7B, LLAMA_2_70B, SETTINGS, budgets, const
 from tree.acceptance import Acceptance
 from tree.optimizer import best_tree, expected_tokens
 
-NO_VERIFY = VerifyTimes(vocab_size=32000, nodes=(1, 2), verify_s=(0.0, 0.0))
+NO_VERIFY = LawTimes(task="verify", sampled=False, vocab_size=32000, rows=(1, 2), task_s=(0.0, 0.0))
 # Acceptance that the Sequoia repository ships, and the times of its demo configuration (arXiv 2402.12374, section 4.3).
 SEQUOIA = Acceptance(((0.634183, 0.107946, 0.056972, 0.022489, 0.01949),))
 

@@ -1,7 +1,7 @@
 """What one engine is asked to do, and what came back: values that travel between processes as JSON. Knows no engine."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..config import EngineSettings
@@ -31,6 +31,16 @@ class Case:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def settings_for_it(self) -> EngineSettings:
+        """`settings` with what is known of the requests."""
+        lengths = [len(prompt) for prompt in self.prompts]
+        return replace(
+            self.settings,
+            sampled=self.temperature > 0,
+            text_tokens=max(lengths) + self.max_new_tokens,
+            context_tokens=(sum(lengths) // len(lengths)) + self.max_new_tokens // 2,
+        )
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "Case":

@@ -70,7 +70,7 @@ def _median(values: list[float]) -> float | None:
 @contextmanager
 def open_ours(case: Case) -> Iterator[EngineDecoder]:
     """`plain` is the same engine one token at a time, and without a draft: the memory is for resident layers."""
-    settings = case.settings
+    settings = case.settings_for_it()
     if case.engine == "plain":
         settings = replace(settings, draft_models=(), tree="none", acceptances=())
     if settings.gpu_memory_bytes is not None and settings.device != "cpu" and cuda.is_available():

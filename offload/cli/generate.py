@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..admission import Admission, Request
     from ..engine import Engine, Generation
     from ..report import Report
+    from ..text import TextCodec
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,15 +31,14 @@ def run(arguments: argparse.Namespace) -> int:
     from ..assemble import open_engine  # torch, after everything that can be refused without it
 
     trace = Trace() if arguments.trace else None
-    requests: list[Request] = []
-
-    def admit(admission: "Admission") -> None:
-        requests.append(_request(admission, prompt, arguments))
-
+    asked = _Asked(prompt, arguments)
     with LoadProgress(enabled=not arguments.quiet) as progress:
-        engine = open_engine(settings, seed=arguments.seed, progress=progress.update, trace=trace, admit=admit)
+        engine = open_engine(
+            settings, seed=arguments.seed, progress=progress.update, trace=trace, expect=asked.expect, admit=asked.admit
+        )
     with engine:
-        generation = engine.run(requests[0])
+        assert asked.request is not None
+        generation = engine.run(asked.request)
         recorder = AcceptanceRecorder()
         exit_code = _print_text(engine, generation, recorder, silent=arguments.json)
         report = generation.result()
@@ -94,21 +95,38 @@ def read_prompt(arguments: argparse.Namespace) -> str | list[int]:
     return DEMO_PROMPT
 
 
-def _request(admission: "Admission", prompt: str | list[int], arguments: argparse.Namespace) -> "Request":
-    codec = admission.codec
-    templated = arguments.chat or arguments.system_prompt or (codec is not None and codec.has_chat_template)
-    if isinstance(prompt, str) and codec is not None and templated and not arguments.raw:
-        prompt = codec.encode_chat(prompt, arguments.system_prompt)
-    return admission.request(
-        prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        stop=arguments.stop,
-        ignore_eos=arguments.ignore_eos,
-    )
+class _Asked:
+    """The one request of this run: told to the planner before anything is planned, and admitted before anything is loaded."""
+
+    def __init__(self, prompt: str | list[int], arguments: argparse.Namespace) -> None:
+        self._prompt, self._arguments = prompt, arguments
+        self.request: Request | None = None
+
+    def expect(self, settings: EngineSettings, codec: "TextCodec | None") -> EngineSettings:
+        arguments = self._arguments
+        if isinstance(self._prompt, str):
+            if codec is None:
+                return settings  # which admit refuses
+            templated = arguments.chat or arguments.system_prompt or codec.has_chat_template
+            if templated and not arguments.raw:
+                self._prompt = codec.encode_chat(self._prompt, arguments.system_prompt)
+            else:
+                self._prompt = codec.encode(self._prompt)
+        num_prompt, num_new = len(self._prompt), arguments.max_new_tokens
+        return replace(settings, text_tokens=num_prompt + num_new, context_tokens=num_prompt + num_new // 2)
+
+    def admit(self, admission: "Admission") -> None:
+        arguments = self._arguments
+        self.request = admission.request(
+            self._prompt,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+            stop=arguments.stop,
+            ignore_eos=arguments.ignore_eos,
+        )
 
 
 def _print_text(engine: "Engine", generation: "Generation", recorder: AcceptanceRecorder, *, silent: bool) -> int:

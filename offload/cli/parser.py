@@ -68,6 +68,9 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tree", default="auto", metavar="SPEC", help="auto, none, 768x18, 4x6:kary, or a JSON file")
     group.add_argument("--acceptance", action="append", metavar="FILE", help="acceptance profile of each draft, or of all")
     group.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: the model's own")
+    group.add_argument(
+        "--temperature", type=temperature, default=0.0, metavar="T", help="above 0: time for sampling; default 0"
+    )
     machine = parser.add_argument_group("machine")
     machine.add_argument("--profile", metavar="FILE|NAME", help="hardware profile, or one of profiles/hardware: l40")
     machine.add_argument("--link", type=rate("--link"), metavar="RATE", help="host to device, e.g. 25GB/s")

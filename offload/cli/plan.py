@@ -43,7 +43,6 @@ class Question:
     tree: "TreeShape | OptimalTree | None"
     budgets: "Budgets"
     dtype_bytes: int
-    context_rows: int
 
     def answer(self, tree: "TreeShape | OptimalTree | None") -> "Plan":
         from ..planner.plan import plan_run
@@ -66,21 +65,14 @@ class Question:
             self.hardware,
             self.budgets,
             max_positions=self.target.max_positions,
-            context_rows=self.context_rows,
         )
 
     def options(self) -> list["DraftOption"]:
-        from ..planner.search import DraftOption
+        from ..planner.plan import make_option
 
-        costs = [draft.cost(self.dtype_bytes) for draft in self.drafts]
         return [
-            DraftOption(
-                name=draft.name,
-                cost=cost,
-                times=self.hardware.times(cost, "draft", self.context_rows),
-                acceptance=acceptance,
-            )
-            for draft, cost, acceptance in zip(self.drafts, costs, read_acceptances(self.settings), strict=False)
+            make_option(self.settings, self.hardware, draft.name, draft.cost(self.dtype_bytes), acceptance)
+            for draft, acceptance in zip(self.drafts, read_acceptances(self.settings), strict=False)
         ]
 
 
@@ -140,10 +132,9 @@ def _check(arguments: argparse.Namespace) -> None:
 def _question(arguments: argparse.Namespace) -> Question:
     from ..planner.hardware_file import find_hardware
     from ..planner.memory import Budgets
-    from ..planner.plan import TYPICAL_CONTEXT_ROWS
     from ..planner.shapes import find_shape
 
-    settings = _settings(arguments)
+    settings = replace(_settings(arguments), sampled=arguments.temperature > 0, context_tokens=arguments.context)
     tree = read_tree(settings.tree, has_draft=bool(settings.draft_models))
     target = find_shape(settings.model, "--model")
     drafts = tuple(find_shape(name, "--draft-model") for name in settings.draft_models)
@@ -170,7 +161,6 @@ def _question(arguments: argparse.Namespace) -> Question:
         tree=tree,
         budgets=Budgets(device_bytes=device_bytes, host_bytes=host_bytes),
         dtype_bytes=DTYPE_BYTES[target.dtype if settings.dtype == "auto" else settings.dtype],
-        context_rows=arguments.context or TYPICAL_CONTEXT_ROWS,
     )
 
 

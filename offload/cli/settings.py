@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from ..config import EngineSettings
@@ -11,16 +12,19 @@ from ..planner.tree_choice import read_acceptances, read_tree
 from ..scale.preset import PREFIX as SCALE_PREFIX
 from .terminal import say
 
+UNSAID_TEMPERATURE = 1.0  # `serve` has no flag for it: requests say it, and this is what OpenAI's protocol means if they do not
+
 
 def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -> EngineSettings:
     """What the model flags say. Without --model: the demo pair, on the CPU over its emulated link where that is what the
     command wants to show. stderr is told."""
     model, draft_model, emulate_link = arguments.model, arguments.draft_model, arguments.emulate_link
     acceptance = arguments.acceptance
+    temperature = getattr(arguments, "temperature", UNSAID_TEMPERATURE)
     if model is not None and model.startswith(SCALE_PREFIX) and draft_model is None:  # the demo target's function: its draft
-        draft_model, acceptance = str(DRAFT), acceptance or str(acceptance_at(getattr(arguments, "temperature", 0.0)))
+        draft_model, acceptance = str(DRAFT), acceptance or str(acceptance_at(temperature))
     if model is None:
-        acceptance = acceptance or str(acceptance_at(getattr(arguments, "temperature", 0.0)))
+        acceptance = acceptance or str(acceptance_at(temperature))
         model, draft_model = str(TARGET), str(DRAFT) if draft_model is None else draft_model
         if emulate_link is None and emulate_demo_link and not arguments.device.startswith("cuda"):
             emulate_link = LINK
@@ -30,7 +34,7 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
                 + (f", streamed over an emulated link of {emulate_link}" if emulate_link else "")
                 + "\n  a real model: --model PATH_OR_HUB_ID --draft-model PATH_OR_HUB_ID"
             )
-    return EngineSettings.parse(
+    settings = EngineSettings.parse(
         model=model,
         draft_model=draft_model,
         tree=arguments.tree,
@@ -46,6 +50,7 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
         max_context=arguments.max_context,
         emulate_link=emulate_link,
     )
+    return replace(settings, sampled=temperature > 0)
 
 
 def check_small_files(settings: EngineSettings) -> None:

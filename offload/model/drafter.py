@@ -22,8 +22,8 @@ class ModelDrafter:
 
     `vocab_size` is the target's: draft logits are cut or padded (never proposed) to it, for families whose sizes pad one
     vocabulary differently. Small passes have fixed shapes where the device replays recordings; elsewhere each is as large as it
-    must be, which is the same but for rounding.
-    vocabulary differently. A prompt is read in chunks of at most `chunk_tokens`: only its last token's logits are wanted.
+    must be, which is the same but for rounding. A prompt is read in chunks of at most `chunk_tokens`: only its last token's
+    logits are wanted.
     """
 
     def __init__(self, model: CausalLM, device: Device, vocab_size: int, *, chunk_tokens: int = PROMPT_CHUNK_TOKENS) -> None:

@@ -6,7 +6,7 @@ Measures nothing (offload/calibrate.py does) and needs no torch. A model that wa
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -16,11 +16,13 @@ from .cost import ModelCost, attention_flops, layer_flops
 
 Floats = npt.NDArray[np.float64]
 Role = Literal["target", "draft"]
+Task = Literal["draw", "verify"]  # children of a level's nodes, a tree's accepted path
 
 ROWS = (1, 4, 16, 64, 128, 256, 512, 768, 1024, 2048, 4096)
-# How often verification reads or writes float32 [nodes, vocabulary] on its way from logits to residual laws, and drawing
-# children its law; counted in the code, used only where nothing was measured.
-VERIFY_SWEEPS, DRAW_SWEEPS = 16, 8
+# How often float32 [rows, vocabulary] is read or written on the way from logits to sampled children, to residual laws, or,
+# greedily, to the most probable tokens; counted in the code, used only where nothing was measured.
+SWEEPS: Mapping[tuple["Task", bool], int] = {("draw", True): 8, ("draw", False): 6, ("verify", True): 16, ("verify", False): 2}
+LEAST_S: Mapping["Task", float] = {"draw": 0.0, "verify": 1e-3}
 REQUIRED_RATES = ("link_bytes_per_s", "flops_per_s", "device_memory_bytes_per_s")
 RATES = (*REQUIRED_RATES, "pageable_link_bytes_per_s", "disk_bytes_per_s", "device_memory_bytes", "host_memory_bytes")
 
@@ -29,15 +31,19 @@ RATES = (*REQUIRED_RATES, "pageable_link_bytes_per_s", "disk_bytes_per_s", "devi
 class ModelTimes:
     """Seconds of a forward pass by number of rows, with `context_rows` rows in the cache.
 
-    layer_s: one decoder layer. rest_s: everything outside the layers; for a draft, drawing a level's children too.
+    layer_s: one decoder layer. rest_s: everything outside the layers; for a draft, drawing a level's children too. wake_s:
+    what a layer takes longer when it had to wait for its weights, as the threads of a CPU go to sleep then.
     """
 
     context_rows: int
     rows: tuple[int, ...]
     layer_s: tuple[float, ...]
     rest_s: tuple[float, ...]
+    wake_s: float = 0.0
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.wake_s) and self.wake_s >= 0):
+            raise ValueError(f"wake_s is {self.wake_s}, not a number from 0 on")
         _check_table(self.rows, self.layer_s, "layer_s")
         _check_table(self.rows, self.rest_s, "rest_s")
 
@@ -65,18 +71,22 @@ class MeasuredModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyTimes:
-    """Seconds from a tree's logits to accepted tokens on the host, by number of nodes."""
+class LawTimes:
+    """Seconds of a task on laws over a vocabulary, by number of rows: `sampled`, or greedy."""
 
+    task: Task
+    sampled: bool
     vocab_size: int
-    nodes: tuple[int, ...]
-    verify_s: tuple[float, ...]
+    rows: tuple[int, ...]
+    task_s: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        _check_table(self.nodes, self.verify_s, "verify_s")
+        if self.vocab_size < 1:
+            raise ValueError(f"vocab_size is {self.vocab_size}")
+        _check_table(self.rows, self.task_s, "task_s")
 
-    def at(self, nodes: npt.ArrayLike) -> Floats:
-        return interpolate(self.nodes, self.verify_s, nodes)
+    def at(self, rows: npt.ArrayLike) -> Floats:
+        return interpolate(self.rows, self.task_s, rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +107,7 @@ class HardwareProfile:
     device_memory_bytes_per_s: float
     layer_overhead_s: float = 0.0
     models: tuple[MeasuredModel, ...] = ()
-    verify: tuple[VerifyTimes, ...] = ()
+    laws: tuple[LawTimes, ...] = ()
     facts: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -108,34 +118,39 @@ class HardwareProfile:
         if not (math.isfinite(self.layer_overhead_s) and self.layer_overhead_s >= 0):
             raise ValueError(f"layer_overhead_s is {self.layer_overhead_s}, not a number from 0 on")
 
-    def times(self, model: ModelCost, role: Role, context_rows: int) -> ModelTimes:
-        """Measured on the model's own layer shape, between the two nearest contexts; else estimated from the rates."""
-        for measured in self.models:
-            if measured.role == role and measured.shape == shape_of(model):
-                return _at_context(measured.times, context_rows)
-        return self._estimate(model, role, context_rows)
+    def times(self, model: ModelCost, role: Role, context_rows: int, *, sampled: bool) -> ModelTimes:
+        """Measured on the model's own layer shape, between the two nearest contexts; else estimated from the rates. A draft
+        draws the children of a level, `sampled` or not."""
+        measured = [known for known in self.models if known.role == role and known.shape == shape_of(model)]
+        times = _at_context(measured[0].times, context_rows) if measured else self._estimate(model, context_rows)
+        if role == "target":
+            return times
+        draw_s = self.law_times("draw", model.vocab_size, sampled=sampled).at(times.rows)
+        return replace(times, rest_s=tuple(float(s) for s in np.asarray(times.rest_s) + draw_s))
 
-    def verify_times(self, vocab_size: int) -> VerifyTimes:
+    def law_times(self, task: Task, vocab_size: int, *, sampled: bool) -> LawTimes:
         """Measured at the nearest vocabulary and scaled to this one; else estimated from the memory rate."""
-        if self.verify:
-            nearest = min(self.verify, key=lambda times: abs(math.log(times.vocab_size / vocab_size)))
+        measured = [known for known in self.laws if (known.task, known.sampled) == (task, sampled)]
+        if measured:
+            nearest = min(measured, key=lambda known: abs(math.log(known.vocab_size / vocab_size)))
             scale = vocab_size / nearest.vocab_size
-            return VerifyTimes(vocab_size=vocab_size, nodes=nearest.nodes, verify_s=tuple(scale * s for s in nearest.verify_s))
-        sweep_s = 4 * vocab_size * VERIFY_SWEEPS / self.device_memory_bytes_per_s
-        return VerifyTimes(vocab_size=vocab_size, nodes=ROWS, verify_s=tuple(1e-3 + sweep_s * nodes for nodes in ROWS))
+            return replace(nearest, vocab_size=vocab_size, task_s=tuple(scale * s for s in nearest.task_s))
+        row_s = 4 * vocab_size * SWEEPS[task, sampled] / self.device_memory_bytes_per_s
+        task_s = tuple(LEAST_S[task] + row_s * rows for rows in ROWS)
+        return LawTimes(task=task, sampled=sampled, vocab_size=vocab_size, rows=ROWS, task_s=task_s)
 
-    def _estimate(self, model: ModelCost, role: Role, context_rows: int) -> ModelTimes:
+    def _estimate(self, model: ModelCost, context_rows: int) -> ModelTimes:
         """The roofline: whichever takes longer, reading the weights once or multiplying."""
         memory, compute = self.device_memory_bytes_per_s, self.flops_per_s
         kv_bytes = model.kv_bytes_per_row / model.num_layers * context_rows
         head_bytes = model.vocab_size * model.hidden_size * model.dtype_bytes
-        draw_bytes = 4 * model.vocab_size * (DRAW_SWEEPS if role == "draft" else 1)
+        logits_bytes = 4 * model.vocab_size
         layer_s, rest_s = [], []
         for rows in ROWS:
             flops = layer_flops(model, rows) + attention_flops(model, rows, context_rows)
             layer_s.append(self.layer_overhead_s + max((model.layer_bytes + kv_bytes) / memory, flops / compute))
             head_flops = 2 * rows * model.vocab_size * model.hidden_size
-            rest_s.append(self.layer_overhead_s + max(head_bytes / memory, head_flops / compute) + rows * draw_bytes / memory)
+            rest_s.append(self.layer_overhead_s + max(head_bytes / memory, head_flops / compute) + rows * logits_bytes / memory)
         return ModelTimes(context_rows=context_rows, rows=ROWS, layer_s=tuple(layer_s), rest_s=tuple(rest_s))
 
 
@@ -163,7 +178,9 @@ def _at_context(tables: Sequence[ModelTimes], context_rows: int) -> ModelTimes:
         columns = zip(*(getattr(table, name) for table in tables), strict=True)
         return tuple(float(interpolate(contexts, column, context_rows)) for column in columns)
 
-    return ModelTimes(context_rows=context_rows, rows=tables[0].rows, layer_s=between("layer_s"), rest_s=between("rest_s"))
+    wake_s = max(table.wake_s for table in tables)
+    layer_s, rest_s = between("layer_s"), between("rest_s")
+    return ModelTimes(context_rows=context_rows, rows=tables[0].rows, layer_s=layer_s, rest_s=rest_s, wake_s=wake_s)
 
 
 def _check_table(points: Sequence[int], values: Sequence[float], name: str) -> None:

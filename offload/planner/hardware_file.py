@@ -5,12 +5,12 @@ from pathlib import Path
 
 from ..errors import ModelError
 from .files import read_file
-from .hardware import RATES, REQUIRED_RATES, HardwareProfile, MeasuredModel, ModelTimes, VerifyTimes
+from .hardware import RATES, REQUIRED_RATES, HardwareProfile, LawTimes, MeasuredModel, ModelTimes
 
 SCHEMA_VERSION = 1
 PRESETS = Path(__file__).parents[2] / "profiles/hardware"
 _TEXTS = ("device_name", "device_type", "source")
-_KNOWN = {"schema_version", "published", "layer_overhead_s", "models", "verify", "facts", *_TEXTS, *RATES}
+_KNOWN = {"schema_version", "published", "layer_overhead_s", "models", "laws", "facts", *_TEXTS, *RATES}
 
 
 def find_hardware(name: str) -> HardwareProfile:
@@ -39,7 +39,7 @@ def to_json(profile: HardwareProfile) -> dict[str, object]:
             {"role": model.role, "shape": dict(model.shape), "times": [_table(times) for times in model.times]}
             for model in profile.models
         ],
-        "verify": [_table(times) for times in profile.verify],
+        "laws": [_table(times) for times in profile.laws],
         "facts": dict(profile.facts),
     }
 
@@ -78,12 +78,12 @@ def from_json(document: object) -> HardwareProfile:
         device_memory_bytes_per_s=_number(document["device_memory_bytes_per_s"], "device_memory_bytes_per_s"),
         layer_overhead_s=_number(document.get("layer_overhead_s", 0.0), "layer_overhead_s"),
         models=tuple(_measured_model(entry) for entry in _list(document, "models")),
-        verify=tuple(_verify_times(entry) for entry in _list(document, "verify")),
+        laws=tuple(_law_times(entry) for entry in _list(document, "laws")),
         facts=dict(facts),
     )
 
 
-def _table(times: ModelTimes | VerifyTimes) -> dict[str, object]:
+def _table(times: ModelTimes | LawTimes) -> dict[str, object]:
     values = {name: getattr(times, name) for name in times.__dataclass_fields__}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -117,22 +117,39 @@ def _measured_model(entry: object) -> MeasuredModel:
 
 def _model_times(entry: object) -> ModelTimes:
     match entry:
-        case {"context_rows": int(context_rows), "rows": [*rows], "layer_s": [*layer_s], "rest_s": [*rest_s]}:
+        case {"context_rows": int(context_rows), "rows": [*rows], "layer_s": [*layer_s], "rest_s": [*rest_s], **others}:
             return ModelTimes(
                 context_rows=context_rows,
-                rows=tuple(_whole(value, "rows") for value in rows),
-                layer_s=tuple(_number(value, "layer_s") for value in layer_s),
-                rest_s=tuple(_number(value, "rest_s") for value in rest_s),
+                rows=_wholes(rows, "rows"),
+                layer_s=_numbers(layer_s, "layer_s"),
+                rest_s=_numbers(rest_s, "rest_s"),
+                wake_s=_number(others.get("wake_s", 0.0), "wake_s"),
             )
     raise ValueError("an entry of times is not {context_rows, rows, layer_s, rest_s}")
 
 
-def _verify_times(entry: object) -> VerifyTimes:
+def _law_times(entry: object) -> LawTimes:
     match entry:
-        case {"vocab_size": int(vocab_size), "nodes": [*nodes], "verify_s": [*verify_s]} if vocab_size > 0:
-            return VerifyTimes(
+        case {
+            "task": "draw" | "verify" as task,
+            "sampled": bool(sampled),
+            "vocab_size": int(vocab_size),
+            "rows": [*rows],
+            "task_s": [*task_s],
+        }:
+            return LawTimes(
+                task=task,
+                sampled=sampled,
                 vocab_size=vocab_size,
-                nodes=tuple(_whole(value, "nodes") for value in nodes),
-                verify_s=tuple(_number(value, "verify_s") for value in verify_s),
+                rows=_wholes(rows, "rows"),
+                task_s=_numbers(task_s, "task_s"),
             )
-    raise ValueError("an entry of verify is not {vocab_size, nodes, verify_s}")
+    raise ValueError("an entry of laws is not {task, sampled, vocab_size, rows, task_s}")
+
+
+def _wholes(values: Sequence[object], name: str) -> tuple[int, ...]:
+    return tuple(_whole(value, name) for value in values)
+
+
+def _numbers(values: Sequence[object], name: str) -> tuple[float, ...]:
+    return tuple(_number(value, name) for value in values)

@@ -54,7 +54,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """For a tree of `tree_nodes` nodes and `num_slots` slots (None: as many as help, of MIN_SLOTS to MAX_AUTO_SLOTS).
     Raises FitError when the budgets cannot hold the slots, one ring of host buffers, or the context asked for."""
-    context_rows = settings.max_context or min(max_positions, DEFAULT_TEXT_TOKENS) + tree_nodes - 1
+    text_tokens = min(max_positions, settings.text_tokens or DEFAULT_TEXT_TOKENS)
+    context_rows = settings.max_context or text_tokens + tree_nodes - 1
     if tree_nodes + 1 > context_rows:
         raise FitError(
             f"a tree of {tree_nodes} nodes leaves no room in a context of {context_rows} rows",

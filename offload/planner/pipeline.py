@@ -20,13 +20,15 @@ WARM_ROUNDS = 2  # after which rounds repeat: no wait reaches further back than 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartTimes:
     """Seconds of a round's parts, each a number or one per candidate [C]. copy_s and read_s are of one layer; before_s is
-    drafting, layer_s the compute of one layer, after_s what follows the last layer: head, verification, commit."""
+    drafting, layer_s the compute of one layer, after_s what follows the last layer: head, verification, commit. A layer that
+    waited for its copy takes as much longer, but at most wake_s."""
 
     copy_s: float
     read_s: float
     before_s: npt.ArrayLike
     layer_s: npt.ArrayLike
     after_s: npt.ArrayLike
+    wake_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,9 @@ def steady_round(placement: Placement, num_slots: int, parts: PartTimes) -> Roun
             if layer in placement.resident:
                 timeline.now = timeline.now + layer_s
             else:
-                timeline.now = np.maximum(timeline.now, timeline.next_copied()) + layer_s
+                copied = timeline.next_copied()
+                woken_s = np.clip(copied - timeline.now, 0.0, parts.wake_s)
+                timeline.now = np.maximum(timeline.now, copied) + woken_s + layer_s
                 timeline.fetch(timeline.now)
         computed = timeline.now
         timeline.now = computed + after_s

@@ -24,7 +24,7 @@ from .memory import MAX_AUTO_SLOTS, MIN_SLOTS, Budgets, MemoryPlan, plan_memory
 from .search import MAX_NODES, Choice, DraftOption, Prediction, Workload, best_choice, predict
 
 # Attention costs grow with the context; predictions are for a text in its middle, and texts are seldom longer than this.
-TYPICAL_CONTEXT_ROWS = 512
+TYPICAL_CONTEXT_TOKENS = 512
 SLOTS = (MIN_SLOTS, MAX_AUTO_SLOTS)
 ROOT = TreeShape.root_only()
 NOTHING_STREAMED = "the model fits on the device entirely: nothing is streamed"
@@ -89,7 +89,6 @@ def make_workload(
     budgets: Budgets,
     *,
     max_positions: int,
-    context_rows: int = TYPICAL_CONTEXT_ROWS,
 ) -> Workload:
     """What the search needs to know of this target on this machine."""
 
@@ -99,12 +98,26 @@ def make_workload(
 
     return Workload(
         target=target,
-        times=hardware.times(target, "target", context_rows),
-        verify=hardware.verify_times(target.vocab_size),
+        times=hardware.times(target, "target", context_tokens(settings), sampled=settings.sampled),
+        verify=hardware.law_times("verify", target.vocab_size, sampled=settings.sampled),
         link_bytes_per_s=settings.emulate_link_bytes_per_s or hardware.link_bytes_per_s,
         disk_bytes_per_s=hardware.disk_bytes_per_s or math.inf,
         memory=memory,
     )
+
+
+def make_option(
+    settings: EngineSettings, hardware: HardwareProfile, name: str, cost: ModelCost, acceptance: Acceptance
+) -> DraftOption:
+    """The same of a draft that is offered."""
+    times = hardware.times(cost, "draft", context_tokens(settings), sampled=settings.sampled)
+    return DraftOption(name=name, cost=cost, times=times, acceptance=acceptance)
+
+
+def context_tokens(settings: EngineSettings) -> int:
+    """How many tokens an average pass looks back on: as the settings have it, or half of what there is room for."""
+    room = settings.text_tokens or settings.max_context or 2 * TYPICAL_CONTEXT_TOKENS
+    return settings.context_tokens or min(room // 2, TYPICAL_CONTEXT_TOKENS)
 
 
 def plan_run(

@@ -19,7 +19,7 @@ from tree.optimizer import expected_tokens_table, growth_table
 from ..errors import FitError
 from ..weights.placement import Placement
 from .cost import ModelCost
-from .hardware import ModelTimes, VerifyTimes
+from .hardware import LawTimes, ModelTimes
 from .memory import MemoryPlan
 from .pipeline import PartTimes, RoundTimes, steady_round
 
@@ -64,7 +64,7 @@ class Workload:
 
     target: ModelCost
     times: ModelTimes
-    verify: VerifyTimes
+    verify: LawTimes
     link_bytes_per_s: float
     disk_bytes_per_s: float
     memory: Callable[[DraftOption | None, int, int], MemoryPlan]
@@ -259,6 +259,7 @@ def _rounds(workload: Workload, memory: MemoryPlan, nodes: Ints, draft_s: Floats
         before_s=np.zeros_like(draft_s) if alone else draft_s,
         layer_s=workload.times.layer(nodes),
         after_s=np.zeros_like(after_s) if alone else after_s,
+        wake_s=workload.times.wake_s,
     )
     return steady_round(memory.placement, memory.num_slots, parts)
 
