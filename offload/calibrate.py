@@ -4,6 +4,7 @@ that will run, one at a time, so that a model need not fit, nor be there: its we
 
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +18,7 @@ from tree.verify import verify
 from .device import Device
 from .planner.cost import layer_flops
 from .planner.hardware import HardwareProfile, MeasuredModel, ModelTimes, Role, VerifyTimes, shape_of
-from .short_model import FEW_LAYERS, MORE_LAYERS, PARAMS, short_models
+from .short_model import FEW_LAYERS, MORE_LAYERS, PARAMS, ShortModel, short_models
 from .source import TypedModel
 from .weights.checkpoint import Checkpoint
 from .weights.disk_speed import measure_disk
@@ -143,22 +144,23 @@ def measure_copies(device: Device, sizes: Sequence[int], repeats: int) -> dict[s
 def measure_model(device: Device, subject: Subject, effort: Effort) -> MeasuredModel:
     """Seconds of one layer and of the rest of a forward pass, by rows and context."""
     few, more = short_models(device, subject.model, subject.role, max(effort.rows) + max(effort.contexts) + 1)
-    tables = []
-    for context_rows in effort.contexts:
-        rows_measured, layer_s, rest_s = [], [], []
-        for rows in effort.rows:
-            few_s = _median_s(device, few.work(rows, context_rows), effort)
-            more_s = _median_s(device, more.work(rows, context_rows), effort)
-            one_layer_s = max((more_s - few_s) / (MORE_LAYERS - FEW_LAYERS), 1e-9)
-            rows_measured.append(rows)
-            layer_s.append(one_layer_s)
-            rest_s.append(max(few_s - FEW_LAYERS * one_layer_s, 0.0))
-            if more_s > effort.longest_s:
-                break
-        tables.append(
-            ModelTimes(context_rows=context_rows, rows=tuple(rows_measured), layer_s=tuple(layer_s), rest_s=tuple(rest_s))
-        )
+    with closing(few), closing(more):
+        tables = [_times_at(device, few, more, context_rows, effort) for context_rows in effort.contexts]
     return MeasuredModel(role=subject.role, shape=shape_of(subject.model.cost), times=_same_rows(tables))
+
+
+def _times_at(device: Device, few: ShortModel, more: ShortModel, context_rows: int, effort: Effort) -> ModelTimes:
+    rows_measured, layer_s, rest_s = [], [], []
+    for rows in effort.rows:
+        few_s = _median_s(device, few.work(rows, context_rows), effort)
+        more_s = _median_s(device, more.work(rows, context_rows), effort)
+        one_layer_s = max((more_s - few_s) / (MORE_LAYERS - FEW_LAYERS), 1e-9)
+        rows_measured.append(rows)
+        layer_s.append(one_layer_s)
+        rest_s.append(max(few_s - FEW_LAYERS * one_layer_s, 0.0))
+        if more_s > effort.longest_s:
+            break
+    return ModelTimes(context_rows=context_rows, rows=tuple(rows_measured), layer_s=tuple(layer_s), rest_s=tuple(rest_s))
 
 
 def measure_verification(device: Device, vocab_size: int, effort: Effort) -> VerifyTimes:

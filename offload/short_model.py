@@ -43,6 +43,12 @@ class ShortModel:
         self._drafter = ModelDrafter(model, device, model.architecture.vocab_size) if role == "draft" else None
         self._generator = torch.Generator(device.torch_device).manual_seed(0)
 
+    def close(self) -> None:
+        if self._drafter is not None:
+            self._drafter.close()
+        else:
+            self._model.close()
+
     def work(self, rows: int, context_rows: int) -> Callable[[], object]:
         """What a pass over `rows` nodes does; for a draft, a level of as many nodes and the drawing of their children."""
         self._model.cache.truncate(0)
