@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from .admission import Admission
-from .calibrate import QUICK, Subject, measure_hardware
+from .calibrate import Subject, measure_hardware
 from .config import EngineSettings
 from .decode import DecodeLoop
 from .device import Device, open_device
 from .device.host import available_bytes
+from .effort import QUICK
 from .engine import Engine
 from .loading import HOST_RESERVE_BYTES, Progress, ReadCounter, bytes_to_read, load_draft, load_target, share_memory
 from .model.architecture import check_window
@@ -131,7 +132,7 @@ def _measure(
     layers_bytes = target.model.cost.num_layers * target.model.cost.layer_bytes
     may_need_disk = budgets.host_bytes is not None and layers_bytes > budgets.host_bytes
     subjects = [Subject(role="target", model=target.model), *(Subject(role="draft", model=draft.model) for draft in drafts)]
-    own = open_device(settings.device)
+    own = open_device(settings.device, settings.emulate_link_bytes_per_s)
     try:
         return measure_hardware(
             own,

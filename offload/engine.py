@@ -172,6 +172,7 @@ class Engine:
         return self.loop.plan
 
     def close(self) -> None:
+        self.answering = None
         self.loop.sessions.forget()
         self._close()
 

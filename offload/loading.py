@@ -118,6 +118,7 @@ def _load_streamed(
         stream = LayerStream(device, store, plan.num_slots)
         own.callback(stream.close)
         model = CausalLM(source.architecture, device, source.model.dtype, outside, stream, cache)
+        own.callback(model.close)
         stack.push(own.pop_all())
     return model, stream, store
 
@@ -133,9 +134,12 @@ def load_draft(
     stack.callback(store.close)
     store.load(counter)
     weights = ResidentWeights([store.resident[layer] for layer in range(num_layers)])
+    stack.callback(weights.close)
     cache = _cache(device, source, plan.context_rows)
     model = CausalLM(source.architecture, device, source.model.dtype, outside, weights, cache)
-    return ModelDrafter(model, device, vocab_size, chunk_tokens=min(PROMPT_CHUNK_TOKENS, plan.pass_rows))
+    drafter = ModelDrafter(model, device, vocab_size, chunk_tokens=min(PROMPT_CHUNK_TOKENS, plan.pass_rows))
+    stack.callback(drafter.close)
+    return drafter
 
 
 def _load_outside(device: Device, source: ModelSource, counter: ReadCounter) -> Weights:

@@ -44,6 +44,12 @@ class ShortModel:
         self._device, self._model, self._weights = device, model, weights
         self._drafter = ModelDrafter(model, device, model.architecture.vocab_size) if role == "draft" else None
 
+    def close(self) -> None:
+        if self._drafter is not None:
+            self._drafter.close()
+        else:
+            self._model.close()
+
     def work(self, rows: int, context_rows: int, *, late_s: float = 0.0) -> Callable[[], object]:
         """What a pass over `rows` nodes does, or a draft over a level of as many. Weights come after `late_s`."""
         self._weights.late_s = late_s

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fakes import DEVICES
-from offload.calibrate import QUICK
 from offload.device import Device
+from offload.effort import QUICK
 
 # Matrices this small gain nothing from a second thread, and threads that wait for each other lose a busy machine.
 torch.set_num_threads(1)
@@ -72,7 +72,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def quick_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines that are opened without a profile look at this machine for milliseconds: what they plan with is real, and
     coarse. Whoever tests the measurement itself calls it."""
-    brief = replace(QUICK, rows=(1, 64), contexts=(64,), repeats=1, copy_bytes=2**16, disk_s=0.01)
+    brief = replace(QUICK, rows=(1, 64), contexts=(64,), repeats=1, point_s=0.0, copy_bytes=2**16, disk_s=0.01)
     monkeypatch.setattr("offload.assemble.QUICK", brief)
 
 

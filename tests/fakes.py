@@ -5,8 +5,10 @@ LateDevice lands it at the last moment and fills released buffers with NaN: what
 RecordingDevice replays what was computed and asks Python nothing: what a recording must not hold fixed shows.
 """
 
+import mmap
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -191,6 +193,31 @@ def layer_fault(engine: Engine, layer: int, is_full: Callable[[], bool]) -> Iter
     handle = list(engine.loop._target._model.get_submodule("model.layers").children())[layer].register_forward_hook(hook)
     yield failed
     handle.remove()
+
+
+class CountingDevice(RecordingDevice):
+    """Tells how much of what it gave out is still held."""
+
+    name = "counting"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._given: list[tuple[weakref.ref[mmap.mmap], int]] = []
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(num_bytes for given, num_bytes in self._given if given() is not None)
+
+    def alloc(self, num_bytes: int) -> torch.Tensor:
+        return self.pin(num_bytes, ()).tensor
+
+    def pin(self, num_bytes: int, cuts: Sequence[int]) -> HostMapping:
+        buffer = HostMapping(0)
+        if num_bytes:
+            mapping = mmap.mmap(-1, num_bytes)
+            self._given.append((weakref.ref(mapping), num_bytes))
+            buffer.tensor = torch.frombuffer(mapping, dtype=torch.uint8)
+        return buffer
 
 
 DEVICES = {"cpu": CpuDevice, "eager": EagerDevice, "late": LateDevice}

@@ -17,7 +17,7 @@ FLOOR = {"errors", "config", "version"}
 NUMBERS = {"stats", "trace", "text", "device.base"}  # records and words: they read no weights and move none
 MACHINE = {*FLOOR, "device", "weights", "streaming"}
 ENGINE = {*MACHINE, *NUMBERS, "model", "planner"}
-LOADED = {*ENGINE, "admission", "calibrate", "decode", "engine", "loading", "report", "scale", "source"}
+LOADED = {*ENGINE, "admission", "calibrate", "decode", "effort", "engine", "loading", "report", "scale", "source"}
 ALL = {*LOADED, "assemble", "conversation", "demo", "doctor", "sessions"}
 
 ALLOWED: dict[str, set[str]] = {
@@ -42,7 +42,9 @@ ALLOWED: dict[str, set[str]] = {
     # a model looked at and not yet loaded: what calibrate measures and assemble loads
     "source": {*ENGINE, "scale"},
     "short_model": {*ENGINE, "source"},
-    "calibrate": {*ENGINE, "source", "short_model"},
+    "effort": {"device"},
+    "law_times": {*ENGINE, "effort"},
+    "calibrate": {*ENGINE, "source", "short_model", "effort", "law_times"},
     "sessions": {*FLOOR, "device", "model", "planner"},  # which rows a sequence may take over; caches are the model's
     "round_stats": {*FLOOR, *NUMBERS, "device", "streaming"},  # what the device and the stream know of a round that is over
     "decode": {*ENGINE, "sessions", "round_stats"},
@@ -67,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
 # Where offload may say `from tree.x import y`.
 TREE_IMPORTERS = (
     "offload/admission.py",
-    "offload/calibrate.py",  # times verification, and a draft's levels in short_model.py
+    "offload/law_times.py",  # times drawing and verification, and short_model.py a draft's levels
     "offload/short_model.py",
     "offload/decode.py",
     "offload/engine.py",

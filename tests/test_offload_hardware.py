@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from command_line import INVALID, assert_error, assert_usage_error, run_command
-from offload.calibrate import QUICK, Subject, measure_hardware
+from offload.calibrate import Subject, measure_hardware
 from offload.device.cpu import CpuDevice
+from offload.effort import QUICK
 from offload.planner.hardware import ROWS, HardwareProfile, ModelTimes, interpolate
 from offload.planner.hardware_file import PRESETS, find_hardware, from_json, read_hardware, to_json
 from offload.planner.shapes import find_shape
@@ -90,7 +91,7 @@ def test_a_profile_that_is_missing_names_those_there_are(capsys: pytest.CaptureF
 def test_profile_hardware_writes_what_plan_reads(
     models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offload.calibrate.FULL", QUICK)
+    monkeypatch.setattr("offload.effort.FULL", QUICK)
     monkeypatch.setattr("offload.cli.profile_hardware.COPY_SIZES", (2**16, 2**20))
     path = tmp_path / "here.json"
     finished = run_command(capsys, "profile", "hardware", "--model", models(), "--device", "cpu", "--output", path)

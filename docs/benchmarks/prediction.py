@@ -2,55 +2,57 @@
 
     python docs/benchmarks/prediction.py --markdown
 
-The bundled pair on the CPU device over emulated links, greedy, all layers streamed. The machine is measured quickly before
-each run, as without --profile; seconds per token are predicted with the tokens per pass that were measured, so that the
-model of time is judged and not the text.
+The bundled pair on the CPU device over emulated links, greedy, all layers streamed. Every repeat measures the machine anew and
+quickly, as a run without --profile does, and then goes through all trees, so that a machine whose speed changes changes it for
+all of them. Seconds per token are predicted with the tokens per pass that were measured, so that the model of time is judged
+and not the text.
 """
 
 import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from offload.assemble import open_engine
+from offload.calibrate import Subject, measure_hardware
 from offload.config import EngineSettings
 from offload.demo import DRAFT, PROMPTS, TARGET, acceptance_at
+from offload.device import open_device
+from offload.effort import QUICK
 from offload.engine import Engine
+from offload.planner.hardware import HardwareProfile
 from offload.report import environment
+from offload.source import check_source
 
 CASES = ((50e6, "4x6:kary"), (100e6, "64x10"), (200e6, "16x8"), (400e6, "64x10"))
-SWEEP = ("none", "1x4:kary", "8x6", "16x8", "32x8", "48x8", "64x10", "96x10", "128x10", "256x12")
+SWEEP = ("none", "1x4:kary", "8x6", "16x8", "32x8", "48x8", "64x10", "96x10", "128x10", "160x13", "256x12")
 SWEEP_LINK = 200e6
 TOKENS = 96
+MEASURED = ("pass_s", "round_s", "s_per_token")
 
 
-def measure(engine: Engine, prompts: list[str]) -> dict[str, float]:
-    """Medians over prompts of steady rounds."""
-    passes, rounds, tokens, seconds = [], [], 0, 0.0
-    for prompt in prompts:
-        engine.forget()
-        generation = engine.stream(prompt, max_new_tokens=TOKENS, ignore_eos=True)
-        for _ in generation:
-            pass
-        steady = [one for one in generation.stats.passes[1:-1]]
-        passes += [one.pass_s for one in steady]
-        rounds += [one.round_s for one in steady]
-        tokens += sum(one.emitted_tokens for one in steady)
-        seconds += sum(one.round_s for one in steady)
-    return {
-        "pass_s": statistics.median(passes),
-        "round_s": statistics.median(rounds),
-        "s_per_token": seconds / tokens,
-        "tokens_per_pass": tokens / len(rounds),
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One tree over one link in one repeat: [predicted, measured] seconds."""
+
+    link_bytes_per_s: float
+    tree: str
+    nodes: int
+    levels: int
+    tokens_per_pass: float
+    pass_s: tuple[float, float]
+    round_s: tuple[float, float]
+    s_per_token: tuple[float, float]
 
 
-def run(link: float, tree: str, prompts: list[str]) -> dict[str, Any]:
-    settings = EngineSettings(
+def settings_for(link: float, tree: str, prompt_tokens: Sequence[int]) -> EngineSettings:
+    return EngineSettings(
         model=str(TARGET),
         draft_models=(str(DRAFT),),
         acceptances=(str(acceptance_at(0.0)),),
@@ -58,46 +60,112 @@ def run(link: float, tree: str, prompts: list[str]) -> dict[str, Any]:
         device="cpu",
         resident_layers=0,
         emulate_link_bytes_per_s=link,
+        text_tokens=max(prompt_tokens) + TOKENS,
+        context_tokens=sum(prompt_tokens) // len(prompt_tokens) + TOKENS // 2,
     )
-    with open_engine(settings) as engine:
-        predicted, measured = engine.plan.prediction, measure(engine, prompts)
-        return {
-            "link_bytes_per_s": link,
-            "tree": tree,
-            "nodes": engine.plan.tree.num_nodes,
-            "levels": engine.plan.tree.num_levels,
-            "predicted_pass_s": predicted.exposed_pass_s,
-            "measured_pass_s": measured["pass_s"],
-            "predicted_round_s": predicted.round_s,
-            "measured_round_s": measured["round_s"],
-            "predicted_s_per_token": predicted.round_s / measured["tokens_per_pass"],
-            "predicted_s_per_token_by_profile": predicted.s_per_token,
-            "measured_s_per_token": measured["s_per_token"],
-            "tokens_per_pass": measured["tokens_per_pass"],
-        }
+
+
+def look_at_the_machine(link: float, context_tokens: int) -> HardwareProfile:
+    models = [("target", check_source(str(TARGET), "--model", "auto", "cpu").model)]
+    models += [("draft", check_source(str(DRAFT), "--draft-model", "auto", "cpu").model)]
+    device = open_device("cpu", link)
+    try:
+        subjects = [Subject(role=role, model=model) for role, model in models]
+        effort = replace(QUICK, contexts=(context_tokens,), laws=(False,))
+        return measure_hardware(device, subjects, effort, link_bytes_per_s=link)
+    finally:
+        device.close()
+
+
+def run(settings: EngineSettings, hardware: HardwareProfile, prompts: list[list[int]]) -> Row:
+    with open_engine(settings, hardware=hardware) as engine:
+        steady = [one for prompt in prompts for one in rounds(engine, prompt)]
+        tokens_per_pass = sum(one.emitted_tokens for one in steady) / len(steady)
+        predicted, shape = engine.plan.prediction, engine.plan.tree
+        round_s = statistics.median(one.round_s for one in steady)
+        return Row(
+            link_bytes_per_s=settings.emulate_link_bytes_per_s or 0.0,
+            tree=settings.tree,
+            nodes=shape.num_nodes,
+            levels=shape.num_levels,
+            tokens_per_pass=tokens_per_pass,
+            pass_s=(predicted.exposed_pass_s, statistics.median(one.pass_s for one in steady)),
+            round_s=(predicted.round_s, round_s),
+            s_per_token=(
+                predicted.round_s / tokens_per_pass,
+                sum(one.round_s for one in steady) / len(steady) / tokens_per_pass,
+            ),
+        )
+
+
+def rounds(engine: Engine, prompt: list[int]) -> list[Any]:
+    """Those of a steady state: neither the first nor the last, which is cut."""
+    engine.forget()
+    generation = engine.stream(prompt, max_new_tokens=TOKENS, ignore_eos=True)
+    for _ in generation:
+        pass
+    return generation.stats.passes[1:-1]
+
+
+def summary(rows: list[Row]) -> dict[str, Any]:
+    """Medians over repeats; `off` is the median of measured / predicted - 1."""
+    first = rows[0]
+    document: dict[str, Any] = {
+        "link_bytes_per_s": first.link_bytes_per_s,
+        "tree": first.tree,
+        "nodes": [row.nodes for row in rows] if len({row.nodes for row in rows}) > 1 else first.nodes,
+        "levels": [row.levels for row in rows] if len({row.levels for row in rows}) > 1 else first.levels,
+        "tokens_per_pass": statistics.median(row.tokens_per_pass for row in rows),
+    }
+    for name in MEASURED:
+        pairs = [getattr(row, name) for row in rows]
+        document[f"predicted_{name}"] = statistics.median(predicted for predicted, _ in pairs)
+        document[f"measured_{name}"] = statistics.median(measured for _, measured in pairs)
+        document[f"{name}_off"] = statistics.median(measured / predicted - 1 for predicted, measured in pairs)
+    return document
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--markdown", action="store_true")
-    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     lines = PROMPTS.read_text(encoding="utf-8").splitlines()[: arguments.prompts]
-    prompts = [json.loads(line)["turns"][0] for line in lines]
-    cases = [run(link, tree, prompts) for link, tree in CASES]
-    sweep = [run(SWEEP_LINK, tree, prompts) for tree in ("auto", *SWEEP)]
-    best = min(sweep[1:], key=lambda row: row["measured_s_per_token"])
+    codec = check_source(str(TARGET), "--model", "auto", "cpu").codec
+    assert codec is not None
+    prompts = [codec.encode(json.loads(line)["turns"][0]) for line in lines]
+    cells = [*CASES, *((SWEEP_LINK, tree) for tree in ("auto", *SWEEP))]
+    rows: list[list[Row]] = [[] for _ in cells]
+    for _ in range(arguments.repeats):
+        known: dict[float, HardwareProfile] = {}
+        for place, (link, tree) in enumerate(cells):
+            settings = settings_for(link, tree, [len(prompt) for prompt in prompts])
+            if link not in known:
+                known[link] = look_at_the_machine(link, settings.context_tokens or 1)
+            rows[place].append(run(settings, known[link], prompts))
+    found = [summary(cell) for cell in rows]
+    own, sweep = found[len(CASES)], found[len(CASES) + 1 :]
+    best = min(sweep, key=lambda row: row["measured_s_per_token"])
+    document = {
+        "cases": found[: len(CASES)],
+        "own": own,
+        "sweep": sweep,
+        "own_over_best": own["measured_s_per_token"] / best["measured_s_per_token"],
+        "repeats": arguments.repeats,
+        "rows": [[asdict(row) for row in cell] for cell in rows],
+        "environment": environment("cpu"),
+    }
     if arguments.markdown:
-        print("| link | tree | pass s (predicted) | round s (predicted) | s/token (predicted) |\n|---|---|---|---|---|")
-        for row in [*cases, *sweep]:
-            print(
-                f"| {row['link_bytes_per_s'] / 1e6:.0f} MB/s | {row['tree']} ({row['nodes']}x{row['levels']}) "
-                f"| {row['measured_pass_s']:.4f} ({row['predicted_pass_s']:.4f}) "
-                f"| {row['measured_round_s']:.4f} ({row['predicted_round_s']:.4f}) "
-                f"| {row['measured_s_per_token']:.4f} ({row['predicted_s_per_token']:.4f}) |"
+        print("| link | tree | pass s (predicted) | off | round s (predicted) | off | s/token (predicted) | off |")
+        print("|---|---|---|---|---|---|---|---|")
+        for row in found:
+            times = " | ".join(
+                f"{row[f'measured_{name}']:.4f} ({row[f'predicted_{name}']:.4f}) | {row[f'{name}_off'] * 100:+.1f} %"
+                for name in MEASURED
             )
-    own = sweep[0]["measured_s_per_token"] / best["measured_s_per_token"]
-    print(json.dumps({"cases": cases, "sweep": sweep, "own_over_best": own, "environment": environment("cpu")}))
+            print(f"| {row['link_bytes_per_s'] / 1e6:.0f} MB/s | {row['tree']} ({row['nodes']}x{row['levels']}) | {times} |")
+    print(json.dumps(document))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_writable("--output", Path(arguments.output))
     from ..device import open_device
 
-    device = open_device(settings.device)
+    device = open_device(settings.device, settings.emulate_link_bytes_per_s)
     try:
         profile = _measure(settings, device, quiet=arguments.quiet)
     finally:
@@ -66,8 +66,9 @@ def file_name(device_name: str) -> str:
 
 
 def _measure(settings: EngineSettings, device: "Device", *, quiet: bool) -> "HardwareProfile":
-    from ..calibrate import FULL, Subject, measure_hardware
+    from ..calibrate import Subject, measure_hardware
     from ..device.host import available_bytes
+    from ..effort import FULL
 
     target, disk = _typed(settings.model, "--model", settings, device)
     subjects = [Subject(role="target", model=target)]
@@ -89,7 +90,7 @@ def _measure(settings: EngineSettings, device: "Device", *, quiet: bool) -> "Har
         facts={
             "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "host": platform.processor() or platform.machine(),
-            "models": [settings.model, *settings.draft_models],
+            "models": [Path(name).name for name in (settings.model, *settings.draft_models)],  # as anybody may see them
             **environment(device.name),
             **_machine(device),
         },
@@ -111,8 +112,9 @@ def _typed(name: str, flag: str, settings: EngineSettings, device: "Device") -> 
 
 def _machine(device: "Device") -> dict[str, object]:
     """What people want to know of a machine when they compare profiles; the planner reads none of it."""
-    from ..calibrate import FULL, measure_copies
+    from ..calibrate import measure_copies
     from ..doctor.gather import gather_facts
+    from ..effort import FULL
 
     facts = gather_facts(model=None, draft_model=None, device=str(device.torch_device))
     return {

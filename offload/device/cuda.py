@@ -9,6 +9,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -20,20 +21,36 @@ logger = logging.getLogger(__name__)
 
 # Registered in chunks: one huge registration fails on some drivers, and a refused chunk leaves the others usable.
 REGISTER_CHUNK_BYTES = 2 * 2**30
+# The device's clock drifts away from the host's by some ten microseconds a second, and the time between two events is a
+# float32 of milliseconds: after minutes both are as long as what is measured with them.
+CLOCK_VALID_S = 10.0
+
+
+class _Clock:
+    """Ties events to the host's clock, by one that lies before all of them."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record()
+        self._event.synchronize()
+        self.set_s = time.monotonic()
+
+    def time_of(self, event: torch.cuda.Event) -> float:
+        return self.set_s + float(self._event.elapsed_time(event)) / 1e3
 
 
 class CudaMark(Ticket):
-    __slots__ = ("event",)
+    __slots__ = ("clock", "event")
 
-    def __init__(self, event: torch.cuda.Event) -> None:
-        self.event = event
+    def __init__(self, event: torch.cuda.Event, clock: _Clock) -> None:
+        self.event, self.clock = event, clock
 
 
 class CudaCopy(CopyTicket):
-    __slots__ = ("dst", "ready", "started")
+    __slots__ = ("clock", "dst", "ready", "started")
 
-    def __init__(self, dst: torch.Tensor, started: torch.cuda.Event, ready: torch.cuda.Event) -> None:
-        self.dst, self.started, self.ready = dst, started, ready
+    def __init__(self, dst: torch.Tensor, started: torch.cuda.Event, ready: torch.cuda.Event, clock: _Clock) -> None:
+        self.dst, self.started, self.ready, self.clock = dst, started, ready, clock
 
 
 class RegisteredBuffer:
@@ -46,19 +63,27 @@ class RegisteredBuffer:
         self.tensor = self._mapping.tensor
         self.pinned_bytes = 0
         self._registered: list[int] = []
-        for start, end in _chunks(num_bytes, cuts):
-            if not _register(self.tensor.data_ptr() + start, end - start):
-                logger.info("CUDA registered %d of %d bytes of host memory; the rest is pageable", start, num_bytes)
-                break
-            self._registered.append(self.tensor.data_ptr() + start)
-            self.pinned_bytes = end
+        try:
+            self._register(_chunks(num_bytes, cuts))
+        except BaseException:  # Ctrl-C, which in the middle of many GiB is likely
+            self.close()
+            raise
 
     def close(self) -> None:
-        for address in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(address)
-        self._registered.clear()
+        while self._registered:
+            if not _succeeded(torch.cuda.cudart().cudaHostUnregister(self._registered.pop())):
+                logger.warning("CUDA did not let go of host memory that it had registered")
         self.tensor = torch.empty(0, dtype=torch.uint8)
         self._mapping.close()
+
+    def _register(self, chunks: Sequence[tuple[int, int]]) -> None:
+        for start, end in chunks:
+            address = self.tensor.data_ptr() + start
+            if not _succeeded(torch.cuda.cudart().cudaHostRegister(address, end - start, 0)):
+                logger.info("CUDA registered %d of %d bytes of host memory; the rest is pageable", start, self.tensor.numel())
+                return
+            self._registered.append(address)
+            self.pinned_bytes = end
 
 
 def _chunks(num_bytes: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
@@ -70,11 +95,11 @@ def _chunks(num_bytes: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def _register(address: int, num_bytes: int) -> bool:
-    if int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)) == 0:
+def _succeeded(result: Any) -> bool:
+    """Of a call of CUDA's runtime. A failure stays behind as the thread's last error, which the next kernel launch would
+    report as its own. torch does not bind cudaGetLastError, but a launch of ours reads it just as well."""
+    if int(result) == 0:
         return True
-    # The refusal stays behind as the thread's last error, which the next kernel launch would report as its own. torch does
-    # not bind cudaGetLastError, but a launch of ours reads it just as well.
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda").add_(1)
     return False
@@ -93,14 +118,15 @@ class CudaDevice:
             )
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(self.torch_device)
+        # On the GPUs where cuDNN's attention comes first, torch builds it anew for every length of the text: in every pass.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.name = torch.cuda.get_device_name(index)
         self._copy_stream = torch.cuda.Stream()
+        # One for all recordings: libraries keep a workspace of tens of MiB for every stream that they have run on.
+        self._recording_stream = torch.cuda.Stream()
         self._graph_pool = torch.cuda.graph_pool_handle()  # shared: graphs run one at a time, and keep their outputs
         torch.cuda.reset_peak_memory_stats()
-        self._clock_event = torch.cuda.Event(enable_timing=True)
-        self._clock_event.record()
-        torch.cuda.synchronize()
-        self._clock_s = time.monotonic()
+        self._clock = _Clock()
 
     def alloc(self, num_bytes: int) -> torch.Tensor:
         try:
@@ -116,7 +142,8 @@ class CudaDevice:
         return RegisteredBuffer(num_bytes, cuts)
 
     def upload(self, host: torch.Tensor) -> torch.Tensor:
-        # Small pageable sources are staged by the driver when the copy is issued: no sync, and `host` may go at once.
+        # Pageable sources of up to 64 KiB are taken along with the command: no sync, no turn behind a layer on the copy engine,
+        # and `host` may go at once. Larger ones may wait for the stream, so a round has none of them.
         return host.to(self.torch_device, non_blocking=True)
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -130,7 +157,7 @@ class CudaDevice:
             started.record()
             dst.copy_(src, non_blocking=True)
             ready.record()
-        return CudaCopy(dst, started, ready)
+        return CudaCopy(dst, started, ready, self._clock)
 
     def wait(self, ticket: CopyTicket) -> torch.Tensor:
         assert isinstance(ticket, CudaCopy)
@@ -143,18 +170,18 @@ class CudaDevice:
     def mark(self) -> Ticket:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
-        return CudaMark(event)
+        return CudaMark(event, self._clock)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         # Libraries set themselves up in the first run, which may not be captured, and on a stream that is not the default one.
-        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        side, current = self._recording_stream, torch.cuda.current_stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
             work()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads go on waiting for copies meanwhile; only this one's calls are captured and checked.
-        with torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._graph_pool, stream=side, capture_error_mode="thread_local"):
             work()
         return graph.replay
 
@@ -165,8 +192,12 @@ class CudaDevice:
         return bool(_end_event(ticket).query())
 
     def interval(self, ticket: Ticket) -> Interval:
-        end_s = self._time_of(_end_event(ticket))
-        return Interval(self._time_of(ticket.started) if isinstance(ticket, CudaCopy) else end_s, end_s)
+        assert isinstance(ticket, CudaCopy | CudaMark)
+        end_s = ticket.clock.time_of(_end_event(ticket))
+        start_s = ticket.clock.time_of(ticket.started) if isinstance(ticket, CudaCopy) else end_s
+        if time.monotonic() - self._clock.set_s > CLOCK_VALID_S:
+            self._clock = _Clock()  # waits for compute, which has little to do where this is asked: behind a round's host sync
+        return Interval(start_s, end_s)
 
     def free_bytes(self) -> int:
         # What torch has cached but not in use can be given out again.
@@ -179,9 +210,7 @@ class CudaDevice:
     def close(self) -> None:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # for whoever else is on this GPU, such as the next engine of a benchmark
-
-    def _time_of(self, event: torch.cuda.Event) -> float:
-        return self._clock_s + float(self._clock_event.elapsed_time(event)) / 1e3
+        torch.cuda.reset_peak_memory_stats()  # what was measured on a device of its own is no part of a later run
 
 
 def _end_event(ticket: Ticket) -> torch.cuda.Event:

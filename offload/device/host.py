@@ -3,8 +3,10 @@
 torch's pinned allocator rounds every request up to a power of two (a 1632 MiB layer takes 2048), hence a mapping of our own.
 """
 
+import contextlib
 import ctypes
 import mmap
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 
 from ..errors import HostMemoryError
 
-_TOUCH_THREADS = 4
+_MAX_TOUCH_THREADS = 16
 _UNLIMITED_BYTES = 2**60  # the first version of control groups says "no limit" with a number near 2**63
 _CGROUP_LIMITS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -38,15 +40,17 @@ class HostMapping:
                     cure="lower --host-memory or --max-context, or free memory",
                 ) from error
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                mapping.madvise(mmap.MADV_HUGEPAGE)
+                with contextlib.suppress(OSError):  # a kernel built without them says EINVAL
+                    mapping.madvise(mmap.MADV_HUGEPAGE)
             # The tensor owns the mapping: the memory goes when the last view goes.
             self.tensor = torch.frombuffer(mapping, dtype=torch.uint8)
 
     def touch(self) -> None:
         """Fault all pages in, by several threads: registering touched memory is several times faster."""
-        step = -(-self.tensor.numel() // _TOUCH_THREADS) if self.tensor.numel() else 1
+        num_threads = min(len(os.sched_getaffinity(0)), _MAX_TOUCH_THREADS)
+        step = -(-self.tensor.numel() // num_threads) if self.tensor.numel() else 1
         starts = range(0, self.tensor.numel(), step)
-        with ThreadPoolExecutor(_TOUCH_THREADS) as pool:
+        with ThreadPoolExecutor(num_threads) as pool:
             list(pool.map(lambda start: zero(self.tensor[start : start + step]), starts))
 
     def close(self) -> None:

@@ -21,6 +21,19 @@ class WeightSource(Protocol):
         """The weights of every decoder layer, in order; each is valid until the next is asked for."""
 
 
+class _Pass:
+    """The pass under way, as the hooks on the layers know it. They do not know the CausalLM, which holds them: in a circle its
+    memory would wait for the garbage collector, which knows nothing of GiB on a device."""
+
+    def __init__(self) -> None:
+        self.layers: Iterator[Weights] = iter(())
+
+    def bind(self, parameters: dict[str, nn.Parameter]) -> None:
+        weights = next(self.layers)
+        for name, parameter in parameters.items():
+            parameter.data = weights[name]
+
+
 class CausalLM:
     """`shared` holds the tensors outside the decoder layers (device, `dtype`), by their full names."""
 
@@ -35,14 +48,14 @@ class CausalLM:
     ) -> None:
         self.architecture, self.cache = architecture, cache
         self._weights = weights
-        self._layers: Iterator[Weights] = iter(())
+        self._pass = under_way = _Pass()
         self._model = architecture.model
         _materialise(self._model, device.torch_device, dtype, shared)
         rebuild_rotary(self._model, architecture.config, device.torch_device)
         layers = list(self._model.get_submodule(architecture.prefix).children())
         self._parameters = [dict(layer.named_parameters()) for layer in layers]
         for layer, parameters in zip(layers, self._parameters, strict=True):
-            layer.register_forward_pre_hook(lambda _module, _args, parameters=parameters: self._bind(parameters))
+            layer.register_forward_pre_hook(lambda _module, _args, parameters=parameters: under_way.bind(parameters))
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, num_logits: int) -> torch.Tensor:
         """One pass over rows `token_ids` [N] int64 at `positions` [N] int64 under `mask` [1, 1, N, cached + N] bool.
@@ -66,7 +79,7 @@ class CausalLM:
     ) -> torch.Tensor:
         """The pass alone: keys and values go where `rows` says, and the cache's counts stay as they are."""
         layers = self._weights.one_pass()
-        self._layers = layers
+        self._pass.layers = layers
         try:
             output = self._model(
                 input_ids=token_ids[None],
@@ -79,6 +92,7 @@ class CausalLM:
             leftover = next(layers, None)  # ends the last layer's use
             assert leftover is None, "the model ran fewer layers than it has"
         finally:
+            self._pass.layers = iter(())
             if isinstance(layers, Generator):
                 layers.close()
         logits: torch.Tensor = output.logits[0]
@@ -90,10 +104,12 @@ class CausalLM:
             for parameter in parameters.values():
                 parameter.data = parameter.new_empty(0)
 
-    def _bind(self, parameters: dict[str, nn.Parameter]) -> None:
-        weights = next(self._layers)
-        for name, parameter in parameters.items():
-            parameter.data = weights[name]
+    def close(self) -> None:
+        """Hold no weights, keys or values any more; whoever still holds the model holds next to nothing."""
+        for parameter in self._model.parameters():
+            parameter.data = parameter.new_empty(0)
+        self.cache.close()
+        del self._weights
 
 
 def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, shared: Weights) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -21,9 +20,9 @@ class ModelDrafter:
     """Implements tree.draft.TreeModel over a CausalLM with its own cache.
 
     `vocab_size` is the target's: draft logits are cut or padded (never proposed) to it, for families whose sizes pad one
-    vocabulary differently. Small passes have fixed shapes where the device replays recordings; elsewhere each is as large as it
-    must be, which is the same but for rounding. A prompt is read in chunks of at most `chunk_tokens`: only its last token's
-    logits are wanted.
+    vocabulary differently. Small passes have fixed shapes where the device replays recordings; elsewhere each is as large
+    as it must be, which is the same but for rounding. A prompt is read in chunks of at most `chunk_tokens`: only its last
+    token's logits are wanted.
     """
 
     def __init__(self, model: CausalLM, device: Device, vocab_size: int, *, chunk_tokens: int = PROMPT_CHUNK_TOKENS) -> None:
@@ -33,11 +32,18 @@ class ModelDrafter:
         self._fixed = FixedPasses(model, device) if fixed else None
         self._context: list[int] = []
         self._shape = TreeShape.root_only()
+        self._ancestors = self._mask_of(self._shape)
         self._nodes: list[int] = []  # expanded nodes, in the order of their pending cache rows
 
     @property
     def cache(self) -> KVCache:
         return self._model.cache
+
+    def close(self) -> None:
+        """Give back the model's memory, and that of recordings."""
+        self._fixed = None
+        self._ancestors = self._ancestors.new_empty(0)
+        self._model.close()
 
     def restart(self, token_ids: Sequence[int]) -> None:
         """Another sequence. The cache, which is the caller's to cut, holds rows of a beginning of it, not all."""
@@ -53,7 +59,9 @@ class ModelDrafter:
         """Logits [1, V] of the token after the context; drops what is left of an earlier tree."""
         cache = self._model.cache
         cache.truncate(cache.length)
-        self._shape, self._nodes = shape, []
+        if shape != self._shape:
+            self._shape, self._ancestors = shape, self._mask_of(shape)
+        self._nodes = []
         no_nodes = torch.zeros(0, 0, dtype=torch.bool, device=self._device.torch_device)
         logits = None
         while missing := self._context[cache.length :][: self.chunk_tokens]:
@@ -67,9 +75,10 @@ class ModelDrafter:
     def expand(self, nodes: tuple[int, ...], token_ids: torch.Tensor) -> torch.Tensor:
         """Logits [n, V] at `nodes` of one level, whose tokens are `token_ids` [n]; they become pending rows."""
         columns = [*self._nodes, *nodes]
-        tree_mask = torch.from_numpy(self._shape.ancestor_mask[np.ix_(nodes, columns)])
+        rows, seen = (self._device.upload(torch.tensor(numbers)) for numbers in (nodes, columns))
+        tree_mask = self._ancestors.index_select(0, rows).index_select(1, seen)
         positions = torch.tensor([len(self._context) - 1 + self._shape.depths[node] for node in nodes])
-        mask = pass_mask(self._model.cache.rows, 0, self._device.upload(tree_mask))
+        mask = pass_mask(self._model.cache.rows, 0, tree_mask)
         logits = self._forward(token_ids, positions, mask, len(nodes))
         self._nodes = columns
         return logits
@@ -80,6 +89,10 @@ class ModelDrafter:
         rows = {node: row for row, node in enumerate(self._nodes)}
         self._model.cache.commit([rows[node] for node in path[1:] if node in rows])
         self._nodes = []
+
+    def _mask_of(self, shape: TreeShape) -> torch.Tensor:
+        """[N, N] bool on the device, once for as long as the shape stays: too large to be uploaded in every round."""
+        return self._device.upload(torch.from_numpy(shape.ancestor_mask.copy()))
 
     def _forward(self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, num_logits: int) -> torch.Tensor:
         known = self._model.architecture.vocab_size

@@ -101,6 +101,11 @@ class KVCache:
             self._device.wait(ticket)
         self.length, self.pending = end, 0
 
+    def close(self) -> None:
+        """Give the memory back."""
+        self._kv = self._kv.new_empty(0)
+        self.length = self.pending = self.capacity = 0
+
     def clear_tail(self) -> None:
         """Fill every row that holds nothing with zeros."""
         self._kv[..., self.rows :, :] = 0

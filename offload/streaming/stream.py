@@ -67,6 +67,9 @@ class ResidentWeights:
     def one_pass(self) -> Iterator[Weights]:
         return iter(self._layers)
 
+    def close(self) -> None:
+        self._layers = []
+
 
 class LayerStream:
     """Yields the layers of `store` in order, streaming what is not resident through `num_slots` device buffers."""
@@ -132,8 +135,12 @@ class LayerStream:
         self._see_placement()
 
     def close(self) -> None:
-        """Let copies under way land, so that their memory may go."""
+        """Let copies under way land, those that compute waits for, too, so that their memory may go; and let go of ours."""
         self._abandon()
+        self._device.drain(self._device.mark())
+        for views in (self._slots, self._views, self._resident):
+            views.clear()
+        self.log = None
 
     def prefetch(self) -> None:
         """Start the next pass's first copies, if they are not under way already, so that they hide what comes before it."""

@@ -1,0 +1,83 @@
+"""Seconds of what a tree takes beside its models: drawing the children of a level, and verifying."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from tree.draft import DraftTree, grow
+from tree.sampling import SamplingParams, law
+from tree.shape import TreeShape
+from tree.verify import verify
+
+from .device import Device
+from .effort import Effort, median_s
+from .planner.hardware import LawTimes, Task
+
+PARAMS = SamplingParams(temperature=0.6)
+BRANCHING = 8  # children of a node
+DRAWN_LEVELS = 3
+
+
+class _Ready:
+    """A draft model whose logits are at hand: what is left of growing a tree is the drawing."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self._logits = logits
+
+    def begin(self, shape: TreeShape) -> torch.Tensor:
+        return self._logits[:1]
+
+    def expand(self, nodes: tuple[int, ...], token_ids: torch.Tensor) -> torch.Tensor:
+        return self._logits[: len(nodes)]
+
+
+def measure_drawing(device: Device, vocab_size: int, effort: Effort, *, sampled: bool) -> LawTimes:
+    """Seconds from a level's logits to its children, by number of nodes that have any."""
+    generator = torch.Generator(device.torch_device).manual_seed(0)
+
+    def drawing(num_rows: int) -> Callable[[], object]:
+        logits = torch.randn(num_rows, vocab_size, device=device.torch_device, generator=generator)
+        below = range(1, 1 + num_rows * (DRAWN_LEVELS - 1))  # each has one child, in the same place of the next level
+        shape = TreeShape((-1, *([0] * num_rows), *below))
+        return partial(grow, _Ready(logits), 0, shape, PARAMS, generator, sampled=sampled)
+
+    times = _law_times(device, "draw", drawing, vocab_size, effort, sampled=sampled)
+    return replace(times, task_s=tuple(s / DRAWN_LEVELS for s in times.task_s))
+
+
+def measure_verification(device: Device, vocab_size: int, effort: Effort, *, sampled: bool) -> LawTimes:
+    """Seconds from logits to an accepted path on the host, of trees whose children were drawn, by number of nodes."""
+    generator = torch.Generator(device.torch_device).manual_seed(0)
+    params = PARAMS if sampled else SamplingParams()
+
+    def verification(num_nodes: int) -> Callable[[], object]:
+        width = min(vocab_size, BRANCHING)
+        shape = TreeShape((-1, *(node // width for node in range(num_nodes - 1))))
+        logits = torch.randn(num_nodes, vocab_size, device=device.torch_device, generator=generator)
+        token_ids = torch.tensor([(node - 1) % width if node else 0 for node in range(num_nodes)])
+        draft = DraftTree(shape, device.upload(token_ids), law(logits, params) if sampled else None)
+        return partial(verify, draft, logits, params, generator, method="traversal")
+
+    return _law_times(device, "verify", verification, vocab_size, effort, sampled=sampled)
+
+
+def _law_times(
+    device: Device,
+    task: Task,
+    work: Callable[[int], Callable[[], object]],
+    vocab_size: int,
+    effort: Effort,
+    *,
+    sampled: bool,
+) -> LawTimes:
+    rows, task_s = [], []
+    for num_rows in effort.rows:
+        if num_rows > vocab_size:  # more children than a root can have
+            break
+        task_s.append(median_s(device, work(num_rows), effort))
+        rows.append(num_rows)
+        if task_s[-1] > effort.longest_s:
+            break
+    return LawTimes(task=task, sampled=sampled, vocab_size=vocab_size, rows=tuple(rows), task_s=tuple(task_s))
