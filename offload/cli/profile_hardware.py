@@ -4,7 +4,6 @@ import argparse
 import json
 import platform
 import re
-import sys
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..planner.hardware_file import PRESETS, to_json
 from ..report import environment
 from .acceptance import write_json
 from .settings import check_writable
-from .terminal import say
+from .terminal import PartProgress, say
 
 if TYPE_CHECKING:
     from ..device import Device
@@ -66,7 +65,7 @@ def file_name(device_name: str) -> str:
 
 
 def _measure(settings: EngineSettings, device: "Device", *, quiet: bool) -> "HardwareProfile":
-    from ..calibrate import Subject, measure_hardware
+    from ..calibrate import Subject, measure_copies, measure_hardware
     from ..device.host import available_bytes
     from ..effort import FULL
 
@@ -74,25 +73,23 @@ def _measure(settings: EngineSettings, device: "Device", *, quiet: bool) -> "Har
     subjects = [Subject(role="target", model=target)]
     for name in settings.draft_models:
         subjects.append(Subject(role="draft", model=_typed(name, "--draft-model", settings, device)[0]))
-    show = not quiet and sys.stderr.isatty()
-    profile = measure_hardware(
-        device,
-        subjects,
-        FULL,
-        link_bytes_per_s=settings.emulate_link_bytes_per_s,
-        disk=disk,
-        progress=lambda part: say(f"measuring {part}") if show else None,
-    )
+    emulated = settings.emulate_link_bytes_per_s
+    with PartProgress(len(subjects) + 2 + (emulated is None) + (disk is not None), enabled=not quiet) as progress:
+        profile = measure_hardware(device, subjects, FULL, link_bytes_per_s=emulated, disk=disk, progress=progress.begin)
+        progress.begin("copies by size")
+        copies = measure_copies(device, COPY_SIZES, FULL.repeats)
     return replace(
         profile,
-        source="measured" + (" with an emulated link" if settings.emulate_link_bytes_per_s else ""),
+        pageable_link_bytes_per_s=copies["pageable"][COPY_SIZES[-1]],
+        source="measured" + (" with an emulated link" if emulated else ""),
         host_memory_bytes=available_bytes(),
         facts={
             "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "host": platform.processor() or platform.machine(),
-            "models": [Path(name).name for name in (settings.model, *settings.draft_models)],  # as anybody may see them
+            "models": ["/".join(Path(name).parts[-2:]) for name in (settings.model, *settings.draft_models)],
             **environment(device.name),
             **_machine(device),
+            "link_bytes_per_s_by_copy": copies,
         },
     )
 
@@ -112,16 +109,13 @@ def _typed(name: str, flag: str, settings: EngineSettings, device: "Device") -> 
 
 def _machine(device: "Device") -> dict[str, object]:
     """What people want to know of a machine when they compare profiles; the planner reads none of it."""
-    from ..calibrate import measure_copies
     from ..doctor.gather import gather_facts
-    from ..effort import FULL
 
     facts = gather_facts(model=None, draft_model=None, device=str(device.torch_device))
     return {
         "host_facts": _plain(asdict(facts.host)),
         "gpu_facts": _plain(asdict(facts.gpu)) if facts.gpu else None,
         "registration": asdict(facts.copies) if facts.copies else None,
-        "link_bytes_per_s_by_copy": measure_copies(device, COPY_SIZES, FULL.repeats),
     }
 
 

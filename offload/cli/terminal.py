@@ -57,6 +57,47 @@ class LoadProgress:
         self._bar.start()
 
 
+class PartProgress:
+    """Which of `num_parts` parts is under way. Nothing is drawn when stderr is not a terminal."""
+
+    def __init__(self, num_parts: int, *, enabled: bool) -> None:
+        self._num_parts, self._enabled = num_parts, enabled and sys.stderr.isatty()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> "PartProgress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def begin(self, part: str) -> None:
+        if not self._enabled:
+            return
+        if self._bar is None:
+            self._start()
+        else:
+            self._bar.advance(self._task)
+        self._bar.update(self._task, description=f"measuring {part}")
+
+    def _start(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task("measuring", total=self._num_parts)
+        self._bar.start()
+
+
 def full_statistics(report: "Report") -> str:
     """A line per pass, where the memory went, and the closing line."""
     lines = ["pass   rows  tokens    draft     pass   verify    stall"]
