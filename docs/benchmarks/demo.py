@@ -19,12 +19,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 CASES = (
     ("none", 0.0),
+    ("auto", 0.0),
     ("4x6:kary", 0.0),
     ("16x8", 0.0),
     ("64x10", 0.0),
     ("256x14", 0.0),
     ("none", 0.6),
-    ("64x10", 0.6),
+    ("auto", 0.6),
 )
 
 
@@ -39,6 +40,7 @@ def measure(tree: str, temperature: float, runs: int) -> dict[str, Any]:
     return {
         "tree": tree,
         "temperature": temperature,
+        "nodes": first["speculation"]["tree_nodes"],
         "s_per_token": statistics.median(result["timing"]["s_per_token"] for result in results),
         "tokens_per_pass": first["speculation"]["tokens_per_pass"],
         "link_utilisation": statistics.median(result["streaming"]["link_utilisation"] for result in results),

@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -93,7 +93,7 @@ def _laws(request: SpecRequest) -> Iterator[_Law]:
 
 def _measure(engine: Engine, request: SpecRequest, law: _Law, end_s: float) -> dict[str, Any]:
     counter = AcceptanceCounter()
-    tokens: list[int] = []
+    texts: list[list[int]] = []  # tokens of each pass
     expected: list[float] = []
     by_category: dict[str, list[int]] = defaultdict(list)
     complete = True
@@ -106,23 +106,25 @@ def _measure(engine: Engine, request: SpecRequest, law: _Law, end_s: float) -> d
             seed=request.seed + run * len(request.prompts) + number,
             ignore_eos=True,
         )
+        texts.append([])
         for step in generation:
             counter.add(step.shape, step.verdict.path)
-            tokens.append(len(step.verdict.token_ids))
+            texts[-1].append(len(step.verdict.token_ids))
             expected.append(step.verdict.expected_tokens)
-            by_category[request.prompts[number].category].append(tokens[-1])
+            by_category[request.prompts[number].category].append(texts[-1][-1])
             if time.monotonic() > end_s:
                 complete = False
                 break
         if not complete:
             break
+    tokens = [count for text in texts for count in text]
     return {
         "temperature": law.temperature,
         "top_p": law.top_p,
         "verifier": "greedy" if law.temperature == 0 else engine.method,
         "passes": len(tokens),
         "tokens_per_pass": _mean(tokens),
-        "tokens_per_pass_error": statistics.stdev(tokens) / math.sqrt(len(tokens)) if len(tokens) > 1 else None,
+        "tokens_per_pass_error": error_by_text(texts),
         "expected_tokens_per_pass": _mean(expected),
         "acceptance_by_rank": _vectors(counter, per_level=False)[0] if tokens else [],
         "acceptance_by_level": _vectors(counter, per_level=True) if tokens else [],
@@ -137,6 +139,18 @@ def _vectors(counter: AcceptanceCounter, *, per_level: bool) -> list[list[float]
         return [list(vector) for vector in counter.to_acceptance("", per_level=per_level).levels]
     except ValueError:
         return [[]]
+
+
+def error_by_text(texts: Sequence[Sequence[int]]) -> float | None:
+    """Standard error of tokens per pass, a ratio of sums. Passes of one text are alike, so texts are what is independent
+    (Cochran, Sampling Techniques, 3rd ed., 6.3). None for fewer than two texts."""
+    texts = [text for text in texts if text]
+    if len(texts) < 2:
+        return None
+    passes = sum(len(text) for text in texts)
+    ratio = sum(map(sum, texts)) / passes
+    spread = sum((sum(text) - ratio * len(text)) ** 2 for text in texts)
+    return math.sqrt(len(texts) / (len(texts) - 1) * spread) / passes
 
 
 def _mean(values: list[int] | list[float]) -> float | None:

@@ -1,0 +1,161 @@
+"""Writes the tables of README.md and docs/benchmarks/README.md from the JSON files beside this script.
+
+    python docs/benchmarks/tables.py           rewrites them
+    python docs/benchmarks/tables.py --check   exits 1 when one of them is not what its file says
+
+A table stands between `<!-- table FILE -->` and `<!-- end -->`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = (ROOT / "README.md", ROOT / "docs/benchmarks/README.md")
+MARKED = re.compile(r"(<!-- table (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+Document = dict[str, Any]
+TREES = {
+    "auto": "the planner's own choice, {nodes} nodes (no flags)",
+    "none": "plain streaming (`--tree none`)",
+    "4x6:kary": "four chains of six (`--tree 4x6:kary`)",
+}
+ENGINES = {
+    "ours": "treestream, the planner's tree of {tree_nodes} nodes",
+    "plain": "treestream, one token a pass",
+    "accelerate-disk": "Accelerate `disk_offload`",
+    "transformers": "transformers, nothing offloaded",
+    "deepspeed-tuned": "DeepSpeed ZeRO-Inference",
+}
+
+
+def trees(document: Document) -> str:
+    """One row per tree: what a pass yields and what a token takes."""
+    rows = []
+    for row in document["rows"]:
+        name = TREES.get(row["tree"], "tree of {nodes} nodes (`--tree {tree}`)").format(**row)
+        rows.append(
+            (
+                name + (f", temperature {row['temperature']:g}" if row["temperature"] else ""),
+                f"{row['tokens_per_pass']:.1f}",
+                f"{row['s_per_token']:.3f}",
+                f"{min(row['link_utilisation'], 1.0) * 100:.0f} %",
+                f"{row['speedup']:.1f}",
+            )
+        )
+    rate = document["emulated_link_bytes_per_s"] / 1e6
+    head = f"bundled pair, {document['machine']['cores']} CPU cores, emulated link of {rate:.0f} MB/s"
+    return table((head, "tokens per pass", "s/token", "link busy", "speedup"), rows)
+
+
+def predictions(document: Document) -> str:
+    """The same rows beside their floor and their prediction."""
+    head = ("tree", "nodes", "temperature", "tokens/pass", "s/token", "floor", "over floor", "predicted")
+    return table(
+        head,
+        [
+            (
+                row["tree"],
+                str(row["nodes"]),
+                f"{row['temperature']:g}",
+                f"{row['tokens_per_pass']:.2f}",
+                f"{row['s_per_token']:.4f}",
+                f"{row['floor_s_per_token']:.4f}",
+                f"{row['s_per_token'] / row['floor_s_per_token']:.3f}",
+                f"{row['predicted_s_per_token']:.4f}",
+            )
+            for row in document["rows"]
+        ],
+    )
+
+
+def engines(document: Document) -> str:
+    """One row per engine. Rows with an emulated link and rows without are not compared."""
+    emulated = document["model"]["emulated_link_bytes_per_s"] is not None
+    return table(
+        ("engine", "s/token", "ours is quicker by", "tokens/pass", "link busy", "tokens"),
+        [_engine(row, document["facts"].get(row["engine"], {}), emulated=emulated) for row in document["summary"]],
+    )
+
+
+def _engine(row: Document, facts: Document, *, emulated: bool) -> Sequence[str]:
+    name = ENGINES[row["engine"]].format(**facts)
+    own = row["engine"] in ("ours", "plain")
+    if emulated and not own:
+        name += ", no link emulated"
+    if row["s_per_token_p50"] is None:
+        return (name, row["reason"], "", "", "", "")
+    by, interval = row["ours_by"], row["ours_by_interval"]
+    quicker = "1" if row["engine"] == "ours" else f"{by:.2f} x ({interval[0]:.2f} - {interval[1]:.2f})"
+    return (
+        name,
+        f"{row['s_per_token_p50']:.4f}",
+        "-" if emulated and not own else quicker,
+        f"{row['tokens_per_pass']:.2f}",
+        f"{min(row['link_utilisation'], 1.0) * 100:.0f} %" if row["link_utilisation"] is not None else "-",
+        "identical" if row["identical_tokens"] else "differ",
+    )
+
+
+def predicted(document: Document) -> str:
+    """Trees over links: what was measured, in parentheses what had been predicted, and by how much they differ."""
+    parts = {"pass_s": "pass", "round_s": "round", "s_per_token": "s/token"}
+    head = ["link", "tree"]
+    for part in parts.values():
+        head += [f"{part} (predicted)", "off"]
+    rows = []
+    for row in [*document["cases"], document["own"], *document["sweep"]]:
+        cells = [f"{row['link_bytes_per_s'] / 1e6:.0f} MB/s", f"{row['tree']} ({_span(row['nodes'])} nodes)"]
+        for name in parts:
+            cells += [f"{row[f'measured_{name}']:.4f} ({row[f'predicted_{name}']:.4f})", f"{row[f'{name}_off'] * 100:+.1f} %"]
+        rows.append(cells)
+    return table(head, rows)
+
+
+def _span(value: int | list[int]) -> str:
+    return str(value) if isinstance(value, int) else f"{min(value)} to {max(value)}"
+
+
+RENDERERS: dict[str, Callable[[Document], str]] = {
+    "demo_cpu.json": trees,
+    "demo_cpu.json:predictions": predictions,
+    "side_by_side_cpu.json": engines,
+    "side_by_side_cpu_memory.json": engines,
+    "prediction_cpu.json": predicted,
+}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def rendered(page: str) -> str:
+    """`page` with all its tables as their files say. KeyError for a table that nothing renders."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[2]
+        document = json.loads((Path(__file__).parent / name.partition(":")[0]).read_text(encoding="utf-8"))
+        return match[1] + RENDERERS[name](document) + match[4]
+
+    return MARKED.sub(fill, page)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = [page for page in PAGES if rendered(page.read_text(encoding="utf-8")) != page.read_text(encoding="utf-8")]
+    for page in stale:
+        print(f"{page.relative_to(ROOT)}: {'not what its files say' if check else 'written'}")
+        if not check:
+            page.write_text(rendered(page.read_text(encoding="utf-8")), encoding="utf-8")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
