@@ -138,7 +138,9 @@ class LayerStream:
         """Let copies under way land, those that compute waits for, too, so that their memory may go; and let go of ours."""
         self._abandon()
         self._device.drain(self._device.mark())
-        self._slots, self._views, self._resident, self.log = [], [], {}, None
+        for views in (self._slots, self._views, self._resident):
+            views.clear()
+        self.log = None
 
     def prefetch(self) -> None:
         """Start the next pass's first copies, if they are not under way already, so that they hide what comes before it."""
