@@ -205,8 +205,7 @@ class DecodeLoop:
 
     def _read_ahead_of_tree(self) -> int:
         """Pass over prompt tokens that do not fit into one pass with the tree; returns the bytes streamed for them."""
-        cache, streamed = self._target.cache, 0
-        most_rows = self._rows_per_pass()
+        cache, streamed, most_rows = self._target.cache, 0, self._rows_per_pass()
         while self._prompt_rows > most_rows - self._plan.tree.num_nodes:
             chunk = self._committed[cache.length :][: min(most_rows, self._prompt_rows)]
             rows = self._rows(chunk, torch.zeros(0, dtype=torch.int64), None)
@@ -219,8 +218,7 @@ class DecodeLoop:
     def _grow(self, shape: TreeShape) -> DraftTree:
         root = self._committed[-1]
         if self._drafter is None or shape.num_nodes == 1:
-            token_ids = self._device.upload(torch.tensor([root]))
-            return DraftTree(shape, token_ids, None)
+            return DraftTree(shape, self._device.upload(torch.tensor([root])), None)
         sampled = self._method != "sample" and not self._params.greedy
         return grow(self._drafter, root, shape, self._params, self._generator, sampled=sampled)
 
@@ -251,8 +249,10 @@ class DecodeLoop:
                 self._prompt_scores += score_tokens(logits, token_ids, self._scoring.num_top)
 
     def _score(self, verdict: Verdict, logits: torch.Tensor) -> tuple[ScoredToken, ...]:
-        scoring = self._scoring
-        return score_tokens(logits[list(verdict.path)], verdict.token_ids, scoring.num_top) if scoring is not None else ()
+        if self._scoring is None:
+            return ()
+        path = self._device.upload(torch.tensor(verdict.path))
+        return score_tokens(logits.index_select(0, path), verdict.token_ids, self._scoring.num_top)
 
     def _verify(self, draft: DraftTree, logits: torch.Tensor) -> Verdict:
         with self._numeric(draft.shape.num_nodes):

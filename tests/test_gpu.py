@@ -1,8 +1,11 @@
 """What only a GPU can tell: parity, races under delays and poison, registered memory, one host sync per pass."""
 
+import gc
 import random
+import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from offload.device.cuda import CudaDevice, RegisteredBuffer
 from offload.doctor.gather import gather_facts
 from offload.doctor.judge import judge
 from offload.engine import Engine
+from offload.model.attention import tree_attention
 from planning import L40
 from tree.shape import TreeShape
 
@@ -105,7 +109,8 @@ def test_a_round_syncs_the_host_once(models: Models) -> None:
                     next(generation)
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
-            syncs = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+            # The mode itself warns, too, that it is a prototype.
+            syncs = [str(warning.message) for warning in caught if "called a synchronizing" in str(warning.message)]
             assert len(syncs) <= 1, syncs
 
 
@@ -180,7 +185,7 @@ def test_the_peak_is_within_5_percent_of_the_ledger_and_a_layer_given_up_is_free
     """Allocated by torch during a run, but for the libraries' workspaces, which the planner leaves a reserve for."""
     shape: dict[str, Any] = {"num_layers": 8, "hidden_size": 1024, "intermediate_size": 2752, "head_dim": 256}
     folder, draft = models(**shape), models(**{**shape, "num_layers": 1})
-    torch.ones(256, 256, device="cuda") @ torch.ones(256, 256, device="cuda")
+    free_workspaces()
     base_bytes = torch.cuda.memory_allocated()
     settings = EngineSettings(
         model=str(folder),
@@ -196,8 +201,74 @@ def test_the_peak_is_within_5_percent_of_the_ledger_and_a_layer_given_up_is_free
         prompt = [token % 90 for token in range(plan.text_tokens - 16)]
         expected = engine.generate(prompt, max_new_tokens=16, ignore_eos=True).token_ids
         assert plan.placement.streamed
-        assert engine.memory().device_peak_bytes - base_bytes == pytest.approx(sum(plan.device_ledger.values()), rel=0.05)
+        peak_bytes = engine.memory().device_peak_bytes - base_bytes
         before_bytes, num_resident = torch.cuda.memory_allocated(), len(plan.placement.resident)
         with layer_fault(engine, 3, lambda: len(engine.plan.placement.resident) == num_resident):
             assert engine.generate(prompt, max_new_tokens=16, ignore_eos=True).token_ids == expected
         assert before_bytes - torch.cuda.memory_allocated() == pytest.approx(layer_bytes, rel=0.05)
+        assert peak_bytes - free_workspaces() == pytest.approx(sum(plan.device_ledger.values()), rel=0.05)
+
+
+def free_workspaces() -> int:
+    """Gives back what the matrix library keeps for every stream that it ran on, 32 MiB each on Hopper; returns how much that
+    was. Recordings must not be replayed afterwards."""
+    before_bytes = torch.cuda.memory_allocated()
+    torch._C._cuda_clearCublasWorkspaces()
+    return before_bytes - torch.cuda.memory_allocated()
+
+
+def test_recordings_share_one_stream_whose_workspace_is_there_once() -> None:
+    device = CudaDevice()
+    matrices = [torch.ones(size, size, device="cuda") for size in (64, 128, 192, 256, 320)]
+    device.record(partial(torch.mm, matrices[0], matrices[0], out=torch.empty_like(matrices[0])))
+    allocated_bytes = torch.cuda.memory_allocated()
+    for matrix in matrices[1:]:
+        device.record(partial(torch.mm, matrix, matrix, out=torch.empty_like(matrix)))
+    assert torch.cuda.memory_allocated() - allocated_bytes < 4 * 2**20
+    device.close()
+
+
+def test_attention_is_the_kernel_that_takes_masks_and_needs_no_building() -> None:
+    """Not the fallback, which makes all scores at once, nor cuDNN's, which is built anew for every length."""
+    CudaDevice().close()
+    rows, columns, heads = 768, 1801, 64
+    query = torch.randn(1, heads, rows, 128, dtype=torch.bfloat16, device="cuda")
+    key = torch.randn(1, 8, columns, 128, dtype=torch.bfloat16, device="cuda")
+    mask = torch.rand(1, 1, rows, columns, device="cuda") < 0.5
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.cuda.reset_peak_memory_stats()
+        before_bytes = torch.cuda.memory_allocated()
+        tree_attention(torch.nn.Module(), query, key, key, mask)
+        used_bytes = torch.cuda.max_memory_allocated() - before_bytes
+    assert "aten::_scaled_dot_product_efficient_attention" in {event.key for event in profile.key_averages()}
+    repeated_bytes, mask_bytes = 2 * heads * columns * 128 * 2, rows * columns * 2
+    assert used_bytes < 2 * query.nbytes + repeated_bytes + 4 * mask_bytes
+
+
+def test_closing_gives_device_and_host_memory_back(models: Models) -> None:
+    folder = models(num_layers=5)
+    gc.collect()
+    torch.cuda.empty_cache()
+    base_bytes = torch.cuda.memory_allocated() - free_workspaces()
+    for _ in range(3):
+        with open_tiny(folder, folder, resident_layers=2, slots=2) as engine:
+            engine.generate(PROMPT, max_new_tokens=16, ignore_eos=True)
+            arena = engine.loop._stream._store._arena.tensor
+            assert arena.is_pinned()
+        assert not arena.is_pinned()
+        free_workspaces()
+        assert torch.cuda.memory_allocated() - base_bytes < 2**20
+
+
+def test_the_clock_is_set_anew_without_a_jump(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = CudaDevice()
+    old = device.mark()
+    device.drain(old)
+    monkeypatch.setattr("offload.device.cuda.CLOCK_VALID_S", 0.0)
+    first = device.interval(old).end_s
+    start_s = time.monotonic()
+    new = device.mark()
+    device.drain(new)
+    assert device.interval(old).end_s == first
+    assert abs(device.interval(new).end_s - start_s) < 0.01
+    device.close()

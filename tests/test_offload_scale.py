@@ -16,11 +16,14 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from conftest import save_tiny_model
+from fakes import RefusingDevice
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.demo import DRAFT, TARGET
+from offload.device import Device
 from offload.engine import Engine
 from offload.errors import FitError, ModelError, OffloadError, UsageError
+from offload.loading import Progress
 from offload.model.architecture import Architecture
 from offload.scale.geometry import Geometry, Sizes
 from offload.scale.model import open_scale_model, widen
@@ -115,10 +118,12 @@ def test_gains_and_epsilon_of_70b_are_scaled_by_powers_of_two() -> None:
     assert Geometry(small=small, wide=replace(wide, hidden=5120)).gain == 0.5
 
 
-def engine_of(model: str, tree: str, **changes: object) -> Engine:
+def engine_of(
+    model: str, tree: str, device: Device | None = None, progress: Progress | None = None, **changes: object
+) -> Engine:
     drafts = () if tree == "none" else (str(DRAFT),)
     settings: dict[str, Any] = {"model": model, "draft_models": drafts, "tree": tree, "max_context": 120, **changes}
-    return open_engine(EngineSettings(device="cpu", **settings), hardware=L40)
+    return open_engine(EngineSettings(device="cpu", **settings), hardware=L40, device=device, progress=progress)
 
 
 def demo_tokens(num_layers: int, num_tokens: int) -> list[int]:
@@ -154,6 +159,17 @@ def test_identity_layers_share_memory_when_it_is_short_and_say_so(preset: None) 
     assert document["memory"]["host_shared_layers"] == 2 and document["memory"]["host_weights_bytes"] == budget
     with pytest.raises(FitError, match="layers that differ"):
         engine_of("scale:small:12", "none", resident_layers=2, slots=2, host_memory_bytes=2 * layer_bytes)
+
+
+def test_equal_layers_on_a_device_are_made_once(preset: None) -> None:
+    """Where the host cannot write them; the others are copies, and as many bytes are counted as if they had been read."""
+    read: list[tuple[int, int]] = []
+    with engine_of("scale:small:12", "none", resident_layers=7, slots=2) as engine:
+        expected = engine.generate(PROMPT, max_new_tokens=12, ignore_eos=True).token_ids
+    device = RefusingDevice(1.0)
+    with engine_of("scale:small:12", "none", device, lambda *done: read.append(done), resident_layers=7, slots=2) as engine:
+        assert engine.generate(PROMPT, max_new_tokens=12, ignore_eos=True).token_ids == expected
+    assert read[-1][0] == read[-1][1]
 
 
 @given(st.sets(st.integers(0, 20)), st.frozensets(st.integers(0, 20)), st.integers(0, 25))

@@ -4,7 +4,6 @@ Knows nothing of caches, masks or devices: the model keeps those. A level's chil
 that have children are run, and token ids stay tensors, so growing a tree never waits for the device.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from .sampling import SamplingParams, law, sample_without_replacement, top_k_tokens
 from .shape import TreeShape
+from .transfer import index_tensor
 
 
 class TreeModel(Protocol):
@@ -72,11 +72,6 @@ def grow(
         below = shape.levels[level + 1]
         token_ids[below.start : below.stop] = children.flatten().index_select(0, _kept_children(shape, nodes, children))
     return DraftTree(shape, token_ids, laws)
-
-
-def index_tensor(values: Sequence[int], device: torch.device) -> Tensor:
-    """int64 [n] on `device`, without waiting for what is queued there (torch.tensor(..., device=) would)."""
-    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def _kept_children(shape: TreeShape, nodes: tuple[int, ...], children: Tensor) -> Tensor:

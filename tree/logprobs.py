@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .sampling import row_blocks, top_k_tokens
+from .transfer import index_tensor, to_host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ def score_tokens(logits: Tensor, token_ids: Sequence[int], num_top: int) -> tupl
     if not token_ids:
         return ()
     num_top = min(num_top, logits.shape[1])
-    wanted = torch.tensor(token_ids, device=logits.device)[:, None]
+    wanted = index_tensor(token_ids, logits.device)[:, None]
     columns, values = [], []
     for block in row_blocks(*logits.shape):
         rows = logits[block.start : block.stop]
@@ -46,10 +47,9 @@ def score_tokens(logits: Tensor, token_ids: Sequence[int], num_top: int) -> tupl
         columns.append(chosen)
         rows = rows if rows.dtype == torch.float64 else rows.float()
         values.append(rows.log_softmax(-1).gather(-1, chosen))
-    host_ids, host_values = torch.cat(columns).tolist(), torch.cat(values).tolist()
-    if any(value != value for row in host_values for value in row):
+    host_ids, host_values = to_host(torch.cat(columns).flatten(), torch.cat(values).flatten())
+    if any(value != value for value in host_values):
         raise FloatingPointError("a row of logits holds NaN or +inf, or no finite entry")
-    return tuple(
-        ScoredToken(ids[0], row[0], tuple(zip(ids[1:], row[1:], strict=True)))
-        for ids, row in zip(host_ids, host_values, strict=True)
-    )
+    pairs = [(int(token_id), value) for token_id, value in zip(host_ids, host_values, strict=True)]
+    starts = range(0, len(pairs), 1 + num_top)
+    return tuple(ScoredToken(*pairs[start], tuple(pairs[start + 1 : start + 1 + num_top])) for start in starts)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .draft import DraftTree, index_tensor
+from .draft import DraftTree
 from .sampling import SamplingParams, law
+from .transfer import index_tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)

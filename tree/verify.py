@@ -13,10 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .draft import DraftTree, index_tensor
+from .draft import DraftTree
 from .residual import Weights, weigh
 from .sampling import SamplingParams, law, row_blocks, sample
 from .shape import TreeShape
+from .transfer import index_tensor, to_host
 
 Method = Literal["sample", "traversal", "rejection"]
 METHODS: tuple[Method, ...] = ("sample", "traversal", "rejection")
@@ -67,7 +68,7 @@ def _check_arguments(tree: DraftTree, logits: Tensor, method: str) -> None:
 
 def _verify_greedily(tree: DraftTree, logits: Tensor) -> Verdict:
     maxima, targets = logits.max(-1)
-    host_maxima, host_targets, drafted = _to_host(maxima, targets, tree.token_ids)
+    host_maxima, host_targets, drafted = to_host(maxima, targets, tree.token_ids)
     _check_finite(host_maxima)
     path = _descend(tree.shape, host_targets, drafted)
     return Verdict(path, tuple(int(host_targets[node]) for node in path), float(len(path)))
@@ -82,7 +83,7 @@ def _verify_by_sampling(tree: DraftTree, logits: Tensor, params: SamplingParams,
         children = range(shape.children(nodes[0]).start, shape.children(nodes[-1]).stop)
         parents = index_tensor([shape.parents[child] - nodes.start for child in children], laws.device)
         edges.append(laws[parents, tree.token_ids[children.start : children.stop]])
-    host_maxima, host_targets, drafted, probabilities = _to_host(
+    host_maxima, host_targets, drafted, probabilities = to_host(
         logits.amax(-1), torch.cat(targets), tree.token_ids, torch.cat(edges)
     )
     _check_finite(host_maxima)
@@ -113,7 +114,7 @@ def _verify_by_weights(
     accepted = uniforms < weights.accept
     end = _first_in_post_order(shape, accepted) if traversal else _end_of_walk(shape, accepted)
     correction = sample(_correction_law(weights, logits, end, params), generator)
-    host_maxima, accept, drafted, (end_node,), (token_id,) = _to_host(
+    host_maxima, accept, drafted, (end_node,), (token_id,) = to_host(
         logits.amax(-1), weights.accept, tree.token_ids, end, correction
     )
     _check_finite(host_maxima)
@@ -171,13 +172,7 @@ def _correction_law(weights: Weights, logits: Tensor, end: Tensor, params: Sampl
     return torch.where(row[:, None] < 0, law(logits.index_select(0, end), params), residual)
 
 
-# -- the one wait for the device ---------------------------------------------------------------------------------------
-
-
-def _to_host(*columns: Tensor) -> list[list[float]]:
-    """The columns as lists, in one transfer. float64 holds token ids and nodes exactly."""
-    packed = torch.cat([column.double() for column in columns]).cpu().split([len(column) for column in columns])
-    return [column.tolist() for column in packed]
+# -- what may be wrong with the laws -------------------------------------------------------------------------------------
 
 
 def _check_finite(maxima: list[float]) -> None:

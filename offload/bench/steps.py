@@ -121,14 +121,14 @@ def baselines(extent: Extent, max_seconds: float) -> Row:
     """Accelerate and DeepSpeed at the depths that fit, and the line through them at full depth."""
     end_s = time.monotonic() + max_seconds
     engines = engines_for(("accelerate", "deepspeed"), on_gpu=extent.on_gpu)[1:]
-    num_runs = len(engines) * len(extent.depths)
+    reasons = {engine: why_not(engine, on_gpu=extent.on_gpu) for engine in engines}
+    left = len(extent.depths) * sum(reason is None for reason in reasons.values())
     rows: list[Row] = []
-    for number, engine in enumerate(engines):
+    for engine, reason in reasons.items():
         points: list[tuple[int, float]] = []
-        reason = why_not(engine, on_gpu=extent.on_gpu)
-        for order, depth in enumerate(extent.depths if reason is None else ()):
-            left = num_runs - number * len(extent.depths) - order
+        for depth in extent.depths if reason is None else ():
             outcome = _run_baseline(extent, engine, depth, (end_s - time.monotonic()) / left)
+            left -= 1
             times = [s for sample in outcome.samples for s in sample.pass_s[1:]]
             if times:
                 points.append((depth, percentile(times, 50) or 0.0))

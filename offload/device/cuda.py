@@ -24,6 +24,7 @@ REGISTER_CHUNK_BYTES = 2 * 2**30
 # The device's clock drifts away from the host's by some ten microseconds a second, and the time between two events is a
 # float32 of milliseconds: after minutes both are as long as what is measured with them.
 CLOCK_VALID_S = 10.0
+CAP_SLACK_BYTES = 2**29
 
 
 class _Clock:
@@ -229,9 +230,10 @@ def name(index: int = 0) -> str:
 
 
 def cap_memory(num_bytes: int) -> None:
-    """From here on this process gets at most `num_bytes` of the current device from torch, whoever asks."""
+    """From here on this process gets `num_bytes` of the current device from torch, whoever asks, and CAP_SLACK_BYTES: what is
+    capped is what torch holds, free blocks and libraries' workspaces included, not what anybody asked it for."""
     total_bytes = torch.cuda.mem_get_info()[1]
-    torch.cuda.set_per_process_memory_fraction(min(num_bytes / total_bytes, 1.0))
+    torch.cuda.set_per_process_memory_fraction(min((num_bytes + CAP_SLACK_BYTES) / total_bytes, 1.0))
 
 
 def version() -> str | None:

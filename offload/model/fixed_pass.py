@@ -79,9 +79,10 @@ class _Pass:
 
 
 def waits_in_a_pass(config: object) -> bool:
-    """Whether a model of this config asks the device something in the middle of a pass, which cannot be recorded: dynamic
-    rotary embeddings do, for the length of the text."""
-    return "dynamic" in str(getattr(config, "rope_parameters", ""))  # which some families nest by kind of layer
+    """Whether a model of this config asks the device something in the middle of a pass, which cannot be recorded: rotary
+    embeddings that change with the length of the text do."""
+    parameters = str(getattr(config, "rope_parameters", ""))  # which some families nest by kind of layer
+    return any(kind in parameters for kind in ("dynamic", "longrope"))
 
 
 def width_bucket(num_rows: int) -> int:

@@ -152,14 +152,16 @@ class WeightStore:
     def _load_resident(self, feed: TensorFeed, progress: Progress | None) -> None:
         if self._device.host_addressable:
             feed.fill(self._destinations(self._resident), progress)
-        elif self._resident:
-            load_through_host(
-                self._device,
-                [(buffer, partial(self._views, layer)) for layer, buffer in self._resident.items()],
-                list(self._owned.values())[:2],
-                feed,
-                progress,
-            )
+            return
+        first, *copies = sorted(self._source.equal_layers.intersection(self._resident)) or [-1]
+        made = {layer: buffer for layer, buffer in self._resident.items() if layer not in copies}
+        if made:
+            buffers = [(buffer, partial(self._views, layer)) for layer, buffer in made.items()]
+            load_through_host(self._device, buffers, list(self._owned.values())[:2], feed, progress)
+        for layer in copies:  # which takes a thousandth of making the same bytes again
+            self._resident[layer].copy_(self._resident[first])
+            if progress is not None:
+                progress(sum(map(self._source.num_bytes, self._views(layer, self._resident[layer]))))
 
 
 def load_through_host(

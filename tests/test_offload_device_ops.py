@@ -1,0 +1,278 @@
+"""What a round asks of a GPU, checked without one. Meta tensors, which have shapes and no memory, stand for those on the
+device: what depends on their values raises by itself. Every other operation is looked at: a wait for the device that nobody
+asked for is a failure, and so is one that takes tensors of both.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import tree.logprobs
+import tree.verify
+from conftest import FAMILIES, VOCAB_SIZE
+from offload.decode import DecodeLoop
+from offload.device.base import CopyTicket, Interval, Ticket
+from offload.model.attention import register
+from offload.model.causal_lm import CausalLM
+from offload.model.drafter import ModelDrafter
+from offload.model.kv_cache import KVCache
+from offload.source import TypedModel, check_source
+from offload.streaming.stream import LayerStream, ResidentWeights
+from offload.weights.placement import Placement
+from tree.logprobs import Scoring
+from tree.sampling import SamplingParams
+from tree.shape import TreeShape
+from tree.verify import METHODS, Method
+
+Models = Callable[..., Path]
+aten = torch.ops.aten
+META = torch.device("meta")
+STAGED_BYTES = 2**16  # what the driver takes along with the command
+NUM_SLOTS = 2
+TREE = TreeShape.from_widths((5, 2, 1))
+PROMPT = [5, 9, 33, 2, 71]
+
+
+class _Now(CopyTicket):
+    def __init__(self, buffer: torch.Tensor | None = None) -> None:
+        self.buffer = buffer
+
+
+class MetaDevice:
+    """A META device as far as the types of its tensors go. Streams and tickets are other tests' business."""
+
+    name, torch_device, host_addressable = "meta", META, False
+
+    def __init__(self, *, replays: bool) -> None:
+        self.replays = replays
+
+    def alloc(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=META)
+
+    def upload(self, host: torch.Tensor) -> torch.Tensor:
+        return host.to(META, non_blocking=True)
+
+    def copy_async(self, dst: torch.Tensor, src: torch.Tensor, after: Ticket) -> CopyTicket:
+        return _Now(dst)
+
+    def wait(self, ticket: CopyTicket) -> torch.Tensor:
+        assert isinstance(ticket, _Now) and ticket.buffer is not None
+        return ticket.buffer
+
+    def release(self, buffer: torch.Tensor) -> Ticket:
+        return _Now()
+
+    def mark(self) -> Ticket:
+        return _Now()
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work
+
+    def passed(self, ticket: Ticket) -> bool:
+        return True
+
+    def interval(self, ticket: Ticket) -> Interval:
+        return Interval(0.0, 0.0)
+
+
+class MetaGenerator(torch.Generator):
+    """One of the host that says that it is the device's."""
+
+    device = META
+
+    def __new__(cls, device: object = META) -> "MetaGenerator":
+        return super().__new__(cls, "cpu")
+
+
+class HiddenUploads(TorchFunctionMode):
+    """What torch uploads, and waits for, inside one of its functions."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and torch.device(kwargs.get("device") or "cpu") == META:
+            self._found.append("torch.tensor(..., device=)")
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and args[0].device == META:
+            indices = args[1] if isinstance(args[1], tuple) else (args[1],)
+            self._found += [
+                f"an index that is a {type(index).__name__}" for index in indices if isinstance(index, list | range)
+            ]
+        return func(*args, **kwargs)
+
+
+class Audit(TorchDispatchMode):
+    """Notes what would wait for the device, uploads that are large, and operations on tensors of host and device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._hidden = HiddenUploads(self.found)
+
+    def __enter__(self) -> "Audit":
+        self._hidden.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._hidden.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func is aten._to_copy.default:
+            self._copied(args[0], output, kwargs.get("non_blocking", False))
+        elif func is aten.copy_.default:
+            self._copied(args[1], args[0], args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+        else:
+            self._computed(str(func), [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)])
+        return output
+
+    def _copied(self, source: torch.Tensor, target: torch.Tensor, non_blocking: bool) -> None:
+        places = source.device.type, target.device.type
+        if places == ("meta", "cpu"):
+            self.found.append(f"a download of {tuple(source.shape)}")
+        elif places == ("cpu", "meta") and not non_blocking:
+            self.found.append(f"a blocking upload of {tuple(source.shape)}")
+        elif places == ("cpu", "meta") and source.nbytes > STAGED_BYTES:
+            self.found.append(f"a large upload of {tuple(source.shape)}")
+
+    def _computed(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
+        if len({tensor.device for tensor in tensors if tensor.ndim}) > 1:
+            self.found.append(f"{name} of host and device")
+        elif name.startswith("aten.index") and any(tensor.dtype == torch.bool for tensor in tensors[1:]):
+            self.found.append(f"{name} by a mask, whose size is that of the result")
+
+
+def open_loop(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, *, replays: bool = True, method: Method = "traversal"
+) -> tuple[DecodeLoop, list[int]]:
+    """A loop over weights without values, and a list that grows with every transfer to the host, of as many numbers."""
+    waits: list[int] = []
+
+    def to_host(*columns: torch.Tensor) -> list[list[float]]:
+        waits.append(len(torch.cat([column.double() for column in columns])))
+        return [[0.0] * len(column) for column in columns]
+
+    for module in (tree.verify, tree.logprobs):
+        monkeypatch.setattr(module, "to_host", to_host)
+    monkeypatch.setattr(torch, "Generator", MetaGenerator)
+    device: Any = MetaDevice(replays=replays)
+    model = check_source(str(folder), "--model", "bfloat16", "cuda").model
+    register()
+    target, stream = streamed(device, model)
+    drafter = ModelDrafter(resident(device, check_source(str(folder), "--model", "bfloat16", "cuda").model), device, VOCAB_SIZE)
+    plan: Any = SimpleNamespace(tree=TREE, pass_rows=1024, host_budget_bytes=0, host_ledger={})
+    return DecodeLoop(device, target, stream, drafter, plan, method=method), waits
+
+
+def streamed(device: Any, model: TypedModel) -> tuple[CausalLM, LayerStream]:
+    layout, num_layers = model.layout, model.architecture.num_layers
+    store: Any = SimpleNamespace(
+        layout=layout,
+        placement=Placement(num_layers=num_layers, resident=frozenset({1})),
+        resident={1: layout.views(device.alloc(layout.num_bytes))},
+        ring=None,
+        ready=lambda layer: True,
+        source=lambda layer: torch.empty(layout.num_bytes, dtype=torch.uint8),
+        sent=lambda layer, ticket: None,
+    )
+    stream = LayerStream(device, store, NUM_SLOTS)
+    return causal_lm(device, model, stream), stream
+
+
+def resident(device: Any, model: TypedModel) -> CausalLM:
+    layers = [model.layout.views(device.alloc(model.layout.num_bytes)) for _ in range(model.architecture.num_layers)]
+    return causal_lm(device, model, ResidentWeights(layers))
+
+
+def causal_lm(device: Any, model: TypedModel, weights: Any) -> CausalLM:
+    architecture = model.architecture
+    cache = KVCache(
+        device,
+        num_layers=architecture.num_layers,
+        num_kv_heads=architecture.num_kv_heads,
+        head_dim=architecture.head_dim,
+        capacity=2048,
+        dtype=model.dtype,
+    )
+    outside = model.shared_layout.views(device.alloc(model.shared_layout.num_bytes))
+    return CausalLM(architecture, device, model.dtype, outside, weights, cache)
+
+
+def assert_later_rounds_only_wait(loop: DecodeLoop, waits: list[int], *, times: int) -> None:
+    """`times` a round, and ask the device for nothing else. The first uploads the masks of the tree's shape, once."""
+    loop.run_round(100)
+    for _ in range(2):
+        waits.clear()
+        with Audit() as audit:
+            loop.run_round(100)
+        assert audit.found == [] and len(waits) == times
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(0.6), SamplingParams(0.8, top_k=40, top_p=0.9)])
+def test_a_round_waits_once(monkeypatch: pytest.MonkeyPatch, models: Models, params: SamplingParams, method: Method) -> None:
+    loop, waits = open_loop(monkeypatch, models(), method=method)
+    loop.start(PROMPT, params, seed=0)
+    assert_later_rounds_only_wait(loop, waits, times=1)
+
+
+@pytest.mark.parametrize("replays", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_round_of_every_family_waits_once(
+    monkeypatch: pytest.MonkeyPatch, models: Models, family: str, replays: bool
+) -> None:
+    loop, waits = open_loop(monkeypatch, models(family), replays=replays)
+    loop.start(PROMPT, SamplingParams(0.6), seed=0)
+    assert_later_rounds_only_wait(loop, waits, times=1)
+
+
+def test_scores_take_one_more_wait(monkeypatch: pytest.MonkeyPatch, models: Models) -> None:
+    loop, waits = open_loop(monkeypatch, models())
+    loop.start(PROMPT, SamplingParams(), seed=0, scoring=Scoring(num_top=3))
+    assert_later_rounds_only_wait(loop, waits, times=2)
+
+
+def test_a_long_prompt_is_read_without_a_wait(monkeypatch: pytest.MonkeyPatch, models: Models) -> None:
+    loop, waits = open_loop(monkeypatch, models())
+    loop.start([7] * 1500, SamplingParams(), seed=0)
+    with Audit() as audit:
+        loop.run_round(100)
+    assert audit.found == [] and len(waits) == 1
+
+
+def test_the_audit_sees_what_would_wait() -> None:
+    on_device = torch.zeros(8, device=META)
+    waiting: list[Callable[[], object]] = [
+        lambda: torch.zeros(8).to(META),
+        lambda: torch.zeros(STAGED_BYTES).to(META, non_blocking=True),
+        lambda: torch.tensor([1], device=META),
+        lambda: on_device[[1, 2]],
+        lambda: on_device[torch.ones(8, dtype=torch.bool)],
+        lambda: on_device.copy_(torch.zeros(8)),
+        lambda: on_device.index_select(0, torch.zeros(2, dtype=torch.int64)),
+    ]
+    for work in waiting:
+        with Audit() as audit:
+            work()
+        assert len(audit.found) == 1
+    depending: list[Callable[[], object]] = [
+        lambda: on_device.tolist(),
+        lambda: bool(on_device[0]),
+        lambda: on_device.nonzero(),
+        lambda: on_device[on_device > 0],
+        lambda: on_device.cpu(),
+    ]
+    for work in depending:
+        with pytest.raises((RuntimeError, NotImplementedError)), Audit():
+            work()
