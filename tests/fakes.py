@@ -84,7 +84,7 @@ class FailingDevice(CpuDevice):
         super()._copy(ticket, src, after)
 
 
-class _Tape(TorchDispatchMode):
+class Tape(TorchDispatchMode):
     """The operations that torch was asked for, with the tensors they read and wrote."""
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ class RecordingDevice(CpuDevice):
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         self.num_recordings += 1
         work()
-        with _Tape() as tape:
+        with Tape() as tape:
             work()
         return tape.replay
 

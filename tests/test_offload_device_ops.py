@@ -73,6 +73,9 @@ class MetaDevice:
         return _Now()
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        with Audit(staged_bytes=-1) as audit:  # memory that is not pinned has no place in a recording, however little
+            work()
+        assert audit.found == []
         return work
 
     def passed(self, ticket: Ticket) -> bool:
@@ -111,11 +114,11 @@ class HiddenUploads(TorchFunctionMode):
 
 
 class Audit(TorchDispatchMode):
-    """Notes what would wait for the device, uploads that are large, and operations on tensors of host and device."""
+    """Notes what would wait for the device, uploads of more than `staged_bytes`, operations on tensors of host and device."""
 
-    def __init__(self) -> None:
+    def __init__(self, staged_bytes: int = STAGED_BYTES) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self._staged_bytes, self.found = staged_bytes, list[str]()
         self._hidden = HiddenUploads(self.found)
 
     def __enter__(self) -> "Audit":
@@ -143,7 +146,7 @@ class Audit(TorchDispatchMode):
             self.found.append(f"a download of {tuple(source.shape)}")
         elif places == ("cpu", "meta") and not non_blocking:
             self.found.append(f"a blocking upload of {tuple(source.shape)}")
-        elif places == ("cpu", "meta") and source.nbytes > STAGED_BYTES:
+        elif places == ("cpu", "meta") and source.nbytes > self._staged_bytes:
             self.found.append(f"a large upload of {tuple(source.shape)}")
 
     def _computed(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
@@ -260,12 +263,15 @@ def test_the_audit_sees_what_would_wait() -> None:
         lambda: on_device[[1, 2]],
         lambda: on_device[torch.ones(8, dtype=torch.bool)],
         lambda: on_device.copy_(torch.zeros(8)),
+        lambda: MetaDevice(replays=True).upload(torch.zeros(STAGED_BYTES)),
         lambda: on_device.index_select(0, torch.zeros(2, dtype=torch.int64)),
     ]
     for work in waiting:
         with Audit() as audit:
             work()
         assert len(audit.found) == 1
+    with pytest.raises(AssertionError):
+        MetaDevice(replays=True).record(lambda: on_device.copy_(torch.zeros(8), non_blocking=True))
     depending: list[Callable[[], object]] = [
         lambda: on_device.tolist(),
         lambda: bool(on_device[0]),

@@ -101,9 +101,13 @@ def _succeeded(result: Any) -> bool:
     report as its own. torch does not bind cudaGetLastError, but a launch of ours reads it just as well."""
     if int(result) == 0:
         return True
+    _launch_anything()
+    return False
+
+
+def _launch_anything() -> None:
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda").add_(1)
-    return False
 
 
 class CudaDevice:

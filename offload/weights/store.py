@@ -1,6 +1,6 @@
 """Where the decoder layers live: on the device (resident), in one pinned host arena, or on disk behind a bounce ring."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -166,7 +166,7 @@ class WeightStore:
 
 def load_through_host(
     device: Device,
-    buffers: list[tuple[torch.Tensor, Callable[[torch.Tensor], Destinations]]],
+    buffers: Sequence[tuple[torch.Tensor, Callable[[torch.Tensor], Destinations]]],
     staging: list[torch.Tensor],
     feed: TensorFeed,
     progress: Progress | None,
