@@ -178,8 +178,9 @@ def _wake_s(device: Device, model: ShortModel, context_rows: int, effort: Effort
     """What a layer takes longer when its weights come late. A GPU waits without going to sleep."""
     if not device.host_addressable:
         return 0.0
-    at_once_s = median_s(device, model.work(WAKE_ROWS, context_rows), effort)
-    late_s = median_s(device, model.work(WAKE_ROWS, context_rows, late_s=LATE_S), effort)
+    rows = min(WAKE_ROWS, max(effort.rows))
+    at_once_s = median_s(device, model.work(rows, context_rows), effort)
+    late_s = median_s(device, model.work(rows, context_rows, late_s=LATE_S), effort)
     return max((late_s - at_once_s) / FEW_LAYERS - LATE_S, 0.0)
 
 

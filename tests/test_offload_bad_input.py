@@ -264,7 +264,6 @@ def test_a_config_that_lies_about_sizes_is_refused_before_anything_is_built(
         ("gpt2", {}, "gpt2 is not supported"),
         ("opt", {}, "opt is not supported"),
         ("gemma2", {"attn_logit_softcapping": 50.0}, "gemma2 is not supported"),
-        ("mistral", {"sliding_window": 16}, "sliding attention window of 16 tokens is shorter than the context of 160"),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "its weights are quantised"),
         ("bert", {}, "bert"),
         ("t5", {}, "t5"),
@@ -276,8 +275,14 @@ def test_an_architecture_that_we_would_not_compute_exactly_is_refused(
     common = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     common |= {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 160}
     AutoConfig.for_model(family, **{**common, **changes}).save_pretrained(model)
-    finished = run(save_tiny_model(model, "mistral", sliding_window=16) if family == "mistral" else model)
-    assert_error(finished, INVALID, expected, "config.json")
+    assert_error(run(model), INVALID, expected, "config.json")
+
+
+def test_a_text_longer_than_a_sliding_window_is_refused_and_a_shorter_one_written(run: Run, model: Path) -> None:
+    sliding = save_tiny_model(model, "mistral", sliding_window=16)
+    message = "sliding attention window of 16 tokens is shorter than the context of 160"
+    assert_error(run(sliding, "--max-context", 160), INVALID, message, "config.json")
+    assert run(sliding).code == 0
 
 
 @pytest.mark.parametrize("content", ["", "[", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [1, null]}', "[" * 100_000])
@@ -327,9 +332,7 @@ def summed(stderr: str) -> tuple[float, float, float]:
     return sum(float(part.split()[-1]) for part in parts.split(" + ")), float(total), float(budget)
 
 
-@pytest.mark.parametrize(
-    "flags", [("--gpu-memory", "100KiB"), ("--gpu-memory", "0"), ("--gpu-memory", "100KiB", "--slots", "3")]
-)
+@pytest.mark.parametrize("flags", [("--gpu-memory", "40KiB"), ("--gpu-memory", "0"), ("--gpu-memory", "40KiB", "--slots", "3")])
 def test_a_budget_that_cannot_hold_the_slots_is_refused_with_the_sum(run: Run, models: Models, flags: tuple[str, ...]) -> None:
     finished = run(models(), *flags)
     slots = flags[-1] if "--slots" in flags else "2"
