@@ -8,7 +8,7 @@ check:
 	$(PYTHON) -m mypy
 
 test:
-	$(PYTHON) -m pytest -q
+	$(PYTHON) -m pytest -q -n 2 --dist worksteal
 
 # What tests use and pip cannot bring beside the rest: a browser, and lm-eval in an environment of its own. Without root, the
 # tests that need a browser are skipped.

@@ -19,6 +19,8 @@ BENCH = ["accelerate", "matplotlib"]
 SERVE = ["fastapi>=0.120", "uvicorn>=0.50,<0.60", "prometheus-client>=0.20"]
 # The server's clients, in its tests. lm-eval is not among them: see `make clients`.
 CLIENTS = ["openai>=2", "playwright>=1.50", "schemathesis>=4,<5"]
+# worksteal came with 3.2, and since 3.6 tests run on a worker's main thread, where signals arrive
+PYTEST = ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.6"]
 
 setup(
     name="treestream",
@@ -63,7 +65,7 @@ setup(
         "bench": BENCH,
         "serve": SERVE,
         # ruff and mypy are bounded: a new release of either may find new faults in old code
-        "test": [*BENCH, *SERVE, *CLIENTS, "hypothesis", "mypy>=2.4,<2.5", "pytest>=8", "pytest-timeout", "ruff>=0.17,<0.18"],
+        "test": [*BENCH, *SERVE, *CLIENTS, *PYTEST, "hypothesis", "mypy>=2.4,<2.5", "ruff>=0.17,<0.18"],
     },
     classifiers=[
         "Environment :: GPU :: NVIDIA CUDA",

@@ -68,12 +68,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture(autouse=True)
-def quick_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def quick_measurement() -> Iterator[None]:
     """Engines that are opened without a profile look at this machine for milliseconds: what they plan with is real, and
-    coarse. Whoever tests the measurement itself calls it."""
+    coarse. Whoever tests the measurement itself calls it. For the session, as engines of module fixtures measure, too."""
     brief = replace(QUICK, rows=(1, 64), contexts=(64,), repeats=1, point_s=0.0, copy_bytes=2**16, disk_s=0.01)
-    monkeypatch.setattr("offload.assemble.QUICK", brief)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("offload.assemble.QUICK", brief)
+        yield
 
 
 @pytest.fixture(params=sorted(DEVICES))

@@ -13,6 +13,7 @@ from ..config import EngineSettings
 from ..demo import TARGET
 from ..errors import DeviceError, UsageError
 from ..scale.preset import PREFIX as SCALE_PREFIX
+from ..scale.preset import parse_scale_name, read_preset
 from .acceptance import write_json
 from .generate import read_prompt
 from .parser import DEMO_PROMPT
@@ -135,6 +136,8 @@ def _check_flags(arguments: argparse.Namespace) -> None:
 def _prompts(arguments: argparse.Namespace, settings: EngineSettings) -> tuple[list[Prompt], list[tuple[int, ...]]]:
     """Of the dataset, or of the flags, or the demo's default prompt; and their token ids."""
     is_scale = settings.model.startswith(SCALE_PREFIX)
+    if is_scale:
+        read_preset(parse_scale_name(settings.model, "--model")[0], "--model")  # refused here, not after a process has started
     if arguments.dataset:
         prompts = read_prompts(Path(arguments.dataset))
     else:

@@ -16,7 +16,8 @@ def say(text: str) -> None:
 
 
 class LoadProgress:
-    """Bytes, rate and time left while weights are read. Nothing is drawn when stderr is not a terminal."""
+    """Says that the machine is looked at; then bytes, rate and time left while weights are read. Nothing is drawn when stderr
+    is not a terminal."""
 
     def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled and sys.stderr.isatty()
@@ -25,6 +26,8 @@ class LoadProgress:
         self._drawn_s = 0.0
 
     def __enter__(self) -> "LoadProgress":
+        if self._enabled:
+            self._start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -36,16 +39,14 @@ class LoadProgress:
         if not self._enabled or (now_s - self._drawn_s < 0.05 and read_bytes < total_bytes):
             return
         self._drawn_s = now_s
-        if self._bar is None:
-            self._start(total_bytes)
-        self._bar.update(self._task, completed=read_bytes)
+        self._bar.update(self._task, description="loading", completed=read_bytes, total=total_bytes)
 
-    def _start(self, total_bytes: int) -> None:
+    def _start(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
         self._bar = Progress(
-            TextColumn("loading"),
+            TextColumn("{task.description}"),
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),
@@ -53,7 +54,7 @@ class LoadProgress:
             console=Console(stderr=True),
             transient=True,
         )
-        self._task = self._bar.add_task("loading", total=total_bytes)
+        self._task = self._bar.add_task("planning", total=None)
         self._bar.start()
 
 
