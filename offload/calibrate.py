@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .device import Device
-from .effort import Effort, median_s
+from .effort import Effort, enough, median_s, rising
 from .law_times import measure_drawing, measure_verification
 from .planner.cost import layer_flops
 from .planner.hardware import HardwareProfile, MeasuredModel, ModelTimes, Role, shape_of
@@ -161,17 +161,17 @@ def measure_model(device: Device, subject: Subject, effort: Effort) -> MeasuredM
 
 
 def _times_at(device: Device, few: ShortModel, more: ShortModel, context_rows: int, effort: Effort) -> ModelTimes:
-    rows_measured, layer_s, rest_s = [], [], []
+    few_s: list[float] = []
+    more_s: list[float] = []
     for rows in effort.rows:
-        few_s = median_s(device, few.work(rows, context_rows), effort)
-        more_s = median_s(device, more.work(rows, context_rows), effort)
-        one_layer_s = max((more_s - few_s) / (MORE_LAYERS - FEW_LAYERS), 1e-9)
-        rows_measured.append(rows)
-        layer_s.append(one_layer_s)
-        rest_s.append(max(few_s - FEW_LAYERS * one_layer_s, 0.0))
-        if more_s > effort.longest_s:
+        few_s.append(median_s(device, few.work(rows, context_rows), effort))
+        more_s.append(median_s(device, more.work(rows, context_rows), effort))
+        if enough(more_s, effort):
             break
-    return ModelTimes(context_rows=context_rows, rows=tuple(rows_measured), layer_s=tuple(layer_s), rest_s=tuple(rest_s))
+    layer_s = [max((m - f) / (MORE_LAYERS - FEW_LAYERS), 1e-9) for f, m in zip(few_s, more_s, strict=True)]
+    rest_s = [max(f - FEW_LAYERS * layer, 0.0) for f, layer in zip(few_s, layer_s, strict=True)]
+    rows_measured = effort.rows[: len(few_s)]
+    return ModelTimes(context_rows=context_rows, rows=rows_measured, layer_s=rising(layer_s), rest_s=rising(rest_s))
 
 
 def _wake_s(device: Device, model: ShortModel, context_rows: int, effort: Effort) -> float:

@@ -1,10 +1,12 @@
 """How much of a machine to measure, and how one piece of work is timed."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .device import Device
+
+LEAST_POINTS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,7 @@ FULL = Effort(
 
 
 def median_s(device: Device, work: Callable[[], object], effort: Effort) -> float:
-    """Seconds of `work`, warmed up; what takes longer than `longest_s` is not repeated."""
+    """Seconds of `work`, warmed up; what takes longer than `longest_s` is done no more than twice."""
     times: list[float] = []
     while len(times) <= effort.repeats or sum(times) < effort.point_s:
         start = device.mark()
@@ -53,6 +55,22 @@ def median_s(device: Device, work: Callable[[], object], effort: Effort) -> floa
         end = device.mark()
         device.drain(end)
         times.append(device.interval(end).end_s - device.interval(start).end_s)
-        if times[-1] > effort.longest_s:
+        if len(times) > 1 and min(times) > effort.longest_s:
             break
-    return statistics.median(times[1:] or times)
+    return statistics.median(times[1:])
+
+
+def enough(seconds: Sequence[float], effort: Effort) -> bool:
+    """Whether a row of a table ends here. Where it goes on nobody knows from fewer than LEAST_POINTS."""
+    return len(seconds) >= LEAST_POINTS and seconds[-1] > effort.longest_s
+
+
+def rising(seconds: Sequence[float]) -> tuple[float, ...]:
+    """The nearest ones, in least squares, that never fall (pool adjacent violators: Barlow et al., Statistical Inference under
+    Order Restrictions, 1972). More rows take no less time: a measurement which says so is noise."""
+    pools: list[list[float]] = []
+    for value in seconds:
+        pools.append([value])
+        while len(pools) > 1 and statistics.fmean(pools[-2]) > statistics.fmean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    return tuple(statistics.fmean(pool) for pool in pools for _ in pool)

@@ -12,7 +12,7 @@ from tree.shape import TreeShape
 from tree.verify import verify
 
 from .device import Device
-from .effort import Effort, median_s
+from .effort import Effort, enough, median_s, rising
 from .planner.hardware import LawTimes, Task
 
 PARAMS = SamplingParams(temperature=0.6)
@@ -72,12 +72,11 @@ def _law_times(
     *,
     sampled: bool,
 ) -> LawTimes:
-    rows, task_s = [], []
-    for num_rows in effort.rows:
-        if num_rows > vocab_size:  # more children than a root can have
-            break
+    task_s: list[float] = []
+    rows = [num_rows for num_rows in effort.rows if num_rows <= vocab_size]  # a root cannot have more children
+    for num_rows in rows:
         task_s.append(median_s(device, work(num_rows), effort))
-        rows.append(num_rows)
-        if task_s[-1] > effort.longest_s:
+        if enough(task_s, effort):
             break
-    return LawTimes(task=task, sampled=sampled, vocab_size=vocab_size, rows=tuple(rows), task_s=tuple(task_s))
+    measured = tuple(rows[: len(task_s)])
+    return LawTimes(task=task, sampled=sampled, vocab_size=vocab_size, rows=measured, task_s=rising(task_s))

@@ -1,15 +1,19 @@
 """Hardware profiles: what a file must say, what it is taken for, and what the machine measures of itself."""
 
 import json
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from command_line import INVALID, assert_error, assert_usage_error, run_command
 from offload.calibrate import Subject, measure_hardware
 from offload.device.cpu import CpuDevice
-from offload.effort import QUICK
+from offload.effort import QUICK, enough, median_s, rising
 from offload.planner.hardware import ROWS, HardwareProfile, ModelTimes, interpolate
 from offload.planner.hardware_file import PRESETS, find_hardware, from_json, read_hardware, to_json
 from offload.planner.shapes import find_shape
@@ -34,6 +38,23 @@ def test_times_between_measured_points_lie_on_the_line_and_go_on_beyond() -> Non
     assert interpolate((1, 3), (2.0, 1.0), [9]).tolist() == [1.0]
     with pytest.raises(ValueError, match="do not increase"):
         ModelTimes(context_rows=0, rows=(4, 1), layer_s=(1.0, 1.0), rest_s=(0.0, 0.0))
+
+
+@given(st.lists(st.floats(0.0, 10.0), min_size=1, max_size=8))
+def test_measured_times_never_fall_with_rows_and_change_no_more_than_that_takes(seconds: list[float]) -> None:
+    found = rising(seconds)
+    assert list(found) == sorted(found) and sum(found) == pytest.approx(sum(seconds))
+    if seconds == sorted(seconds):
+        assert found == tuple(seconds)
+
+
+def test_one_hiccup_does_not_end_a_table() -> None:
+    """A first run that takes long is no sign of work that does: tables of one point would call every tree free."""
+    effort = replace(QUICK, longest_s=0.01, point_s=0.0, repeats=2)
+    device, runs = CpuDevice(), iter([0.02, *[0.0] * 9])
+    assert median_s(device, lambda: time.sleep(next(runs)), effort) < 0.01
+    device.close()
+    assert not enough([0.02], effort) and not enough([0.02, 0.02], effort) and enough([0.02, 0.02, 0.02], effort)
 
 
 def test_this_machine_measures_itself_and_the_file_says_the_same(models: Models, tmp_path: Path) -> None:
