@@ -99,6 +99,7 @@ def test_a_round_syncs_the_host_once(models: Models) -> None:
     folder = models(num_layers=5)
     for params in ({}, {"temperature": 0.8, "top_p": 0.9}):
         with open_tiny(folder, folder, resident_layers=1, slots=2) as engine:
+            engine.generate(PROMPT, max_new_tokens=100, ignore_eos=True, **params)  # type: ignore[arg-type]  # recordings sync
             generation = engine.stream(PROMPT, max_new_tokens=60, ignore_eos=True, **params)  # type: ignore[arg-type]
             next(generation)
             next(generation)

@@ -56,7 +56,7 @@ def gpu_extent(device: str) -> Extent:
         verify_nodes=768,
         verify_vocab=32_000,
         link_bytes=(64 * MIB, 256 * MIB, 1024 * MIB, 1632 * MIB),
-        step_seconds=60.0,
+        step_seconds=20.0,
     )
 
 

@@ -164,7 +164,7 @@ def verification(extent: Extent, max_seconds: float) -> Row:
 # In order of what matters most, with their shares of the time.
 STEPS: Mapping[str, tuple[Step, int]] = {
     "link": (link, 1),
-    "table": (table, 5),
+    "table": (table, 8),
     "baselines": (baselines, 4),
     "pass_time": (pass_time, 3),
     "utilisation": (utilisation, 3),
