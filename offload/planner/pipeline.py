@@ -58,8 +58,9 @@ def steady_round(placement: Placement, num_slots: int, parts: PartTimes) -> Roun
                 timeline.now = timeline.now + layer_s
             else:
                 copied = timeline.next_copied()
-                woken_s = np.clip(copied - timeline.now, 0.0, parts.wake_s)
-                timeline.now = np.maximum(timeline.now, copied) + woken_s + layer_s
+                arrived = np.maximum(timeline.now, copied)
+                woken_s = np.minimum(arrived - timeline.now, parts.wake_s) if parts.wake_s else 0.0
+                timeline.now = arrived + woken_s + layer_s
                 timeline.fetch(timeline.now)
         computed = timeline.now
         timeline.now = computed + after_s

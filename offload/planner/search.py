@@ -6,15 +6,15 @@ width the best trees of all sizes are known at once (tree.optimizer.growth_table
 numbers of levels, so that most are never tried.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from tree.acceptance import Acceptance
-from tree.optimizer import expected_tokens_table, growth_table
+from tree.optimizer import Growth, expected_tokens_table, growth_table
 
 from ..errors import FitError
 from ..weights.placement import Placement
@@ -31,6 +31,7 @@ MAX_NODES, MAX_LEVELS = 4096, 32
 # BETWEEN around the best.
 NODES = (*range(1, 17), *(round(2 ** (quarter / 4)) for quarter in range(17, 49)))
 BETWEEN = 32
+TIE = 1e-9  # of seconds per token: rounding
 WIDTHS = (4, 8, 16, 32, 64, 128, 256)  # tried as bounds on a level's nodes, where a wider level takes a draft longer
 CATCH_UP_ROWS = 2  # what a draft reads before its first level: the new root, and an accepted leaf it has not seen
 
@@ -127,28 +128,53 @@ def best_choice(
     """The point with the least predicted seconds per token; of equals the one with fewer nodes, then fewer levels. Without
     a draft there is only the root. None when nothing fits."""
     best: Choice | None = None
-    for draft, num_slots in itertools.product(drafts, slots):
-        search = _Search(workload, draft, num_slots, [size for size in sizes if size <= max_nodes], max_levels)
-        found = search.run(best.s_per_token if best else np.inf)
-        best = _better(best, found) if best else found
+    grid = [size for size in sizes if size <= max_nodes]
+    for draft in drafts:
+        trees = _Trees(draft.acceptance, grid[-1], workload.target.vocab_size) if draft is not None else None
+        for num_slots in slots:
+            search = _Search(workload, draft, trees, num_slots, grid, max_levels)
+            found = search.run(best.s_per_token if best else np.inf)
+            best = _better(best, found) if best else found
     return best
 
 
 def _better(best: Choice, found: Choice | None) -> Choice:
     """`found` if it is quicker by more than rounding; of equals the smaller."""
-    if found is None or found.s_per_token > best.s_per_token * (1 + 1e-9):
+    if found is None or found.s_per_token > best.s_per_token * (1 + TIE):
         return best
     smaller = (found.num_nodes, found.num_levels) < (best.num_nodes, best.num_levels)
-    return found if smaller or found.s_per_token < best.s_per_token * (1 - 1e-9) else best
+    return found if smaller or found.s_per_token < best.s_per_token * (1 - TIE) else best
+
+
+class _Trees:
+    """The best trees of all sizes for one draft, by number of levels and bound on their width: made once, when first asked
+    for, as memory does not change them."""
+
+    def __init__(self, acceptance: Acceptance, num_nodes: int, max_branching: int) -> None:
+        self._grow = partial(growth_table, acceptance, num_nodes, max_branching=max_branching)
+        self._tables: dict[tuple[int, int | None], Growth] = {}
+
+    def within(self, num_levels: int, max_level_width: int | None) -> Growth:
+        key = num_levels, max_level_width
+        if key not in self._tables:
+            self._tables[key] = self._grow(num_levels, max_level_width=max_level_width)
+        return self._tables[key]
 
 
 class _Search:
     """All trees for one draft and one number of slots."""
 
     def __init__(
-        self, workload: Workload, draft: DraftOption | None, num_slots: int, sizes: Sequence[int], max_levels: int
+        self,
+        workload: Workload,
+        draft: DraftOption | None,
+        trees: _Trees | None,
+        num_slots: int,
+        sizes: Sequence[int],
+        max_levels: int,
     ) -> None:
         self._workload, self._draft, self._num_slots, self._max_levels = workload, draft, num_slots, max_levels
+        self._trees = trees
         self._grid = sizes if draft is not None else (1,)
         self._sizes, self._plans = self._fitting(self._grid)
 
@@ -156,19 +182,25 @@ class _Search:
         """The best choice, None if none is better than `bound_s` seconds per token. First the number of levels, most
         promising first and until no other can win; then a bound on their width; then the sizes between those of the grid."""
         draft = self._draft
-        best: Choice | None = None
+        if not len(self._sizes):
+            return None
         if draft is None:
-            return self._best_size(1, None, self._sizes, np.ones(1), np.zeros(1)) if len(self._sizes) else None
-        for num_levels, least_s in self._by_lower_bound(draft):
-            if least_s >= min(bound_s, best.s_per_token if best else np.inf):
+            return self._best_size(1, None, self._sizes, np.ones(1), np.zeros(1))
+        least_s = self._lower_bound(draft)
+        best: Choice | None = None
+        for place in np.argsort(least_s.min(axis=0), kind="stable"):
+            limit_s = min(bound_s, best.s_per_token if best else np.inf) * (1 + TIE)
+            if least_s[:, place].min() > limit_s:
                 break
-            found = self._evaluate(draft, num_levels, None, self._sizes)
+            found = self._evaluate(draft, int(place) + 1, None, self._sizes[least_s[:, place] <= limit_s])
             best = _better(best, found) if best else found
         if best is None:
             return None
         num_levels = best.num_levels
         for width in self._widths(draft):
-            best = _better(best, self._evaluate(draft, num_levels, width, self._sizes))
+            holds = (self._sizes <= 1 + width * (num_levels - 1)) & (least_s[:, num_levels - 1] <= best.s_per_token)
+            if holds.any():
+                best = _better(best, self._evaluate(draft, num_levels, width, self._sizes[holds]))
         first = max((size for size in self._grid if size < best.num_nodes), default=best.num_nodes)
         last = min((size for size in self._grid if size > best.num_nodes), default=best.num_nodes)
         between, self._plans = self._fitting(range(first, last + 1, max((last - first) // BETWEEN, 1)))
@@ -183,28 +215,16 @@ class _Search:
                 break  # a larger tree takes no less
         return np.array(list(plans), dtype=np.int64), plans
 
-    def _by_lower_bound(self, draft: DraftOption) -> list[tuple[int, float]]:
-        """(levels, seconds per token that no tree of just so many levels beats), the most promising first."""
-        if not len(self._sizes):
-            return []
-        work, sizes = self._workload, self._sizes
-        levels = np.arange(1, self._max_levels + 1)
-        tokens = expected_tokens_table(draft.acceptance, int(sizes[-1]), self._max_levels, max_branching=work.target.vocab_size)
-        reaches = tokens[sizes][:, 1:] > tokens[sizes][:, :-1]  # a tree that does not use the last level is one of fewer
-        least_level_s = float(draft.level_s(np.array(draft.times.rows)).min())
-        plans = [self._plans[int(size)] for size in sizes]
-        arrival_s = np.array([_arrival_s(work, plan) for plan in plans])[:, None]
-        # While nothing is computed but the draft and what follows the last layer, no slot becomes free: of all copies, only as
-        # many as there are slots hide there.
-        copies = np.array([max(len(plan.placement.streamed) - plan.num_slots, 0) for plan in plans])[:, None]
-        between_s = (work.times.rest(sizes) + work.verify.at(sizes))[:, None] + (levels - 1) * least_level_s
-        compute_s = work.target.num_layers * work.times.layer(sizes)[:, None]
-        copy_s = work.target.layer_bytes / work.link_bytes_per_s
-        least_s = np.maximum(arrival_s, between_s + np.maximum(compute_s, copies * copy_s))
-        least_s = least_s / np.maximum(tokens[sizes][:, 1:], 1.0)
-        least = np.where(reaches, least_s, np.inf).min(axis=0)
-        order = np.argsort(least, kind="stable")
-        return [(int(levels[place]), float(least[place])) for place in order if np.isfinite(least[place])]
+    def _lower_bound(self, draft: DraftOption) -> Floats:
+        """[sizes, levels]: seconds per token that no tree of that size and just so many levels beats: its round when every
+        level takes the draft as little as any does."""
+        sizes, levels = self._sizes, np.arange(1, self._max_levels + 1)
+        vocab_size = self._workload.target.vocab_size
+        tokens = expected_tokens_table(draft.acceptance, int(sizes[-1]), self._max_levels, max_branching=vocab_size)[sizes]
+        draft_s = (levels - 1) * float(draft.level_s(np.array(draft.times.rows)).min())
+        round_s = self._round_s(np.repeat(sizes, len(levels)), np.tile(draft_s, len(sizes))).reshape(len(sizes), len(levels))
+        reaches = tokens[:, 1:] > tokens[:, :-1]  # a tree that does not use the last level is one of fewer
+        return np.where(reaches, round_s / np.maximum(tokens[:, 1:], 1.0), np.inf)
 
     def _widths(self, draft: DraftOption) -> tuple[int, ...]:
         """Bounds on a level's nodes that are worth trying: those at which a level is at least a tenth quicker than the
@@ -214,14 +234,8 @@ class _Search:
 
     def _evaluate(self, draft: DraftOption, num_levels: int, width: int | None, sizes: Ints) -> Choice | None:
         """The best tree of one of `sizes` nodes within `num_levels` levels of `width` nodes; None if they hold none."""
-        growth = growth_table(
-            draft.acceptance,
-            int(sizes[-1]),
-            num_levels,
-            max_branching=self._workload.target.vocab_size,
-            max_level_width=width,
-        )
-        rows = sizes - 1
+        assert self._trees is not None
+        growth, rows = self._trees.within(num_levels, width), sizes - 1
         full = growth.nodes_per_level[rows].sum(axis=1) == sizes  # the others have run out of nodes
         if not full.any():
             return None
@@ -229,16 +243,9 @@ class _Search:
         return self._best_size(num_levels, width, sizes[full], tokens, draft_s)
 
     def _best_size(self, num_levels: int, width: int | None, sizes: Ints, tokens: Floats, draft_s: Floats) -> Choice:
-        """The best of `sizes` for trees that differ in nothing else; one timeline for each placement of the layers."""
-        places: dict[tuple[Placement, int], list[int]] = {}
-        for place, size in enumerate(sizes):
-            memory = self._plans[int(size)]
-            places.setdefault((memory.placement, memory.num_slots), []).append(place)
-        s_per_token = np.empty(len(sizes))
-        for same in places.values():
-            memory = self._plans[int(sizes[same[0]])]
-            s_per_token[same] = _rounds(self._workload, memory, sizes[same], draft_s[same]).round_s / tokens[same]
-        best = int(np.flatnonzero(s_per_token <= s_per_token.min() * (1 + 1e-9))[0])
+        """The best of `sizes` for trees that differ in nothing else."""
+        s_per_token = self._round_s(sizes, draft_s) / tokens
+        best = int(np.flatnonzero(s_per_token <= s_per_token.min() * (1 + TIE))[0])
         return Choice(
             draft=self._draft,
             memory=self._plans[int(sizes[best])],
@@ -247,6 +254,18 @@ class _Search:
             max_level_width=width,
             s_per_token=float(s_per_token[best]),
         )
+
+    def _round_s(self, sizes: Ints, draft_s: Floats) -> Floats:
+        """Seconds of a round of each; one timeline for each placement of the layers."""
+        same: dict[tuple[Placement, int], list[int]] = {}
+        for size in np.unique(sizes):
+            memory = self._plans[int(size)]
+            same.setdefault((memory.placement, memory.num_slots), []).append(int(size))
+        round_s = np.empty(len(sizes))
+        for alike in same.values():
+            places = np.isin(sizes, alike)
+            round_s[places] = _rounds(self._workload, self._plans[alike[0]], sizes[places], draft_s[places]).round_s
+        return round_s
 
 
 def _rounds(workload: Workload, memory: MemoryPlan, nodes: Ints, draft_s: Floats, *, alone: bool = False) -> RoundTimes:
@@ -262,10 +281,3 @@ def _rounds(workload: Workload, memory: MemoryPlan, nodes: Ints, draft_s: Floats
         wake_s=workload.times.wake_s,
     )
     return steady_round(memory.placement, memory.num_slots, parts)
-
-
-def _arrival_s(workload: Workload, memory: MemoryPlan) -> float:
-    """What one pass's weights take to arrive if nothing ever waits."""
-    placement, layer_bytes = memory.placement, workload.target.layer_bytes
-    copies_s = len(placement.streamed) * layer_bytes / workload.link_bytes_per_s
-    return max(copies_s, len(placement.disk) * layer_bytes / workload.disk_bytes_per_s)
