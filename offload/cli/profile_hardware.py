@@ -17,6 +17,7 @@ from ..planner.hardware_file import PRESETS, to_json
 from ..report import environment
 from .acceptance import write_json
 from .settings import check_writable
+from .signals import leaving_at_once
 from .terminal import say
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if arguments.output and arguments.output != "-":
         check_writable("--output", Path(arguments.output))
-    from ..device import open_device
+    with leaving_at_once():
+        from ..device import open_device
 
     device = open_device(settings.device)
     try:
