@@ -1,5 +1,6 @@
 """The engine end to end: greedy text equals transformers' for every way of streaming and every tree; limits are exact."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,3 +241,38 @@ def test_the_prompt_and_the_first_tree_share_one_pass(models: Models) -> None:
         assert len(report.stats.passes) == 1
         assert report.stats.passes[0].num_rows == len(PROMPT) - 1 + engine.plan.tree.num_nodes
         assert report.stats.passes[0].bytes_streamed == engine.plan.bytes_per_pass
+
+
+def test_values_of_numpy_and_torch_are_numbers_and_one_stop_string_is_one(models: Models) -> None:
+    with open_tiny(models(), None) as engine:
+        result = engine.generate(torch.tensor([5, 9, 33]), max_new_tokens=4, seed=1)  # type: ignore[arg-type]
+        assert json.loads(json.dumps(result.to_json()))["prompt_token_ids"] == [5, 9, 33]
+        assert engine.generate([5, 9, 33], max_new_tokens=4).token_ids == result.token_ids
+    with open_tiny(TARGET, DRAFT, tree="4x2:kary") as engine:
+        text = engine.generate("The people", max_new_tokens=8).text
+        assert text is not None
+        assert engine.generate("The people", max_new_tokens=8, stop=text[3:6]).text == text[: text.find(text[3:6])]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "values"),
+    [
+        ([1.5], {}),
+        (["5"], {}),
+        (None, {}),
+        ([5], {"max_new_tokens": 2.5}),
+        ([5], {"seed": 0.5}),
+        ([5], {"temperature": "warm"}),
+    ],
+    ids=str,
+)
+def test_values_of_another_kind_are_refused_before_anything_runs(models: Models, prompt: Any, values: dict[str, Any]) -> None:
+    with open_tiny(models(), None) as engine, pytest.raises(UsageError):
+        engine.generate(prompt, **values)
+
+
+def test_a_closed_engine_says_so(models: Models) -> None:
+    with open_tiny(models(), None) as engine:
+        pass
+    with pytest.raises(UsageError, match="closed"):
+        engine.generate([5], max_new_tokens=2)
