@@ -15,9 +15,11 @@ from offload.bench.case import Case, Event, Outcome, Sample, as_error, error_to_
 from offload.bench.compare import check_comparable, compare
 from offload.bench.deepspeed import zero_config
 from offload.bench.engines import LABELS, engines_for
+from offload.bench.latency import LatencyRequest
 from offload.bench.measure import CannotRun, run_case
 from offload.bench.summary import bootstrap, by_category, percentile, ratio, summarise
 from offload.bench.worker import open_decoder
+from offload.cli.main import main
 from offload.config import EngineSettings
 from offload.errors import DeviceError, FitError, ModelError, NumericError, OffloadError, UsageError
 from text_models import save_text_model
@@ -281,6 +283,23 @@ def test_other_forms_and_a_comparison(models: Models, tmp_path: Path, in_process
     other["host"]["processor"] = "another"
     with pytest.raises(UsageError, match="processor 'another' and now"):
         check_comparable(other, document, where="--compare")
+    old.write_text(json.dumps(other))
+    refused = bench(*argv, "--compare", old, "-o", "jsonl")
+    assert refused.code == 2 and "processor 'another'" in refused.stderr
+    assert json.loads(refused.stdout)["engine"] == "ours"  # what was measured is not lost
+
+
+def test_a_preset_is_benchmarked_as_a_model_of_its_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: list[EngineSettings] = []
+
+    def see(request: LatencyRequest, _say: object) -> dict[str, Any]:
+        settings.append(request.settings)
+        return {"interrupted": False}
+
+    monkeypatch.setattr("offload.bench.latency.measure_latency", see)
+    monkeypatch.setattr("offload.cli.bench._write", lambda *_arguments: None)
+    assert main(["bench", "--model", "llama-2-7b", "--draft-model", "llama-68m", "-q"]) == 0
+    assert (settings[0].model, settings[0].draft_models) == ("scale:llama-2-7b", ("scale:llama-68m",))
 
 
 def test_errors_of_our_engine_end_the_command_with_its_exit_code(

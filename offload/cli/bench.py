@@ -11,13 +11,14 @@ from ..bench.prompts import Prompt, read_prompts
 from ..bench.table import render
 from ..config import EngineSettings
 from ..demo import TARGET
-from ..errors import DeviceError, UsageError
+from ..errors import DeviceError, UsageError, reason
+from ..planner.shapes import is_preset
 from ..scale.preset import PREFIX as SCALE_PREFIX
 from .acceptance import write_json
 from .generate import read_prompt
 from .parser import DEMO_PROMPT
-from .settings import check_writable, engine_settings
-from .signals import EXIT_INTERRUPTED
+from .settings import check_small_files, check_writable, engine_settings, settle_models
+from .signals import EXIT_INTERRUPTED, leaving_at_once
 from .terminal import say
 
 LATENCY_SECONDS, SUITE_SECONDS = 600.0, 1500.0
@@ -25,6 +26,7 @@ LATENCY_SECONDS, SUITE_SECONDS = 600.0, 1500.0
 
 def run(arguments: argparse.Namespace) -> int:
     _check_flags(arguments)
+    _make_presets(arguments)
     if arguments.what == "latency":
         return _run_latency(arguments)
     if arguments.what == "spec":
@@ -32,13 +34,24 @@ def run(arguments: argparse.Namespace) -> int:
     return _run_suite(arguments)
 
 
+def _make_presets(arguments: argparse.Namespace) -> None:
+    """A preset has no weights: a model of its shape is made, as scale:PRESET says in full."""
+    if arguments.model is not None and is_preset(arguments.model):
+        arguments.model = SCALE_PREFIX + arguments.model
+    drafts = arguments.draft_model or []
+    arguments.draft_model = [SCALE_PREFIX + name if is_preset(name) else name for name in drafts] or None
+
+
 def _run_latency(arguments: argparse.Namespace) -> int:
     baselines = parse_baselines(arguments.baseline if arguments.baseline is not None else ",".join(BASELINES))
     old = read_document(Path(arguments.compare)) if arguments.compare else None
     settings = engine_settings(arguments, emulate_demo_link=True)
+    check_small_files(settings)
     prompts, prompt_ids = _prompts(arguments, settings)
-    from ..bench.latency import LatencyRequest, measure_latency  # torch, after everything that can be refused without it
-    from ..bench.machine import uses_gpu
+    settle_models(arguments, settings)
+    with leaving_at_once():  # torch, after everything that can be refused without it
+        from ..bench.latency import LatencyRequest, measure_latency
+        from ..bench.machine import uses_gpu
 
     request = LatencyRequest(
         settings=settings,
@@ -57,11 +70,13 @@ def _run_latency(arguments: argparse.Namespace) -> int:
     )
     document = measure_latency(request, _teller(arguments))
     changes = None
-    if old is not None:
-        if not arguments.force:
-            check_comparable(old, document, where=f"--compare {arguments.compare}")
-        changes = document["compared"] = compare(old, document)
-    _write(arguments, document)
+    try:
+        if old is not None:
+            if not arguments.force:
+                check_comparable(old, document, where=f"--compare {arguments.compare}")
+            changes = document["compared"] = compare(old, document)
+    finally:
+        _write(arguments, document)  # comparable or not: it took minutes
     if changes is not None:
         for row in changes:
             say(f"{row['engine']}: {row['old']:.3g} -> {row['new']:.3g} s/token, {row['change'] * 100:+.1f} %")
@@ -71,14 +86,17 @@ def _run_latency(arguments: argparse.Namespace) -> int:
 
 
 def _run_spec(arguments: argparse.Namespace) -> int:
-    from ..bench.spec import SpecRequest, measure_acceptance, parse_numbers, spec_table
+    with leaving_at_once():
+        from ..bench.spec import SpecRequest, measure_acceptance, parse_numbers, spec_table
 
     settings = engine_settings(arguments, emulate_demo_link=False)
+    check_small_files(settings)
     if not settings.draft_models:
         raise UsageError("nothing is speculated without a draft", where="bench spec", cure="name a --draft-model")
     temperatures = parse_numbers(arguments.temperatures, flag="--temperatures", least=0.0, most=100.0)
     top_ps = parse_numbers(arguments.top_ps, flag="--top-ps", least=1e-6, most=1.0)
     prompts, prompt_ids = _prompts(arguments, settings)
+    settle_models(arguments, settings)
     request = SpecRequest(
         settings=settings,
         trees=tuple(arguments.trees.split(",")),
@@ -170,7 +188,7 @@ def _write(arguments: argparse.Namespace, document: dict[str, Any], *, table: st
             save_bars(document["summary"], Path(arguments.plot))
     except OSError as error:
         raise DeviceError(
-            f"the result above is complete, but a file could not be written: {error}",
+            f"the result above is complete, but a file could not be written: {reason(error)}",
             where=" and ".join(filter(None, (arguments.output, arguments.plot))),
             cure="check the folder and the space on its disk",
         ) from error
