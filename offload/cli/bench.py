@@ -15,7 +15,7 @@ from ..errors import DeviceError, UsageError, reason
 from ..planner.shapes import is_preset
 from ..scale.preset import PREFIX as SCALE_PREFIX
 from .acceptance import write_json
-from .generate import read_prompt
+from .generate import check_template, read_prompt
 from .parser import DEMO_PROMPT
 from .settings import check_small_files, check_writable, engine_settings, settle_models
 from .signals import EXIT_INTERRUPTED, leaving_at_once
@@ -127,6 +127,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     """UsageError for flags of another kind of benchmark, and for files that cannot be written."""
     if arguments.json and arguments.format not in (None, "json"):
         raise UsageError(f"--json and -o {arguments.format}", where="bench", cure="leave one of the two out")
+    check_template(arguments)
     arguments.format = "json" if arguments.json else arguments.format or "md"
     of_latency = {
         "--baseline": arguments.baseline,
@@ -157,7 +158,7 @@ def _prompts(arguments: argparse.Namespace, settings: EngineSettings) -> tuple[l
         prompts = read_prompts(Path(arguments.dataset))
     else:
         given = any(getattr(arguments, name) is not None for name in ("prompt", "prompt_file", "prompt_ids"))
-        text = DEMO_PROMPT if is_scale and not given else read_prompt(_with_system_prompt(arguments))
+        text = DEMO_PROMPT if is_scale and not given else read_prompt(arguments)
         if not isinstance(text, str):
             return [Prompt(text="", category="")], [tuple(text)]
         prompts = [Prompt(text=text, category="")]
@@ -167,12 +168,10 @@ def _prompts(arguments: argparse.Namespace, settings: EngineSettings) -> tuple[l
     codec = open_codec(TARGET if is_scale else locate_model(settings.model, "--model"))
     if codec is None:
         raise UsageError("the model folder has no tokenizer", where="--model", cure="give token ids with --prompt-ids 1,2,3")
-    templated = codec.has_chat_template and not arguments.raw
-    return prompts, [tuple(codec.encode_chat(one.text, None) if templated else codec.encode(one.text)) for one in prompts]
-
-
-def _with_system_prompt(arguments: argparse.Namespace) -> argparse.Namespace:
-    return argparse.Namespace(**vars(arguments), system_prompt=None)
+    system = arguments.system_prompt
+    if not arguments.raw and (arguments.chat or system or codec.has_chat_template):
+        return prompts, [tuple(codec.encode_chat(one.text, system)) for one in prompts]
+    return prompts, [tuple(codec.encode(one.text)) for one in prompts]
 
 
 def _write(arguments: argparse.Namespace, document: dict[str, Any], *, table: str | None = None) -> None:

@@ -53,12 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace, settings: EngineSettings) -> None:
     """UsageError or ModelError for what the flags, and the small files that they name, tell before any model is read."""
     check_small_files(settings)
-    templated = "--chat" if arguments.chat else "--system-prompt" if arguments.system_prompt is not None else None
-    against = "--raw" if arguments.raw else "--prompt-ids" if arguments.prompt_ids is not None else None
-    if templated and against:
-        raise UsageError(
-            f"{templated} needs the chat template, {against} goes without", where=templated, cure="leave one of the two out"
-        )
+    check_template(arguments)
     files = {"--output": arguments.output, "--trace": arguments.trace, "--record-acceptance": arguments.record_acceptance}
     for flag, name in files.items():
         if name is not None:
@@ -67,6 +62,16 @@ def _check(arguments: argparse.Namespace, settings: EngineSettings) -> None:
         raise UsageError("nothing to count without a draft", where="--record-acceptance", cure="name a --draft-model")
     if arguments.trace and arguments.trace.endswith(".png") and find_spec("matplotlib") is None:
         raise UsageError("a picture needs matplotlib", where="--trace", cure="install matplotlib, or name a .json file")
+
+
+def check_template(arguments: argparse.Namespace) -> None:
+    """UsageError for flags that ask for the chat template beside one that goes without."""
+    templated = "--chat" if arguments.chat else "--system-prompt" if arguments.system_prompt is not None else None
+    against = "--raw" if arguments.raw else "--prompt-ids" if arguments.prompt_ids is not None else None
+    if templated and against:
+        raise UsageError(
+            f"{templated} needs the chat template, {against} goes without", where=templated, cure="leave one of the two out"
+        )
 
 
 def read_prompt(arguments: argparse.Namespace) -> str | list[int]:

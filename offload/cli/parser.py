@@ -142,7 +142,8 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
     one_of = prompts.add_mutually_exclusive_group()
     add_prompt_flags(one_of)
     one_of.add_argument("--dataset", metavar="FILE", help="prompts as in Spec-Bench: an object with turns, category a line")
-    prompts.add_argument("--raw", action="store_true", help="do not apply the chat template")
+    add_template_flags(prompts)
+    prompts.add_argument("--ignore-eos", action="store_true", help="always so here, as lengths must be equal")
     add_sampling_flags(prompts)
     group = parser.add_argument_group("benchmark")
     group.add_argument(
@@ -199,6 +200,10 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     add_prompt_flags(group.add_mutually_exclusive_group())
     add_sampling_flags(group)
     add_ending_flags(group)
+    add_template_flags(group)
+
+
+def add_template_flags(group: argparse._ArgumentGroup) -> None:
     template = group.add_mutually_exclusive_group()
     template.add_argument("--chat", action="store_true", help="apply the chat template (default if there is one)")
     template.add_argument("--raw", action="store_true", help="do not apply the chat template")
