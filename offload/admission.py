@@ -1,6 +1,7 @@
 """What a planned model will take: prompts become token ids, and requests that could not be finished are refused before they
 cost anything, on the command line even before the weights are read."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -41,6 +42,12 @@ class Admission:
             raise UsageError(
                 "the model folder has no tokenizer", where="--prompt", cure="give token ids with --prompt-ids 1,2,3"
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"the prompt is not Unicode: {error}", where="--prompt", cure="leave lone surrogates out"
+            ) from error
         return self.codec.encode(text)
 
     def request(
@@ -57,17 +64,17 @@ class Admission:
         scoring: Scoring | None = None,
     ) -> Request:
         """A request that can be finished. UsageError for values that make no sense, FitError with the counts for a prompt
-        and an answer that do not fit into the context."""
+        and an answer that do not fit into the context. One `stop` string need not be in a list."""
         try:
             params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UsageError(str(error), where="--temperature, --top-k, --top-p", cure="see `generate --help`") from error
         request = Request(
-            prompt=tuple(self.encode(prompt) if isinstance(prompt, str) else prompt),
-            max_new_tokens=max_new_tokens,
+            prompt=tuple(self.encode(prompt)) if isinstance(prompt, str) else _whole_numbers(prompt, "--prompt-ids"),
+            max_new_tokens=_whole_numbers([max_new_tokens], "--max-new-tokens")[0],
             params=params,
-            seed=self.seed if seed is None else seed,
-            stop=tuple(stop),
+            seed=self.seed if seed is None else _whole_numbers([seed], "--seed")[0],
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
             ignore_eos=ignore_eos,
             scoring=scoring,
         )
@@ -102,3 +109,11 @@ class Admission:
                 cure=f"ask for at most {max(plan.text_tokens - num_prompt, 0)} new tokens, shorten the prompt, or raise "
                 f"--max-context (the model itself knows {plan.max_positions} positions)",
             )
+
+
+def _whole_numbers(values: Sequence[int], flag: str) -> tuple[int, ...]:
+    """As Python's own: numbers of numpy and torch count, and would not go into JSON."""
+    try:
+        return tuple(operator.index(value) for value in values)
+    except TypeError as error:
+        raise UsageError(f"not a whole number: {error}", where=flag, cure="give whole numbers") from error

@@ -14,19 +14,19 @@ TOLERANCE = 0.10  # of the predicted seconds per token
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deviation:
-    """`share` of the prediction by which the run was slower (positive) or quicker; `term` explains most of it."""
+    """`share` of the prediction by which the run was slower (positive) or quicker; `term` explains most of it, None when
+    none of the terms went that way."""
 
     share: float
-    term: str
+    term: str | None
     predicted: float
     measured: float
 
     def text(self) -> str:
-        way = "slower" if self.share > 0 else "quicker"
-        return (
-            f"{abs(self.share) * 100:.0f} % {way} than predicted, mostly by {self.term}: {self.measured:.3g}, "
-            f"expected {self.predicted:.3g}"
-        )
+        text = f"{abs(self.share) * 100:.0f} % {'slower' if self.share > 0 else 'quicker'} than predicted"
+        if self.term is None:
+            return text
+        return f"{text}, mostly by {self.term}: {self.measured:.3g}, expected {self.predicted:.3g}"
 
 
 def deviation(
@@ -63,8 +63,8 @@ def deviation(
         terms["link (GB/s)"] = (link / 1e9, rate / 1e9, (copied_s - bytes_per_pass / link) / expected)
     sign = 1.0 if share > 0 else -1.0
     term = max(terms, key=lambda name: sign * terms[name][2])
-    predicted, measured, _ = terms[term]
-    return Deviation(share=share, term=term, predicted=predicted, measured=measured)
+    predicted, measured, by = terms[term]
+    return Deviation(share=share, term=term if sign * by > 0 else None, predicted=predicted, measured=measured)
 
 
 def _mean(values: Sequence[float]) -> float:

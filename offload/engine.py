@@ -159,6 +159,7 @@ class Engine:
         self.method, self.emulated_link, self.device_name = method, emulated_link, device_name
         self._memory, self._close = memory, close
         self.answering: Generation | None = None  # the engine holds one sequence at a time
+        self._closed = False
 
     def __enter__(self) -> "Engine":
         return self
@@ -173,6 +174,7 @@ class Engine:
 
     def close(self) -> None:
         self.answering = None
+        self._closed = True
         self.loop.sessions.forget()
         self._close()
 
@@ -218,7 +220,9 @@ class Engine:
         )
 
     def run(self, request: Request) -> Generation:
-        """Start answering a request that `admission` has made."""
+        """Start answering a request that `admission` has made. UsageError when the engine is closed."""
+        if self._closed:
+            raise UsageError("the engine is closed", where="Engine", cure="ask within the `with` block, or load it again")
         return Generation(self, request)
 
     def generate(

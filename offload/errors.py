@@ -61,6 +61,11 @@ class DeviceError(OffloadError):
     exit_code = 7
 
 
+def reason(error: Exception) -> str:
+    """What an error of the system or a parser says, without the number and the file name: `where` has that."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+
+
 def _one_line(text: str) -> str:
     # Names come from files and from strangers: a line break in one would break the three lines, an escape the terminal.
     return "".join(

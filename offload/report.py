@@ -116,9 +116,11 @@ class Report:
 
     @property
     def deviation(self) -> "Deviation | None":
-        """Where the prediction was off by more than a tenth, and why."""
+        """Where the prediction was off by more than a tenth, and why. It was made for the whole tree: passes over what was left
+        of it near the end of the text say nothing."""
         plan = self.plan
-        return find_deviation(plan.prediction, self.stats.passes[1:], plan.bytes_per_pass, plan.link_bytes_per_s)
+        steady = [one for one in self.stats.passes[1:] if one.num_rows >= plan.tree.num_nodes]
+        return find_deviation(plan.prediction, steady, plan.bytes_per_pass, plan.link_bytes_per_s)
 
     def _predicted(self) -> str:
         predicted_s = self.plan.prediction.s_per_token

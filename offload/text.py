@@ -27,7 +27,7 @@ class TextCodec:
             raise ModelError(
                 f"the tokenizer cannot be read: {' '.join(str(error).split())[:300]}",
                 where=str(folder),
-                cure="download the tokenizer files again, or give token ids with --prompt-ids",
+                cure="download the tokenizer files again, or delete them and give token ids with --prompt-ids",
             ) from error
         self._special_ids = frozenset(self._tokenizer.all_special_ids)
 
@@ -85,8 +85,9 @@ class TextCodec:
 
     @property
     def num_tokens(self) -> int:
-        """One more than the largest token id."""
-        return max(self.vocabulary().values(), default=-1) + 1
+        """One more than the largest token id of the vocabulary proper. Tokens added to it, as padding is, may lie beyond a
+        model's embedding: no text has one unless it spells it out."""
+        return max(set(self.vocabulary().values()) - self._tokenizer.added_tokens_decoder.keys(), default=-1) + 1
 
     def vocabulary(self) -> dict[str, int]:
         return dict(self._tokenizer.get_vocab())

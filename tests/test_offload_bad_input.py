@@ -564,6 +564,28 @@ def test_wrong_commands_and_prompts_are_one_line(
     assert_usage_error(run_command(capsys, *argv), *expected)
 
 
+@pytest.mark.parametrize("argv", [["--tree", "8"], ["--prompt-ids", "x"], ["plan", "--tree", "8"], ["chat", "--top-p", "2"]])
+def test_a_usage_error_without_a_model_is_one_line_too(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    """What runs when no model is named is told only when it does run."""
+    assert_usage_error(run_command(capsys, *argv))
+
+
+def test_an_unknown_flag_is_sent_to_the_help_that_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert_usage_error(run_command(capsys, "--bogus"), "see `run_70b.py generate --help`")
+    assert_usage_error(run_command(capsys, "plan", "--bogus"), "see `run_70b.py plan --help`")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("", "the name is empty"), ("no-such-model", "no such folder"), ("llama-2-70b", "a preset, a shape without weights")],
+)
+def test_a_model_that_cannot_be_is_refused_before_an_engine_is_built(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, what: str
+) -> None:
+    monkeypatch.delattr("offload.assemble.open_engine")
+    assert_error(run_command(capsys, "--model", name, "--prompt", "x"), INVALID, what, "--model")
+
+
 def test_a_prompt_file_that_is_not_text_is_refused_with_the_byte(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "prompt").write_bytes(b"good \xff bad")
     finished = run_command(capsys, "--model", "/no/such/model", "--prompt-file", tmp_path / "prompt")
@@ -605,7 +627,8 @@ def test_an_internal_failure_is_three_lines_and_a_traceback_only_when_asked_for(
 
 
 def test_a_checkpoint_with_a_flipped_bit_fails_its_manifest(capsys: pytest.CaptureFixture[str], model: Path) -> None:
-    assert run_command(capsys, "verify", "--model", model, "--write-manifest").code == 0
+    written = run_command(capsys, "verify", "--model", model, "--write-manifest")
+    assert written.code == 0 and f"manifest written to {model}" in written.stdout
     path = shards_of(model)[1]
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

@@ -15,13 +15,15 @@ from offload.bench.case import Case, Event, Outcome, Sample, as_error, error_to_
 from offload.bench.compare import check_comparable, compare
 from offload.bench.deepspeed import zero_config
 from offload.bench.engines import LABELS, engines_for
+from offload.bench.latency import LatencyRequest
 from offload.bench.launch import run_isolated
 from offload.bench.measure import CannotRun, run_case
 from offload.bench.summary import bootstrap, by_category, percentile, ratio, summarise
 from offload.bench.worker import open_decoder
+from offload.cli.main import main
 from offload.config import EngineSettings
 from offload.errors import DeviceError, FitError, ModelError, NumericError, OffloadError, UsageError
-from text_models import save_text_model
+from text_models import CHAT_TEMPLATE, save_text_model
 
 Models = Callable[..., Path]
 CASE = Case(engine="ours", settings=EngineSettings(model="m"), prompts=((1, 2), (3,)), max_new_tokens=6, runs=2)
@@ -295,6 +297,40 @@ def test_other_forms_and_a_comparison(models: Models, tmp_path: Path, in_process
     other["host"]["processor"] = "another"
     with pytest.raises(UsageError, match="processor 'another' and now"):
         check_comparable(other, document, where="--compare")
+    old.write_text(json.dumps(other))
+    refused = bench(*argv, "--compare", old, "-o", "jsonl")
+    assert refused.code == 2 and "processor 'another'" in refused.stderr
+    assert json.loads(refused.stdout)["engine"] == "ours"  # what was measured is not lost
+
+
+def test_a_preset_is_benchmarked_as_a_model_of_its_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: list[EngineSettings] = []
+
+    def see(request: LatencyRequest, _say: object) -> dict[str, Any]:
+        settings.append(request.settings)
+        return {"interrupted": False}
+
+    monkeypatch.setattr("offload.bench.latency.measure_latency", see)
+    monkeypatch.setattr("offload.cli.bench._write", lambda *_arguments: None)
+    assert main(["bench", "--model", "llama-2-7b", "--draft-model", "llama-68m", "-q"]) == 0
+    assert (settings[0].model, settings[0].draft_models) == ("scale:llama-2-7b", ("scale:llama-68m",))
+
+
+def test_prompts_are_laid_out_as_generate_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[LatencyRequest] = []
+
+    def see(request: LatencyRequest, _say: object) -> dict[str, Any]:
+        requests.append(request)
+        return {"interrupted": False}
+
+    monkeypatch.setattr("offload.bench.latency.measure_latency", see)
+    monkeypatch.setattr("offload.cli.bench._write", lambda *_arguments: None)
+    folder = save_text_model(tmp_path / "model", chat_template=CHAT_TEMPLATE)
+    for flags in (["--raw"], ["--chat"], ["--system-prompt", "be brief", "--ignore-eos"]):
+        assert main(["bench", "--model", str(folder), "--prompt", "hello", *flags, "-q"]) == 0
+    lengths = [len(request.prompt_ids[0]) for request in requests]
+    assert lengths == sorted(set(lengths)), "plain text, then with its turn, then with the system's"
+    assert main(["bench", "--model", str(folder), "--prompt", "hello", "--raw", "--system-prompt", "x"]) == 2
 
 
 def test_errors_of_our_engine_end_the_command_with_its_exit_code(

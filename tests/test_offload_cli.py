@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from command_line import Finished, assert_error, assert_holds, assert_usage_error, run_command
+from command_line import LOST, Finished, assert_error, assert_holds, assert_usage_error, run_command
 from offload.cli.main import main
+from offload.cli.signals import leaving_at_once
 from offload.decode import DecodeLoop, StepResult
 from offload.text import TextCodec
 from text_models import BOS, CHAT_TEMPLATE, EOS, VOCAB_SIZE, change_json, copy_model, save_text_model
@@ -321,6 +322,47 @@ def interrupt_in_round(monkeypatch: pytest.MonkeyPatch, number: int, interrupt: 
     monkeypatch.setattr(DecodeLoop, "run_round", interrupted)
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_during_the_imports_ends_the_process_whatever_they_catch(name: str, code: int) -> None:
+    """Some of what torch and transformers import catches everything, and goes on."""
+    script = (
+        "import os, signal\n"
+        "from offload.cli.signals import leaving_at_once\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "with leaving_at_once():\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), signal.{name})\n"
+        "    except BaseException:\n"
+        "        pass\n"
+        "print('went on')\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (code, ""), ran
+
+
+@pytest.mark.parametrize(("closed", "num_lines"), [("<&-", 1), (">&-", 0), ("2>&-", 1)])
+def test_nothing_fails_for_a_closed_stream_and_nothing_moves_to_another(closed: str, num_lines: int) -> None:
+    script = f'exec "$0" run_70b.py plan --json {closed}'
+    ran = subprocess.run(["bash", "-c", script, sys.executable], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert ran.returncode == 0 and "error" not in ran.stderr, ran
+    assert len(ran.stdout.splitlines()) == num_lines, ran
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_under_stdout_is_said_in_three_lines() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "run_70b.py", "plan", "--json", "-q"]
+        ran = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert_error(Finished(ran.returncode, "", ran.stderr), LOST, "No space left", "stdout")
+
+
+def test_after_the_imports_signals_are_exceptions_again() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with leaving_at_once():
+        assert signal.getsignal(signal.SIGINT) != before[0]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
 @pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"])
 def test_an_interruption_prints_what_there_is(
     run: Run, monkeypatch: pytest.MonkeyPatch, signal_number: signal.Signals, code: int
@@ -449,6 +491,7 @@ from io import StringIO
 from json import dumps
 from sys import modules
 from offload.cli.main import main
+from offload.cli.signals import leaving_at_once
 for argv in {LIGHT_COMMANDS!r}:
     out, err = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err):

@@ -34,6 +34,13 @@ def test_within_a_tenth_there_is_nothing_to_say() -> None:
     assert deviation(EXPECTED, [], 10**9, 1e9) is None
 
 
+def test_no_term_is_blamed_that_went_the_other_way() -> None:
+    """All terms as predicted, and yet the round was quicker."""
+    found = deviation(EXPECTED, rounds(round_s=0.7), 10**9, 1e9)
+    assert found is not None and found.term is None
+    assert found.text() == "30 % quicker than predicted"
+
+
 @pytest.mark.parametrize(
     ("changes", "term"),
     [
@@ -47,5 +54,5 @@ def test_within_a_tenth_there_is_nothing_to_say() -> None:
 )
 def test_the_term_that_explains_most_is_named(changes: dict[str, float], term: str) -> None:
     found = deviation(EXPECTED, rounds(**changes), 10**9, 1e9)  # type: ignore[arg-type]
-    assert found is not None and found.term.startswith(term)
+    assert found is not None and found.term is not None and found.term.startswith(term)
     assert ("slower" if found.share > 0 else "quicker") in found.text()

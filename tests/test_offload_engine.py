@@ -1,6 +1,7 @@
 """The engine end to end: greedy text equals transformers' for every way of streaming and every tree; limits are exact."""
 
 import gc
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -280,3 +281,38 @@ def no_garbage_collector() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def test_values_of_numpy_and_torch_are_numbers_and_one_stop_string_is_one(models: Models) -> None:
+    with open_tiny(models(), None) as engine:
+        result = engine.generate(torch.tensor([5, 9, 33]), max_new_tokens=4, seed=1)  # type: ignore[arg-type]
+        assert json.loads(json.dumps(result.to_json()))["prompt_token_ids"] == [5, 9, 33]
+        assert engine.generate([5, 9, 33], max_new_tokens=4).token_ids == result.token_ids
+    with open_tiny(TARGET, DRAFT, tree="4x2:kary") as engine:
+        text = engine.generate("The people", max_new_tokens=8).text
+        assert text is not None
+        assert engine.generate("The people", max_new_tokens=8, stop=text[3:6]).text == text[: text.find(text[3:6])]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "values"),
+    [
+        ([1.5], {}),
+        (["5"], {}),
+        (None, {}),
+        ([5], {"max_new_tokens": 2.5}),
+        ([5], {"seed": 0.5}),
+        ([5], {"temperature": "warm"}),
+    ],
+    ids=str,
+)
+def test_values_of_another_kind_are_refused_before_anything_runs(models: Models, prompt: Any, values: dict[str, Any]) -> None:
+    with open_tiny(models(), None) as engine, pytest.raises(UsageError):
+        engine.generate(prompt, **values)
+
+
+def test_a_closed_engine_says_so(models: Models) -> None:
+    with open_tiny(models(), None) as engine:
+        pass
+    with pytest.raises(UsageError, match="closed"):
+        engine.generate([5], max_new_tokens=2)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from offload.errors import ModelError, UsageError
 from offload.text import REPLACEMENT, TextCodec, TextStream, check_same_vocabulary, open_codec
@@ -161,6 +162,15 @@ def test_nothing_of_a_stop_string_is_ever_given_out(byte_level: TextCodec, text:
 
 
 # -- codecs and vocabularies -------------------------------------------------------------------------------------------
+
+
+def test_tokens_added_to_the_vocabulary_are_not_counted(tmp_path: Path) -> None:
+    """Padding that a fine-tune added lies beyond the embedding, and models of the Qwen family bring one of their own."""
+    tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(tmp_path / "plain"))
+    tokenizer.add_tokens(["[PAD]"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "padded")
+    plain, padded = TextCodec(tmp_path / "plain"), TextCodec(tmp_path / "padded")
+    assert (len(padded.vocabulary()), padded.num_tokens) == (len(plain.vocabulary()) + 1, plain.num_tokens)
 
 
 def test_a_folder_without_tokenizer_has_no_codec(tmp_path: Path) -> None:

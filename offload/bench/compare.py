@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError, OffloadError, UsageError
+from ..errors import ModelError, OffloadError, UsageError, reason
 
 Document = dict[str, Any]
 # What must be equal for two figures to be comparable, and what it is called in an error.
@@ -37,7 +37,7 @@ def read_document(path: Path) -> Document:
             _at(document, keys)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"not a latency benchmark: {type(error).__name__} {error}",
+            "not a latency benchmark: " + (reason(error) if isinstance(error, OSError) else f"{type(error).__name__} {error}"),
             where=str(path),
             cure="compare with a file that `bench latency --output FILE` wrote",
         ) from error

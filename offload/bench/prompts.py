@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ModelError
+from ..errors import ModelError, reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ def read_prompts(path: Path) -> list[Prompt]:
             raise ValueError("no line in it")
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"not a set of prompts: {type(error).__name__} {error}",
+            "not a set of prompts: " + (reason(error) if isinstance(error, OSError) else f"{type(error).__name__} {error}"),
             where=f"{path}, prompt {len(prompts) + 1}",
             cure='one JSON object a line, each with {"turns": ["the prompt"]}, as in Spec-Bench\'s question.jsonl',
         ) from error

@@ -11,14 +11,15 @@ from ..bench.prompts import Prompt, read_prompts
 from ..bench.table import render
 from ..config import EngineSettings
 from ..demo import TARGET
-from ..errors import DeviceError, UsageError
+from ..errors import DeviceError, UsageError, reason
+from ..planner.shapes import is_preset
 from ..scale.preset import PREFIX as SCALE_PREFIX
 from ..scale.preset import parse_scale_name, read_preset
 from .acceptance import write_json
-from .generate import read_prompt
+from .generate import check_template, read_prompt
 from .parser import DEMO_PROMPT
-from .settings import check_writable, engine_settings
-from .signals import EXIT_INTERRUPTED
+from .settings import check_small_files, check_writable, engine_settings, settle_models
+from .signals import EXIT_INTERRUPTED, leaving_at_once
 from .terminal import say
 
 LATENCY_SECONDS, SUITE_SECONDS = 600.0, 1500.0
@@ -26,6 +27,7 @@ LATENCY_SECONDS, SUITE_SECONDS = 600.0, 1500.0
 
 def run(arguments: argparse.Namespace) -> int:
     _check_flags(arguments)
+    _make_presets(arguments)
     if arguments.what == "latency":
         return _run_latency(arguments)
     if arguments.what == "spec":
@@ -33,13 +35,24 @@ def run(arguments: argparse.Namespace) -> int:
     return _run_suite(arguments)
 
 
+def _make_presets(arguments: argparse.Namespace) -> None:
+    """A preset has no weights: a model of its shape is made, as scale:PRESET says in full."""
+    if arguments.model is not None and is_preset(arguments.model):
+        arguments.model = SCALE_PREFIX + arguments.model
+    drafts = arguments.draft_model or []
+    arguments.draft_model = [SCALE_PREFIX + name if is_preset(name) else name for name in drafts] or None
+
+
 def _run_latency(arguments: argparse.Namespace) -> int:
     baselines = parse_baselines(arguments.baseline if arguments.baseline is not None else ",".join(BASELINES))
     old = read_document(Path(arguments.compare)) if arguments.compare else None
     settings = engine_settings(arguments, emulate_demo_link=True)
+    check_small_files(settings)
     prompts, prompt_ids = _prompts(arguments, settings)
-    from ..bench.latency import LatencyRequest, measure_latency  # torch, after everything that can be refused without it
-    from ..bench.machine import uses_gpu
+    settle_models(arguments, settings)
+    with leaving_at_once():  # torch, after everything that can be refused without it
+        from ..bench.latency import LatencyRequest, measure_latency
+        from ..bench.machine import uses_gpu
 
     request = LatencyRequest(
         settings=settings,
@@ -58,11 +71,13 @@ def _run_latency(arguments: argparse.Namespace) -> int:
     )
     document = measure_latency(request, _teller(arguments))
     changes = None
-    if old is not None:
-        if not arguments.force:
-            check_comparable(old, document, where=f"--compare {arguments.compare}")
-        changes = document["compared"] = compare(old, document)
-    _write(arguments, document)
+    try:
+        if old is not None:
+            if not arguments.force:
+                check_comparable(old, document, where=f"--compare {arguments.compare}")
+            changes = document["compared"] = compare(old, document)
+    finally:
+        _write(arguments, document)  # comparable or not: it took minutes
     if changes is not None:
         for row in changes:
             say(f"{row['engine']}: {row['old']:.3g} -> {row['new']:.3g} s/token, {row['change'] * 100:+.1f} %")
@@ -72,14 +87,17 @@ def _run_latency(arguments: argparse.Namespace) -> int:
 
 
 def _run_spec(arguments: argparse.Namespace) -> int:
-    from ..bench.spec import SpecRequest, measure_acceptance, parse_numbers, spec_table
+    with leaving_at_once():
+        from ..bench.spec import SpecRequest, measure_acceptance, parse_numbers, spec_table
 
     settings = engine_settings(arguments, emulate_demo_link=False)
+    check_small_files(settings)
     if not settings.draft_models:
         raise UsageError("nothing is speculated without a draft", where="bench spec", cure="name a --draft-model")
     temperatures = parse_numbers(arguments.temperatures, flag="--temperatures", least=0.0, most=100.0)
     top_ps = parse_numbers(arguments.top_ps, flag="--top-ps", least=1e-6, most=1.0)
     prompts, prompt_ids = _prompts(arguments, settings)
+    settle_models(arguments, settings)
     request = SpecRequest(
         settings=settings,
         trees=tuple(arguments.trees.split(",")),
@@ -110,6 +128,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     """UsageError for flags of another kind of benchmark, and for files that cannot be written."""
     if arguments.json and arguments.format not in (None, "json"):
         raise UsageError(f"--json and -o {arguments.format}", where="bench", cure="leave one of the two out")
+    check_template(arguments)
     arguments.format = "json" if arguments.json else arguments.format or "md"
     of_latency = {
         "--baseline": arguments.baseline,
@@ -142,7 +161,7 @@ def _prompts(arguments: argparse.Namespace, settings: EngineSettings) -> tuple[l
         prompts = read_prompts(Path(arguments.dataset))
     else:
         given = any(getattr(arguments, name) is not None for name in ("prompt", "prompt_file", "prompt_ids"))
-        text = DEMO_PROMPT if is_scale and not given else read_prompt(_with_system_prompt(arguments))
+        text = DEMO_PROMPT if is_scale and not given else read_prompt(arguments)
         if not isinstance(text, str):
             return [Prompt(text="", category="")], [tuple(text)]
         prompts = [Prompt(text=text, category="")]
@@ -152,12 +171,10 @@ def _prompts(arguments: argparse.Namespace, settings: EngineSettings) -> tuple[l
     codec = open_codec(TARGET if is_scale else locate_model(settings.model, "--model"))
     if codec is None:
         raise UsageError("the model folder has no tokenizer", where="--model", cure="give token ids with --prompt-ids 1,2,3")
-    templated = codec.has_chat_template and not arguments.raw
-    return prompts, [tuple(codec.encode_chat(one.text, None) if templated else codec.encode(one.text)) for one in prompts]
-
-
-def _with_system_prompt(arguments: argparse.Namespace) -> argparse.Namespace:
-    return argparse.Namespace(**vars(arguments), system_prompt=None)
+    system = arguments.system_prompt
+    if not arguments.raw and (arguments.chat or system or codec.has_chat_template):
+        return prompts, [tuple(codec.encode_chat(one.text, system)) for one in prompts]
+    return prompts, [tuple(codec.encode(one.text)) for one in prompts]
 
 
 def _write(arguments: argparse.Namespace, document: dict[str, Any], *, table: str | None = None) -> None:
@@ -173,7 +190,7 @@ def _write(arguments: argparse.Namespace, document: dict[str, Any], *, table: st
             save_bars(document["summary"], Path(arguments.plot))
     except OSError as error:
         raise DeviceError(
-            f"the result above is complete, but a file could not be written: {error}",
+            f"the result above is complete, but a file could not be written: {reason(error)}",
             where=" and ".join(filter(None, (arguments.output, arguments.plot))),
             cure="check the folder and the space on its disk",
         ) from error

@@ -11,8 +11,9 @@ from ..conversation import check_message, render
 from ..errors import DeviceError, OffloadError, UsageError
 from .answer import Answerer
 from .dialogue import AnswerSettings, Dialogue
-from .settings import check_small_files, engine_settings
-from .terminal import LoadProgress, full_statistics, say
+from .settings import check_small_files, engine_settings, settle_models
+from .signals import leaving_at_once
+from .terminal import LoadProgress, full_statistics, plan_summary, say
 from .turns import Turn, line_reader, read_turn
 
 if TYPE_CHECKING:
@@ -37,13 +38,17 @@ def run(arguments: argparse.Namespace) -> int:
     check_small_files(settings)
     dialogue = Dialogue(AnswerSettings(**{one.name: getattr(arguments, one.name) for one in fields(AnswerSettings)}))
     dialogue.set_system(arguments.system_prompt)
-    from ..assemble import open_engine  # torch, after everything that can be refused without it
+    settle_models(arguments, settings)
+    with leaving_at_once():
+        from ..assemble import open_engine  # torch, after everything that can be refused without it
 
     def admit(admission: "Admission") -> None:
         _check_model(admission, dialogue, arguments)
 
     with LoadProgress(enabled=not arguments.quiet) as progress:
         engine = open_engine(settings, seed=arguments.seed, progress=progress.update, admit=admit)
+    if arguments.verbose:
+        say(plan_summary(engine.plan))
     with engine:
         return _converse(Answerer(engine, dialogue, arguments), settings.model)
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from ..conversation import Message, check_message
-from ..errors import ModelError, UsageError
+from ..errors import ModelError, UsageError, reason
 from .acceptance import write_json
 from .parser import Parser, add_sampling_flags
 
@@ -89,7 +89,9 @@ class Dialogue:
         try:
             write_json(path, document)
         except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
-            raise UsageError(f"cannot write: {error}", where=str(path), cure="name a file in an existing folder") from error
+            raise UsageError(
+                f"cannot write: {reason(error)}", where=str(path), cure="name a file in an existing folder"
+            ) from error
 
     def load(self, path: Path) -> None:
         """Take over a file that `save` has written. UsageError when it cannot be read, ModelError when it is not one; then
@@ -110,8 +112,8 @@ class Dialogue:
         self.settings, self.messages, self.num_left_out = loaded, checked, 0
 
 
-def _not_ours(path: Path, reason: str) -> ModelError:
-    return ModelError(f"not a saved conversation: {reason}", where=str(path), cure="name a file that /save has written")
+def _not_ours(path: Path, why: str) -> ModelError:
+    return ModelError(f"not a saved conversation: {why}", where=str(path), cure="name a file that /save has written")
 
 
 def _read(path: Path) -> dict[str, object]:
@@ -121,7 +123,7 @@ def _read(path: Path) -> dict[str, object]:
         with path.open("rb") as file:
             contents = file.read(LIMIT_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read: {error}", where=str(path), cure="name a file that /save has written") from error
+        raise UsageError(f"cannot read: {reason(error)}", where=str(path), cure="name a file that /save has written") from error
     if len(contents) > LIMIT_BYTES:
         raise _not_ours(path, f"larger than {LIMIT_BYTES} bytes")
     try:

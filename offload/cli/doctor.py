@@ -5,12 +5,14 @@ import json
 
 from ..config import EngineSettings
 from ..doctor.judge import exit_code, judge, worst_status
+from .signals import leaving_at_once
 from .terminal import say
 
 
 def run(arguments: argparse.Namespace) -> int:
     EngineSettings(model=arguments.model or "", device=arguments.device)  # which refuses a device that cannot exist
-    from ..doctor.gather import gather_facts  # torch; what the flags say was checked without it
+    with leaving_at_once():
+        from ..doctor.gather import gather_facts  # torch; what the flags say was checked without it
 
     draft_model = None if arguments.draft_model == "none" else arguments.draft_model
     findings = judge(gather_facts(model=arguments.model, draft_model=draft_model, device=arguments.device))

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import EngineSettings
-from ..errors import DeviceError, UsageError
+from ..errors import DeviceError, UsageError, reason
 from ..trace import Trace
 from .acceptance import AcceptanceRecorder, provenance, write_json
 from .parser import DEMO_PROMPT
-from .settings import check_small_files, check_writable, engine_settings
-from .signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated
-from .terminal import LoadProgress, full_statistics, say
+from .settings import check_small_files, check_writable, engine_settings, settle_models
+from .signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, leaving_at_once
+from .terminal import LoadProgress, full_statistics, plan_summary, say
 
 if TYPE_CHECKING:
     from ..admission import Admission, Request
@@ -28,7 +28,9 @@ def run(arguments: argparse.Namespace) -> int:
     settings = engine_settings(arguments, emulate_demo_link=True)
     _check(arguments, settings)
     prompt = read_prompt(arguments)
-    from ..assemble import open_engine  # torch, after everything that can be refused without it
+    settle_models(arguments, settings)
+    with leaving_at_once():
+        from ..assemble import open_engine  # torch, after everything that can be refused without it
 
     trace = Trace() if arguments.trace else None
     asked = _Asked(prompt, arguments)
@@ -36,6 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
         engine = open_engine(
             settings, seed=arguments.seed, progress=progress.update, trace=trace, expect=asked.expect, admit=asked.admit
         )
+    if arguments.verbose:
+        say(plan_summary(engine.plan))
     with engine:
         assert asked.request is not None
         generation = engine.run(asked.request)
@@ -50,12 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace, settings: EngineSettings) -> None:
     """UsageError or ModelError for what the flags, and the small files that they name, tell before any model is read."""
     check_small_files(settings)
-    templated = "--chat" if arguments.chat else "--system-prompt" if arguments.system_prompt is not None else None
-    against = "--raw" if arguments.raw else "--prompt-ids" if arguments.prompt_ids is not None else None
-    if templated and against:
-        raise UsageError(
-            f"{templated} needs the chat template, {against} goes without", where=templated, cure="leave one of the two out"
-        )
+    check_template(arguments)
     files = {"--output": arguments.output, "--trace": arguments.trace, "--record-acceptance": arguments.record_acceptance}
     for flag, name in files.items():
         if name is not None:
@@ -64,6 +63,16 @@ def _check(arguments: argparse.Namespace, settings: EngineSettings) -> None:
         raise UsageError("nothing to count without a draft", where="--record-acceptance", cure="name a --draft-model")
     if arguments.trace and arguments.trace.endswith(".png") and find_spec("matplotlib") is None:
         raise UsageError("a picture needs matplotlib", where="--trace", cure="install matplotlib, or name a .json file")
+
+
+def check_template(arguments: argparse.Namespace) -> None:
+    """UsageError for flags that ask for the chat template beside one that goes without."""
+    templated = "--chat" if arguments.chat else "--system-prompt" if arguments.system_prompt is not None else None
+    against = "--raw" if arguments.raw else "--prompt-ids" if arguments.prompt_ids is not None else None
+    if templated and against:
+        raise UsageError(
+            f"{templated} needs the chat template, {against} goes without", where=templated, cure="leave one of the two out"
+        )
 
 
 def read_prompt(arguments: argparse.Namespace) -> str | list[int]:
@@ -85,11 +94,11 @@ def read_prompt(arguments: argparse.Namespace) -> str | list[int]:
             return str(arguments.prompt.encode().decode("utf-8"))
     except (OSError, UnicodeError) as error:
         where = "--prompt, --system-prompt" if arguments.prompt_file is None else f"--prompt-file {arguments.prompt_file}"
-        raise UsageError(f"the prompt cannot be read: {error}", where=where, cure="give UTF-8 text") from error
+        raise UsageError(f"the prompt cannot be read: {reason(error)}", where=where, cure="give UTF-8 text") from error
     if arguments.model is not None:
         raise UsageError(
             "no prompt",
-            where="generate",
+            where=arguments.command,
             cure="give --prompt TEXT, --prompt-file FILE, --prompt-ids 1,2,3 or --prompt -",
         )
     return DEMO_PROMPT
@@ -175,7 +184,7 @@ def _write_files(
             write_json(Path(arguments.record_acceptance), recorder.document(provenance(arguments, settings, report.plan.draft)))
     except OSError as error:
         raise DeviceError(
-            f"the text above is complete, but a file could not be written: {error}",
+            f"the text above is complete, but a file could not be written: {reason(error)}",
             where=" and ".join(filter(None, (arguments.output, arguments.trace, arguments.record_acceptance))),
             cure="check the folder and the space on its disk",
         ) from error

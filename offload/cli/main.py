@@ -1,23 +1,25 @@
 """Dispatch, exit codes and errors. Everything heavy is imported by the command that needs it."""
 
+import errno
 import io
 import logging
 import os
 import sys
 import traceback
 
-from ..errors import OffloadError, UsageError
-from .parser import build_parser, with_default_command
+from ..errors import DeviceError, OffloadError, UsageError, reason
+from .parser import parse_arguments
 from .signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, raise_on_termination
 
 
 def main(argv: list[str]) -> int:
     verbose = "--verbose" in argv or "-v" in argv
     try:
+        _fill_closed_streams()
         raise_on_termination()
         if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without the model's characters shows them escaped
             sys.stdout.reconfigure(errors="backslashreplace")
-        arguments = build_parser().parse_args(with_default_command(argv))
+        arguments = parse_arguments(argv)
         _configure_logging(verbose)
         if arguments.command == "generate":
             from .generate import run
@@ -57,20 +59,39 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         if verbose:
             traceback.print_exc()
-        what = " ".join(str(error).split())[:300] or type(error).__name__
-        internal = OffloadError(
-            f"internal error: {type(error).__name__}: {what}",
-            where=_place_of(error),
-            cure="run again with --verbose and report the traceback",
-        )
-        print(_render(internal), file=sys.stderr)
-        return internal.exit_code
+        unexpected = _unexpected(error)
+        print(_render(unexpected), file=sys.stderr)
+        return unexpected.exit_code
+
+
+def _fill_closed_streams() -> None:
+    """A stream that was closed before we began is None, and its number would go to the next file that is opened: what is meant
+    for it goes nowhere, not into that file, nor (for stderr) into the text."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open until the process ends)
 
 
 def _render(error: OffloadError) -> str:
     if isinstance(error, UsageError):
         return f"error: {error.what} ({error.where}): {error.cure}"
     return f"error: {error}"
+
+
+def _unexpected(error: Exception) -> OffloadError:
+    """What nobody has translated: a disk that is full under stdout, or a fault of ours."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        return DeviceError(
+            f"the output could not be written in full: {reason(error)}",
+            where=str(error.filename or "stdout"),
+            cure="free space where it goes, and run again",
+        )
+    what = " ".join(str(error).split())[:300] or type(error).__name__
+    return OffloadError(
+        f"internal error: {type(error).__name__}: {what}",
+        where=_place_of(error),
+        cure="run again with --verbose and report the traceback",
+    )
 
 
 def _place_of(error: BaseException) -> str:

@@ -19,11 +19,21 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, where=self.prog, cure=f"see `{self.prog} --help`")
 
 
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """What the command line says. UsageError names the command at fault, and so the help that lists its flags."""
+    parser = build_parser()
+    arguments, unknown = parser.parse_known_args(with_default_command(argv))
+    if unknown:
+        command = f"{parser.prog} {arguments.command}"
+        raise UsageError(f"unrecognized arguments: {' '.join(unknown)}", where=command, cure=f"see `{command} --help`")
+    return arguments
+
+
 def build_parser() -> Parser:
     parser = Parser(
         prog="run_70b.py",
         description="Run a model far too big for its GPU: exact, streamed, many tokens per pass.",
-        epilog="Without a command: generate. Without --model: the bundled demo pair.",
+        epilog="COMMAND --help lists a command's flags. Without a command: generate. Without --model: the bundled demo pair.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
@@ -36,7 +46,7 @@ def build_parser() -> Parser:
     chat = commands.add_parser("chat", help="a conversation, in a terminal or a pipe", allow_abbrev=False)
     add_model_flags(chat)
     add_chat_flags(chat)
-    profile = commands.add_parser("profile", help="measure a model pair", allow_abbrev=False)
+    profile = commands.add_parser("profile", help="measure this machine, or a model pair", allow_abbrev=False)
     add_profile_flags(profile)
     doctor = commands.add_parser("doctor", help="what on this machine will make it slow or fail", allow_abbrev=False)
     doctor.add_argument(
@@ -135,7 +145,8 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
     one_of = prompts.add_mutually_exclusive_group()
     add_prompt_flags(one_of)
     one_of.add_argument("--dataset", metavar="FILE", help="prompts as in Spec-Bench: an object with turns, category a line")
-    prompts.add_argument("--raw", action="store_true", help="do not apply the chat template")
+    add_template_flags(prompts)
+    prompts.add_argument("--ignore-eos", action="store_true", help="always so here, as lengths must be equal")
     add_sampling_flags(prompts)
     group = parser.add_argument_group("benchmark")
     group.add_argument(
@@ -163,13 +174,13 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and machine")
     group.add_argument(
+        "--model", metavar="PATH|HUB_ID", help="target; default: the demo pair; scale:PRESET[:LAYERS]: see docs/cli.md"
+    )
+    group.add_argument(
         "--draft-model",
         action="append",
         metavar="PATH|HUB_ID|none",
         help="draft model; none = no speculation; several: the planner takes the best",
-    )
-    group.add_argument(
-        "--model", metavar="PATH|HUB_ID", help="target; default: the demo pair; scale:PRESET[:LAYERS]: see docs/cli.md"
     )
     group.add_argument("--tree", default="auto", metavar="SPEC", help="auto, none, 768x18, 4x6:kary, or a JSON file")
     group.add_argument("--verifier", default="auto", choices=VERIFIERS, help="how sampled trees are verified, all exactly")
@@ -192,6 +203,10 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
     add_prompt_flags(group.add_mutually_exclusive_group())
     add_sampling_flags(group)
     add_ending_flags(group)
+    add_template_flags(group)
+
+
+def add_template_flags(group: argparse._ArgumentGroup) -> None:
     template = group.add_mutually_exclusive_group()
     template.add_argument("--chat", action="store_true", help="apply the chat template (default if there is one)")
     template.add_argument("--raw", action="store_true", help="do not apply the chat template")
@@ -246,6 +261,8 @@ def add_verbosity_flags(parser: argparse.ArgumentParser) -> None:
 
 def with_default_command(argv: list[str]) -> list[str]:
     """No command means generate, unless only help was asked for."""
+    if argv[:1] == ["--version"]:
+        return ["version", *argv[1:]]
     if argv and (argv[0] in COMMANDS or argv[0] in ("-h", "--help")):
         return argv
     if argv and not argv[0].startswith("-"):

@@ -79,6 +79,7 @@ class Question:
 def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     question = _question(arguments)
+    _say_assumed(arguments, question)
     if arguments.sweep:
         return _sweep(arguments, question)
     if arguments.compare_drafts:
@@ -168,10 +169,6 @@ def _settings(arguments: argparse.Namespace) -> EngineSettings:
     model, draft_model = arguments.model, arguments.draft_model
     if model is None:
         model, draft_model = MODEL, [DRAFT] if draft_model is None else draft_model
-        if not arguments.quiet:
-            say(f"no --model given: {MODEL} with {DRAFT}")
-    if arguments.profile is None and not arguments.quiet:
-        say(f"no --profile given: the published figures of {MACHINE}; `profile hardware` measures this machine")
     return EngineSettings.parse(
         model=model,
         draft_model=draft_model,
@@ -185,6 +182,16 @@ def _settings(arguments: argparse.Namespace) -> EngineSettings:
         slots=arguments.slots,
         max_context=arguments.max_context,
     )
+
+
+def _say_assumed(arguments: argparse.Namespace, question: Question) -> None:
+    """Tell stderr which model and machine were not named, once nothing can be wrong with the flags any more."""
+    if arguments.quiet:
+        return
+    if arguments.model is None:
+        say(f"no --model given: {MODEL} with {question.drafts[0].name if question.drafts else 'no draft'}")
+    if arguments.profile is None:
+        say(f"no --profile given: the published figures of {MACHINE}; `profile hardware` measures this machine")
 
 
 def _compare(arguments: argparse.Namespace, question: Question) -> int:

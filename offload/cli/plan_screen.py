@@ -100,10 +100,12 @@ def _verdict(made: "Plan") -> list[str]:
     prediction, placement = made.prediction, made.placement
     if placement.streamed:
         rate = rate_text(made.link_bytes_per_s or 0.0)
+        disk_gib = made.bytes_per_pass / GIB * len(placement.disk) / len(placement.streamed)
+        from_disk = f", {disk_gib:.1f} of it from disk" if placement.disk else ""
         bound = "" if prediction.compute_s < prediction.pass_s else ", which is more than the link needs"
         first = (
-            f"FITS. One pass streams {made.bytes_per_pass / GIB:.1f} GiB: {seconds_text(prediction.pass_s)} s at {rate} "
-            f"(compute {seconds_text(prediction.compute_s)} s{bound})"
+            f"FITS. One pass streams {made.bytes_per_pass / GIB:.1f} GiB{from_disk}: {seconds_text(prediction.pass_s)} s "
+            f"at {rate} (compute {seconds_text(prediction.compute_s)} s{bound})"
         )
     else:
         first = f"FITS. Nothing is streamed: {seconds_text(prediction.pass_s)} s a pass"

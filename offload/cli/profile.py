@@ -11,7 +11,8 @@ from ..config import EngineSettings
 from ..demo import PROMPTS
 from ..errors import UsageError
 from .acceptance import AcceptanceRecorder, provenance, write_json
-from .settings import check_writable, engine_settings
+from .settings import check_small_files, check_writable, engine_settings, settle_models
+from .signals import leaving_at_once
 from .terminal import LoadProgress, say
 
 if TYPE_CHECKING:
@@ -29,8 +30,11 @@ def run(arguments: argparse.Namespace) -> int:
         settings = replace(settings, tree=MEASURING_TREE)
     if arguments.output:
         check_writable("--output", Path(arguments.output))
+    check_small_files(settings)
     prompts = [prompt.text for prompt in read_prompts(Path(arguments.dataset) if arguments.dataset else PROMPTS)]
-    from ..assemble import open_engine
+    settle_models(arguments, settings)
+    with leaving_at_once():
+        from ..assemble import open_engine
 
     with LoadProgress(enabled=not arguments.quiet) as progress:
         engine = open_engine(settings, seed=arguments.seed, progress=progress.update)

@@ -16,6 +16,7 @@ from ..planner.hardware_file import PRESETS, to_json
 from ..report import environment
 from .acceptance import write_json
 from .settings import check_writable
+from .signals import leaving_at_once
 from .terminal import PartProgress, say
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if arguments.output and arguments.output != "-":
         check_writable("--output", Path(arguments.output))
-    from ..device import open_device
+    with leaving_at_once():
+        from ..device import open_device
 
     device = open_device(settings.device, settings.emulate_link_bytes_per_s)
     try:

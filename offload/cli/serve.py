@@ -5,10 +5,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UsageError
+from ..errors import UsageError, reason
 from ..serve.settings import ServeSettings
 from .parser import DEMO_NAME
-from .settings import engine_settings
+from .settings import check_small_files, engine_settings, settle_models
 from .terminal import say
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     serve_settings = _serve_settings(arguments)
     settings = engine_settings(arguments, emulate_demo_link=True)
+    check_small_files(settings)
+    settle_models(arguments, settings)
     from ..serve.server import Server
 
     def open_it(progress: "Progress") -> "Engine":
@@ -53,7 +55,9 @@ def _serve_settings(arguments: argparse.Namespace) -> ServeSettings:
             key = Path(arguments.api_key_file).read_text(encoding="ascii").strip()
         except (OSError, UnicodeError) as error:
             raise UsageError(
-                f"the key cannot be read: {error}", where="--api-key-file", cure="give a text file with one line, the key"
+                f"the key cannot be read: {reason(error)}",
+                where="--api-key-file",
+                cure="give a text file with one line, the key",
             ) from error
     return ServeSettings(
         model_name=arguments.served_model_name or (Path(arguments.model).name if arguments.model else DEMO_NAME),

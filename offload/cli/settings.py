@@ -7,7 +7,9 @@ from pathlib import Path
 
 from ..config import EngineSettings
 from ..demo import DRAFT, LINK, TARGET, acceptance_at
-from ..errors import UsageError
+from ..errors import ModelError, UsageError
+from ..model.locate import check_name
+from ..planner.shapes import is_preset
 from ..planner.tree_choice import read_acceptances, read_tree
 from ..scale.preset import PREFIX as SCALE_PREFIX
 from .terminal import say
@@ -17,7 +19,7 @@ UNSAID_TEMPERATURE = 1.0  # `serve` has no flag for it: requests say it, and thi
 
 def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -> EngineSettings:
     """What the model flags say. Without --model: the demo pair, on the CPU over its emulated link where that is what the
-    command wants to show. stderr is told."""
+    command wants to show; `settle_models` tells stderr, once nothing can be wrong with the flags any more."""
     model, draft_model, emulate_link = arguments.model, arguments.draft_model, arguments.emulate_link
     acceptance = arguments.acceptance
     temperature = getattr(arguments, "temperature", UNSAID_TEMPERATURE)
@@ -28,12 +30,6 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
         model, draft_model = str(TARGET), str(DRAFT) if draft_model is None else draft_model
         if emulate_link is None and emulate_demo_link and not arguments.device.startswith("cuda"):
             emulate_link = LINK
-        if not arguments.quiet:
-            say(
-                "no --model given: the bundled demo pair (5.5 M parameters and a draft of 0.5 M)"
-                + (f", streamed over an emulated link of {emulate_link}" if emulate_link else "")
-                + "\n  a real model: --model PATH_OR_HUB_ID --draft-model PATH_OR_HUB_ID"
-            )
     settings = EngineSettings.parse(
         model=model,
         draft_model=draft_model,
@@ -61,6 +57,28 @@ def check_small_files(settings: EngineSettings) -> None:
         from ..planner.hardware_file import find_hardware  # numpy
 
         find_hardware(settings.profile)
+
+
+def settle_models(arguments: argparse.Namespace, settings: EngineSettings) -> None:
+    """The last thing before torch is imported, when the flags have been found right, as a usage error is one line: tell stderr
+    which models run when none was named; ModelError for one that is nowhere, and for a preset, which has no weights."""
+    for flag, name in [("--model", settings.model), *(("--draft-model", draft) for draft in settings.draft_models)]:
+        if name.startswith(SCALE_PREFIX):
+            continue
+        if is_preset(name):
+            raise ModelError(
+                f"{name} is a preset, a shape without weights",
+                where=flag,
+                cure=f"give a folder or a hub id; `plan` needs no weights, and scale:{name} makes some",
+            )
+        check_name(name, flag)
+    if arguments.model is None and not arguments.quiet:
+        emulated = settings.emulate_link_bytes_per_s is not None
+        say(
+            "no --model given: the bundled demo pair (5.5 M parameters and a draft of 0.5 M)"
+            + (f", streamed over an emulated link of {arguments.emulate_link or LINK}" if emulated else "")
+            + "\n  a real model: --model PATH_OR_HUB_ID --draft-model PATH_OR_HUB_ID"
+        )
 
 
 def check_writable(flag: str, path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..planner.cost import GIB
 
 if TYPE_CHECKING:
+    from ..planner.plan import Plan
     from ..report import Report
 
 
@@ -107,8 +108,23 @@ def full_statistics(report: "Report") -> str:
         lines.append(
             f"{number:4d} {one.num_rows:6d} {one.emitted_tokens:7d} " + " ".join(f"{seconds:7.3f}s" for seconds in times)
         )
-    plan = report.plan
-    lines += [f"device {num_bytes / GIB:9.3f} GiB  {name}" for name, num_bytes in plan.device_ledger.items() if num_bytes]
-    lines += [f"host   {num_bytes / GIB:9.3f} GiB  {name}" for name, num_bytes in plan.host_ledger.items() if num_bytes]
-    lines.append(report.line())
-    return "\n".join(lines)
+    return "\n".join([*lines, *ledgers(report.plan), report.line()])
+
+
+def plan_summary(plan: "Plan") -> str:
+    """What is about to run, for --verbose: where the layers are, the tree, the prediction, and where the memory goes."""
+    placement, tree = plan.placement, plan.tree
+    layers = (len(placement.resident), len(placement.streamed), len(placement.disk))
+    return "\n".join(
+        [
+            f"{layers[0]} layers resident, {layers[1]} streamed through {plan.num_slots} slots, {layers[2]} of them from disk",
+            f"tree of {tree.num_nodes} nodes in {tree.num_levels} levels, predicted {plan.prediction.s_per_token:.3g} s/token",
+            *(f"note: {note}" for note in plan.notes),
+            *ledgers(plan),
+        ]
+    )
+
+
+def ledgers(plan: "Plan") -> list[str]:
+    lines = [f"device {num_bytes / GIB:9.3f} GiB  {name}" for name, num_bytes in plan.device_ledger.items() if num_bytes]
+    return lines + [f"host   {num_bytes / GIB:9.3f} GiB  {name}" for name, num_bytes in plan.host_ledger.items() if num_bytes]

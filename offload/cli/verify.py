@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.full:
             check_manifest(checkpoint, manifest, progress)
     contents = "match the manifest" if arguments.full else "not compared"
+    wrote = f"; manifest written to {manifest}" if arguments.write_manifest else ""
     document = {
         "schema_version": 1,
         "model": str(folder),
@@ -46,6 +47,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(
             f"ok: {document['architecture']} with {document['layers']} layers, {document['tensors']} tensors of "
-            f"{checkpoint.num_bytes / 2**30:.3f} GiB in {document['files']} files; structure sound, contents {contents}"
+            f"{checkpoint.num_bytes / 2**30:.3f} GiB in {document['files']} files; structure sound, contents {contents}{wrote}"
         )
     return 0

@@ -12,10 +12,16 @@ _FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 
 def locate_model(name: str, flag: str) -> Path:
     """The folder of `name`. ModelError when there is none, naming `flag`."""
-    folder = _existing_folder(name, flag)
+    return check_name(name, flag) or _from_hub(name, flag)
+
+
+def check_name(name: str, flag: str) -> Path | None:
+    """The folder `name`; None for a hub id, which may or may not exist. ModelError when it is neither."""
+    folder = _existing_folder(name, flag) if name else None
     if folder is None and not _HUB_ID.fullmatch(name):
-        raise ModelError(f"no such folder: {name}", where=flag, cure="give an existing folder or a hub id (org/name)")
-    return folder or _from_hub(name, flag)
+        what = f"no such folder: {name}" if name else "the name is empty"
+        raise ModelError(what, where=flag, cure="give an existing folder or a hub id (org/name)")
+    return folder
 
 
 def find_config(name: str, flag: str) -> Path | None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from ..errors import ModelError
+from ..errors import ModelError, reason
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ def read_file(path: Path, parse: Callable[[object], T], what: str, cure: str) ->
             raise ValueError(f"{path.stat().st_size} bytes is too large")
         return parse(_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise ModelError(f"not {what}: {error}", where=str(path), cure=cure) from error
+        raise ModelError(f"not {what}: {reason(error)}", where=str(path), cure=cure) from error
 
 
 def _json(text: str) -> object:

@@ -268,4 +268,7 @@ def _notes(
         if disk_s > len(placement.streamed) * workload.target.layer_bytes / workload.link_bytes_per_s:
             yield f"the disk sets the pace: {len(placement.disk)} layers are read from it in every pass"
         if math.isinf(workload.disk_bytes_per_s):
-            yield "the disk's rate is unknown: the prediction leaves it out"
+            yield (
+                f"{len(placement.disk)} layers are read from disk in every pass, at a rate that is unknown: the prediction "
+                "leaves it out; name it with --disk 3GB/s"
+            )

@@ -96,7 +96,11 @@ def _read_manifest(path: Path) -> dict[str, FileDigest]:
         return {name: _parse_digest(name, entry) for name, entry in files.items()}
     except (OSError, ValueError) as error:
         reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
-        raise ModelError(f"the manifest {reason}", where=str(path), cure="write a new manifest") from error
+        raise ModelError(
+            f"the manifest {reason}",
+            where=str(path),
+            cure="write one of a checkpoint that you trust: `verify --write-manifest`",
+        ) from error
 
 
 def _parse_digest(name: str, entry: object) -> FileDigest:
