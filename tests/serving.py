@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -15,6 +16,7 @@ from offload.engine import Engine
 from offload.loading import Progress
 from offload.serve.server import Server
 from offload.serve.settings import ServeSettings
+from text_models import CHAT_TEMPLATE, save_text_model
 
 MODEL = "demo"
 READY_S = 60
@@ -24,6 +26,13 @@ def demo_engine(**changes: Any) -> Engine:
     """Small trees and float32: what a test asks for comes in a few dozen milliseconds."""
     settings: dict[str, Any] = {"tree": "4x4:kary", "dtype": "float32", "acceptance": str(ACCEPTANCE), **changes}
     return open_engine(EngineSettings.parse(model=str(TARGET), draft_model=str(DRAFT), device="cpu", **settings))
+
+
+def tiny_engine(folder: Path, **changes: Any) -> Engine:
+    """A random pair, made in `folder`, whose passes take milliseconds: for what does not depend on the text."""
+    target, draft = (save_text_model(folder / str(layers), num_layers=layers, chat_template=CHAT_TEMPLATE) for layers in (3, 1))
+    settings: dict[str, Any] = {"model": str(target), "draft_model": str(draft), "tree": "4x4:kary", "device": "cpu", **changes}
+    return open_engine(EngineSettings.parse(**settings))
 
 
 def slow_engine() -> Engine:

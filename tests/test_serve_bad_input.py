@@ -13,7 +13,7 @@ from schemathesis.checks import not_a_server_error
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.serve.server import Server
-from serving import MODEL, chat, client, completion, demo_engine, is_idle, running, until
+from serving import MODEL, chat, client, completion, demo_engine, is_idle, running, tiny_engine, until
 from text_models import save_text_model
 
 JSON = {"Content-Type": "application/json"}
@@ -164,13 +164,22 @@ def test_a_template_that_loops_or_refuses_is_an_error_and_the_server_goes_on(tmp
 
 # -- whatever the schema allows -------------------------------------------------------------------------------------------
 
+
+@pytest.fixture(scope="module")
+def quick_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Some of what the schema allows is computed, up to the last row of the context."""
+    folder = tmp_path_factory.mktemp("pair")
+    with running(lambda _: tiny_engine(folder, max_context=48)) as server:
+        yield server
+
+
 FUZZED = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/models/{name}", "/health", "/metrics")
 
 
 @pytest.mark.filterwarnings("ignore")  # schemathesis' own
 @pytest.mark.parametrize("path", FUZZED)
-def test_nothing_that_the_schema_describes_is_a_server_error(server: Server, path: str) -> None:
-    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+def test_nothing_that_the_schema_describes_is_a_server_error(quick_server: Server, path: str) -> None:
+    schema = schemathesis.openapi.from_url(f"{quick_server.url}/openapi.json")
     operations = [found.ok() for found in schema.get_all_operations()]
     (operation,) = [one for one in operations if one.path == path]
 
@@ -178,7 +187,7 @@ def test_nothing_that_the_schema_describes_is_a_server_error(server: Server, pat
     def fuzz(case: Any) -> None:
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
             case.body["model"] = MODEL
-        case.call_and_validate(base_url=server.url, checks=(not_a_server_error,), timeout=60)
+        case.call_and_validate(base_url=quick_server.url, checks=(not_a_server_error,), timeout=60)
 
     given(case=operation.as_strategy())(fuzz)()
-    until(lambda: is_idle(server))
+    until(lambda: is_idle(quick_server))
