@@ -25,6 +25,7 @@ from tree.shape import TreeShape
 
 Models = Callable[..., Path]
 PROMPT = [5, 9, 33, 2, 71]
+NUM_TOKENS = 14  # three passes of the deepest tree below when all is accepted, up to fourteen when nothing is
 # (tree, resident layers of 3, slots): every tree, and every residency with two slot counts
 RUNS = (("none", 0, 2), ("1x5:kary", 0, 3), ("6x1:kary", 1, 2), ("4x6:kary", 0, 2), ("4x6:kary", 2, 3), ("4x6:kary", 3, 2))
 RUNS_WITHOUT_DRAFT = (("none", 0, 2), ("none", 1, 3), ("none", 3, 2))
@@ -46,10 +47,10 @@ def greedy(folder: Path, prompt: list[int], num_tokens: int) -> list[int]:
 def test_greedy_text_is_that_of_transformers(models: Models, family: str, draft: str) -> None:
     folder = models(family)
     drafts = {"random": models(family, num_layers=1, seed=1), "perfect": folder, "none": None}
-    expected = greedy(folder, PROMPT, 20)
+    expected = greedy(folder, PROMPT, NUM_TOKENS)
     for tree, resident, slots in RUNS if draft != "none" else RUNS_WITHOUT_DRAFT:
         with open_tiny(folder, drafts[draft], tree=tree, resident_layers=resident, slots=slots) as engine:
-            report = engine.generate(PROMPT, max_new_tokens=20)
+            report = engine.generate(PROMPT, max_new_tokens=NUM_TOKENS)
             tokens_when_all_right = engine.plan.tree.num_levels
         assert list(report.token_ids) == expected, (tree, resident, slots)
         assert sum(one.emitted_tokens for one in report.stats.passes) >= len(report.token_ids)
