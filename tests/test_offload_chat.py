@@ -400,7 +400,7 @@ class Terminal:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env={**inherited, "TERM": "xterm", "COLUMNS": "80", **environment},
+            env={**inherited, "TERM": "xterm", "COLUMNS": "80", "OMP_NUM_THREADS": "1", **environment},
         )
         self.screen, self._seen = "", 0
 
