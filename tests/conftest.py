@@ -1,6 +1,7 @@
 """Fixtures: tiny random models on disk, as transformers writes them, and the devices to run them on."""
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(autouse=True, scope="session")
+def heeded_interrupts() -> Iterator[None]:
+    """Started in the background, as CI may be, the tests and their children would inherit a SIGINT that is ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

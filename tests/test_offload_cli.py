@@ -46,14 +46,6 @@ KEYS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def heeded_interrupts() -> Iterator[None]:
-    """Started in the background, as CI may be, the tests and their children would inherit a SIGINT that is ignored."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
 @pytest.fixture(autouse=True)
 def restored_signals() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)

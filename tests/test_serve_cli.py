@@ -115,7 +115,7 @@ def test_it_answers_while_loading_and_finishes_its_answer_after_sigterm() -> Non
 def test_ctrl_c_ends_a_server_that_is_still_loading() -> None:
     with serving() as (process, _):
         process.send_signal(signal.SIGINT)
-        assert process.wait(100) == 130  # when it has imported torch, whose 7 s of CPU time take a minute on a busy machine
+        assert process.wait(100) == 130  # when it has loaded: 7 s of CPU time, which take long on a busy machine
 
 
 def test_a_grace_that_is_over_cuts_the_answer() -> None:
