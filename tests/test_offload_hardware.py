@@ -22,6 +22,7 @@ from planning import L40, LLAMA_2_70B
 
 Models = Callable[..., Path]
 GOOD = to_json(L40)
+BRIEF = replace(QUICK, repeats=1, point_s=0.0)
 
 
 def test_estimates_follow_the_roofline() -> None:
@@ -61,7 +62,7 @@ def test_this_machine_measures_itself_and_the_file_says_the_same(models: Models,
     source = check_source(str(models()), "--model", "float32", "cpu")
     device = CpuDevice()
     subjects = [Subject(role="target", model=source.model), Subject(role="draft", model=source.model)]
-    measured = measure_hardware(device, subjects, QUICK)
+    measured = measure_hardware(device, subjects, BRIEF)
     device.close()
     assert measured.link_bytes_per_s > 0 and measured.law_times("verify", 97, sampled=True).at(64) > 0
     for role in ("target", "draft"):
@@ -112,7 +113,7 @@ def test_a_profile_that_is_missing_names_those_there_are(capsys: pytest.CaptureF
 def test_profile_hardware_writes_what_plan_reads(
     models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offload.effort.FULL", QUICK)
+    monkeypatch.setattr("offload.effort.FULL", BRIEF)
     monkeypatch.setattr("offload.cli.profile_hardware.COPY_SIZES", (2**16, 2**20))
     path = tmp_path / "here.json"
     finished = run_command(capsys, "profile", "hardware", "--model", models(), "--device", "cpu", "--output", path)

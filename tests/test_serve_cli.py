@@ -93,7 +93,7 @@ def is_up(url: str) -> bool:
 
 def test_it_answers_while_loading_and_finishes_its_answer_after_sigterm() -> None:
     """One process for both: starting one takes seconds. A pass takes about 0.2 s here, the answer 12 of them."""
-    with serving("--tree", "none", "--emulate-link", "90MB/s") as (process, url):
+    with serving("--tree", "none", "--emulate-link", "90MB/s", "--profile", "l40") as (process, url):
         loading = httpx.get(f"{url}/health", trust_env=False)
         assert (loading.status_code, loading.json()) == (503, {"status": "loading"})
         assert httpx.get(f"{url}/v1/models", trust_env=False).json()["data"][0]["id"] == DEMO

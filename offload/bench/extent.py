@@ -64,7 +64,7 @@ def cpu_extent() -> Extent:
     return Extent(
         name="cpu",
         settings=_settings("scale:tiny-llama-shape", device="cpu", emulate_link_bytes_per_s=1e9),
-        budgets=(224 * MIB, 176 * MIB),
+        budgets=(104 * MIB, 72 * MIB),
         host_bytes=80 * MIB,
         new_tokens=12,
         plain_tokens=4,

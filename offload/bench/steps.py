@@ -102,8 +102,10 @@ def timeline(extent: Extent, max_seconds: float) -> Row:
     """What happened when in the last passes of the planner's choice: spans of lane, name, start and end."""
     trace = Trace()
     end_s = time.monotonic() + max_seconds
-    with open_engine(_small(extent), trace=trace) as engine:
-        for step in engine.stream(prompt_ids(), max_new_tokens=extent.new_tokens, ignore_eos=True):
+    prompt = prompt_ids()
+    settings = replace(_small(extent), text_tokens=len(prompt) + extent.new_tokens)
+    with open_engine(settings, trace=trace) as engine:
+        for step in engine.stream(prompt, max_new_tokens=extent.new_tokens, ignore_eos=True):
             last_s = step.stats.round_s
             if time.monotonic() > end_s:
                 break
