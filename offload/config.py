@@ -12,6 +12,7 @@ for _power, _letter in enumerate("KMGT", start=1):
     _SIZE_UNITS |= {f"{_letter}B": 1000**_power, f"{_letter}iB": 1024**_power, _letter: 1024**_power}
 _NUMBER_AND_UNIT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
+LEAST_PLAIN_RATE = 1e6  # bytes per second; nobody who writes less without a unit means bytes
 DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 VERIFIERS = ("auto", "sample", "traversal", "rejection")
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
@@ -29,13 +30,15 @@ def parse_size(text: str | int, *, flag: str) -> int:
 
 
 def parse_rate(text: str | float, *, flag: str) -> float:
-    """Bytes per second of "25GB/s", "200MB/s" or a number. UsageError when it is none of these, or zero."""
+    """Bytes per second of "25GB/s", "200MB/s" or a number. UsageError when it is none of these, or zero, or a text like
+    "25", whose unit was forgotten."""
     number = text.removesuffix("/s") if isinstance(text, str) else text
     try:
         rate = float(number) if not isinstance(number, str) else float(parse_size(number, flag=flag))
     except (UsageError, TypeError, ValueError):
         rate = math.nan
-    if not (math.isfinite(rate) and rate > 0):
+    forgotten = isinstance(number, str) and not number[-1:].isalpha() and rate < LEAST_PLAIN_RATE
+    if forgotten or not (math.isfinite(rate) and rate > 0):
         raise UsageError(f"not a rate: {text!r}", where=flag, cure="write it like 25GB/s or 200MB/s")
     return rate
 

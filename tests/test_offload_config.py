@@ -46,14 +46,22 @@ def test_what_is_no_size_is_refused_with_its_flag(text: str | int) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("25GB/s", 25e9), ("200MB/s", 200e6), ("1.5GiB/s", 1.5 * 2**30), ("1000", 1000.0), (2.5e9, 2.5e9), (7, 7.0)],
+    [
+        ("25GB/s", 25e9),
+        ("200MB/s", 200e6),
+        ("1.5GiB/s", 1.5 * 2**30),
+        ("200000000", 2e8),
+        ("1000B/s", 1000.0),
+        (2.5e9, 2.5e9),
+        (7, 7.0),
+    ],
 )
 def test_rates_are_read_as_written(text: str | float, expected: float) -> None:
     assert parse_rate(text, flag="--x") == expected
 
 
 @pytest.mark.parametrize(
-    "text", ["", "fast", "/s", "0", "0GB/s", 0, -1.0, "-1GB/s", "25GB/h", "nan", float("nan"), float("inf")]
+    "text", ["", "fast", "/s", "0", "0GB/s", 0, -1.0, "-1GB/s", "25GB/h", "25", "nan", float("nan"), float("inf")]
 )
 def test_what_is_no_rate_is_refused_with_its_flag(text: str | float) -> None:
     with pytest.raises(UsageError) as caught:

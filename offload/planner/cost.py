@@ -75,9 +75,3 @@ def size_text(num_bytes: int) -> str:
 def mixed_rate(bytes_per_s: float, other_bytes_per_s: float, other_share: float) -> float:
     """Bytes per second of copies of which `other_share` run at another rate."""
     return 1 / ((1 - other_share) / bytes_per_s + other_share / other_bytes_per_s)
-
-
-def stream_s(bytes_per_pass: int, link_bytes_per_s: float, disk_bytes: int, disk_bytes_per_s: float | None) -> float:
-    """Seconds that weights take to arrive in one pass: the link carries all of them, the disk feeds its part of them."""
-    disk_s = disk_bytes / disk_bytes_per_s if disk_bytes and disk_bytes_per_s else 0.0
-    return max(bytes_per_pass / link_bytes_per_s, disk_s)

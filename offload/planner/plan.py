@@ -3,7 +3,6 @@
 Pure: budgets and rates come in as numbers, a frozen Plan goes out, or a FitError that shows the sum.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +24,7 @@ from .search import MAX_NODES, Choice, DraftOption, Prediction, Workload, best_c
 
 # Attention costs grow with the context; predictions are for a text in its middle, and texts are seldom longer than this.
 TYPICAL_CONTEXT_TOKENS = 512
+ASSUMED_DISK_BYTES_PER_S = 3e9  # of a profile that does not say: sequential reads of a common NVMe drive on PCIe 3
 SLOTS = (MIN_SLOTS, MAX_AUTO_SLOTS)
 ROOT = TreeShape.root_only()
 NOTHING_STREAMED = "the model fits on the device entirely: nothing is streamed"
@@ -101,7 +101,8 @@ def make_workload(
         times=hardware.times(target, "target", context_tokens(settings), sampled=settings.sampled),
         verify=hardware.law_times("verify", target.vocab_size, sampled=settings.sampled),
         link_bytes_per_s=settings.emulate_link_bytes_per_s or hardware.link_bytes_per_s,
-        disk_bytes_per_s=hardware.disk_bytes_per_s or math.inf,
+        disk_bytes_per_s=hardware.disk_bytes_per_s or ASSUMED_DISK_BYTES_PER_S,
+        disk_is_assumed=hardware.disk_bytes_per_s is None,
         memory=memory,
     )
 
@@ -267,8 +268,5 @@ def _notes(
         disk_s = len(placement.disk) * workload.target.layer_bytes / workload.disk_bytes_per_s
         if disk_s > len(placement.streamed) * workload.target.layer_bytes / workload.link_bytes_per_s:
             yield f"the disk sets the pace: {len(placement.disk)} layers are read from it in every pass"
-        if math.isinf(workload.disk_bytes_per_s):
-            yield (
-                f"{len(placement.disk)} layers are read from disk in every pass, at a rate that is unknown: the prediction "
-                "leaves it out; name it with --disk 3GB/s"
-            )
+        if workload.disk_is_assumed:
+            yield f"the disk is taken to read {workload.disk_bytes_per_s / 1e9:g} GB/s, as nobody said: name its rate with --disk"

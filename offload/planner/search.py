@@ -68,6 +68,7 @@ class Workload:
     verify: LawTimes
     link_bytes_per_s: float
     disk_bytes_per_s: float
+    disk_is_assumed: bool = False
     memory: Callable[[DraftOption | None, int, int], MemoryPlan]
 
 
