@@ -269,4 +269,4 @@ def _notes(
         if disk_s > len(placement.streamed) * workload.target.layer_bytes / workload.link_bytes_per_s:
             yield f"the disk sets the pace: {len(placement.disk)} layers are read from it in every pass"
         if workload.disk_is_assumed:
-            yield f"the disk is taken to read {workload.disk_bytes_per_s / 1e9:g} GB/s, as nobody said: name its rate with --disk"
+            yield f"the disk is taken to read {workload.disk_bytes_per_s / 1e9:g} GB/s, as nobody said: --disk names its rate"
