@@ -4,15 +4,16 @@
 
 The bundled pair on the CPU device over emulated links, greedy, all layers streamed. Every repeat measures the machine anew and
 quickly, as a run without --profile does, and then goes through all trees, so that a machine whose speed changes changes it for
-all of them. Seconds per token are predicted with the tokens per pass that were measured, so that the model of time is judged
-and not the text.
+all of them. Every run has a process of its own. Seconds per token are predicted with the tokens per pass that were
+measured, so that the model of time is judged and not the text.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,12 @@ def run(settings: EngineSettings, hardware: HardwareProfile, prompts: list[list[
         )
 
 
+def alone(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns, in a process of its own: in a shared one, runs right behind a measurement got slower every time."""
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        return process.apply(work, arguments)
+
+
 def rounds(engine: Engine, prompt: list[int]) -> list[Any]:
     """Those of a steady state: neither the first nor the last, which is cut."""
     engine.forget()
@@ -142,8 +149,8 @@ def main() -> None:
         for place, (link, tree) in enumerate(cells):
             settings = settings_for(link, tree, [len(prompt) for prompt in prompts])
             if link not in known:
-                known[link] = look_at_the_machine(link, settings.context_tokens or 1)
-            rows[place].append(run(settings, known[link], prompts))
+                known[link] = alone(look_at_the_machine, link, settings.context_tokens)
+            rows[place].append(alone(run, settings, known[link], prompts))
     found = [summary(cell) for cell in rows]
     own, sweep = found[len(CASES)], found[len(CASES) + 1 :]
     best = min(sweep, key=lambda row: row["measured_s_per_token"])
