@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .device import Device
-from .effort import Effort, enough, median_s, rising
+from .effort import Effort, enough, rising, typical_s
 from .law_times import measure_drawing, measure_verification
 from .planner.cost import layer_flops
 from .planner.hardware import HardwareProfile, MeasuredModel, ModelTimes, Role, shape_of
@@ -164,8 +164,8 @@ def _times_at(device: Device, few: ShortModel, more: ShortModel, context_rows: i
     few_s: list[float] = []
     more_s: list[float] = []
     for rows in effort.rows:
-        few_s.append(median_s(device, few.work(rows, context_rows), effort))
-        more_s.append(median_s(device, more.work(rows, context_rows), effort))
+        few_s.append(typical_s(device, few.work(rows, context_rows), effort))
+        more_s.append(typical_s(device, more.work(rows, context_rows), effort))
         if enough(more_s, effort):
             break
     layer_s = [max((m - f) / (MORE_LAYERS - FEW_LAYERS), 1e-9) for f, m in zip(few_s, more_s, strict=True)]
@@ -179,8 +179,8 @@ def _wake_s(device: Device, model: ShortModel, context_rows: int, effort: Effort
     if not device.host_addressable:
         return 0.0
     rows = min(WAKE_ROWS, max(effort.rows))
-    at_once_s = median_s(device, model.work(rows, context_rows), effort)
-    late_s = median_s(device, model.work(rows, context_rows, late_s=LATE_S), effort)
+    at_once_s = typical_s(device, model.work(rows, context_rows), effort)
+    late_s = typical_s(device, model.work(rows, context_rows, late_s=LATE_S), effort)
     return max((late_s - at_once_s) / FEW_LAYERS - LATE_S, 0.0)
 
 

@@ -46,8 +46,9 @@ FULL = Effort(
 )
 
 
-def median_s(device: Device, work: Callable[[], object], effort: Effort) -> float:
-    """Seconds of `work`, warmed up; what takes longer than `longest_s` is done no more than twice."""
+def typical_s(device: Device, work: Callable[[], object], effort: Effort) -> float:
+    """Seconds of `work`, warmed up; what takes longer than `longest_s` is done no more than twice. A round adds up a hundred such
+    times, and their distributions have long tails, so the mean counts, not the median; the longest is left out as a hiccup."""
     times: list[float] = []
     while len(times) <= effort.repeats or sum(times) < effort.point_s:
         start = device.mark()
@@ -57,7 +58,8 @@ def median_s(device: Device, work: Callable[[], object], effort: Effort) -> floa
         times.append(device.interval(end).end_s - device.interval(start).end_s)
         if len(times) > 1 and min(times) > effort.longest_s:
             break
-    return statistics.median(times[1:])
+    warm = sorted(times[1:])
+    return statistics.fmean(warm[:-1] or warm)
 
 
 def enough(seconds: Sequence[float], effort: Effort) -> bool:

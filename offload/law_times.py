@@ -12,7 +12,7 @@ from tree.shape import TreeShape
 from tree.verify import verify
 
 from .device import Device
-from .effort import Effort, enough, median_s, rising
+from .effort import Effort, enough, rising, typical_s
 from .planner.hardware import LawTimes, Task
 
 PARAMS = SamplingParams(temperature=0.6)
@@ -75,7 +75,7 @@ def _law_times(
     task_s: list[float] = []
     rows = [num_rows for num_rows in effort.rows if num_rows <= vocab_size]  # a root cannot have more children
     for num_rows in rows:
-        task_s.append(median_s(device, work(num_rows), effort))
+        task_s.append(typical_s(device, work(num_rows), effort))
         if enough(task_s, effort):
             break
     measured = tuple(rows[: len(task_s)])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from command_line import INVALID, assert_error, assert_usage_error, run_command
 from offload.calibrate import Subject, measure_hardware
 from offload.device.cpu import CpuDevice
-from offload.effort import QUICK, enough, median_s, rising
+from offload.effort import QUICK, enough, rising, typical_s
 from offload.planner.hardware import ROWS, HardwareProfile, ModelTimes, interpolate
 from offload.planner.hardware_file import PRESETS, find_hardware, from_json, read_hardware, to_json
 from offload.planner.shapes import find_shape
@@ -53,7 +53,7 @@ def test_one_hiccup_does_not_end_a_table() -> None:
     """A first run that takes long is no sign of work that does: tables of one point would call every tree free."""
     effort = replace(QUICK, longest_s=0.01, point_s=0.0, repeats=2)
     device, runs = CpuDevice(), iter([0.02, *[0.0] * 9])
-    assert median_s(device, lambda: time.sleep(next(runs)), effort) < 0.01
+    assert typical_s(device, lambda: time.sleep(next(runs)), effort) < 0.01
     device.close()
     assert not enough([0.02], effort) and not enough([0.02, 0.02], effort) and enough([0.02, 0.02, 0.02], effort)
 
