@@ -47,7 +47,7 @@ FULL = Effort(
 
 
 def typical_s(device: Device, work: Callable[[], object], effort: Effort) -> float:
-    """Seconds of `work`, warmed up; what takes longer than `longest_s` is done no more than twice. A round adds up a hundred such
+    """Seconds of `work`, warmed up; what takes longer than `longest_s` is done no more than twice. A round adds up many such
     times, and their distributions have long tails, so the mean counts, not the median; the longest is left out as a hiccup."""
     times: list[float] = []
     while len(times) <= effort.repeats or sum(times) < effort.point_s:

@@ -1,6 +1,8 @@
 """The committed benchmarks are what `bench` writes, and say what the documents quote from them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,13 @@ def test_ours_over_plain_is_tokens_per_pass_times_predicted_overhead() -> None:
     """Bar: within 5 %. Both rows are divided by what was predicted for the tokens per pass that they had."""
     rows = {row["engine"]: row for row in read_document(FOLDER / "side_by_side_cpu.json")["summary"]}
     assert abs(rows["plain"]["over_predicted"] / rows["ours"]["over_predicted"] - 1) < 0.05
-    assert f"{rows['ours']['speedup']:.2f} x" in TEXT and f"{rows['ours']['s_per_token_p50']:.4f}" in TEXT
 
 
-def test_the_acceptance_table_is_that_of_the_committed_file() -> None:
+def test_the_tables_of_the_documents_are_those_of_the_committed_files() -> None:
+    finished = subprocess.run([sys.executable, FOLDER / "tables.py", "--check"], capture_output=True, text=True)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
+
+
+def test_the_acceptance_that_is_shown_was_measured_to_its_end() -> None:
     document: Any = json.loads((FOLDER / "spec_cpu.json").read_text(encoding="utf-8"))
     assert document["kind"] == "spec" and document["complete"] and len(document["summary"]) == 15
-    cells = [f"{row['tokens_per_pass']:.2f} +- {row['tokens_per_pass_error']:.2f}" for row in document["summary"]]
-    assert [cell for cell in cells if cell not in TEXT] == []

@@ -34,9 +34,11 @@ ENGINES = {
 
 
 def trees(document: Document) -> str:
-    """One row per tree: what a pass yields and what a token takes."""
+    """One row per tree: what a pass yields and what a token takes. The first page has no room for all of them."""
     rows = []
     for row in document["rows"]:
+        if row["tree"] == "16x8" or (row["tree"] == "none" and row["temperature"]):
+            continue
         name = TREES.get(row["tree"], "tree of {nodes} nodes (`--tree {tree}`)").format(**row)
         rows.append(
             (
@@ -89,12 +91,16 @@ def _engine(row: Document, facts: Document, *, emulated: bool) -> Sequence[str]:
         name += ", no link emulated"
     if row["s_per_token_p50"] is None:
         return (name, row["reason"], "", "", "", "")
-    by, interval = row["ours_by"], row["ours_by_interval"]
-    quicker = "1" if row["engine"] == "ours" else f"{by:.2f} x ({interval[0]:.2f} - {interval[1]:.2f})"
+    quicker = "-"
+    if row["engine"] == "ours":
+        quicker = "1"
+    elif row["ours_by"] is not None:  # which rows with a link and rows without one do not have
+        low, high = row["ours_by_interval"]
+        quicker = f"{row['ours_by']:.2f} x ({low:.2f} - {high:.2f})"
     return (
         name,
         f"{row['s_per_token_p50']:.4f}",
-        "-" if emulated and not own else quicker,
+        quicker,
         f"{row['tokens_per_pass']:.2f}",
         f"{min(row['link_utilisation'], 1.0) * 100:.0f} %" if row["link_utilisation"] is not None else "-",
         "identical" if row["identical_tokens"] else "differ",
@@ -120,12 +126,24 @@ def _span(value: int | list[int]) -> str:
     return str(value) if isinstance(value, int) else f"{min(value)} to {max(value)}"
 
 
+def acceptance(document: Document) -> str:
+    """Tokens per pass by tree and law, with standard errors."""
+    cells: dict[str, list[str]] = {}
+    laws: dict[str, None] = {}
+    for row in document["summary"]:
+        laws[f"T = {row['temperature']:g}" + (f", top-p {row['top_p']:g}" if row["top_p"] < 1 else "")] = None
+        name = f"{row['tree']} ({row['nodes']} nodes)"
+        cells.setdefault(name, [name]).append(f"{row['tokens_per_pass']:.2f} +- {row['tokens_per_pass_error']:.2f}")
+    return table(("tree", *laws), list(cells.values()))
+
+
 RENDERERS: dict[str, Callable[[Document], str]] = {
     "demo_cpu.json": trees,
     "demo_cpu.json:predictions": predictions,
     "side_by_side_cpu.json": engines,
     "side_by_side_cpu_memory.json": engines,
     "prediction_cpu.json": predicted,
+    "spec_cpu.json": acceptance,
 }
 
 
