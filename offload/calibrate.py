@@ -24,6 +24,7 @@ from .weights.disk_speed import measure_disk
 DISK_BYTES = 8 * 2**30
 BUSY_PRODUCTS = 8  # of 1024 x 1024 matrices, beside a copy
 COPY_S = 0.01  # a copy beside what is measured, at most: the last one is waited for
+MOST_PIECES = 64  # of the memory that is copied beside
 LATE_S = 0.01  # how long a layer's weights are waited for, to see what waking up takes: threads that wait are asleep by then
 WAKE_ROWS = 16
 
@@ -103,9 +104,11 @@ def measure_link(device: Device, num_bytes: int, repeats: int) -> float:
 @contextmanager
 def _busy_link(device: Device, num_bytes: int, link_bytes_per_s: float) -> Iterator[None]:
     """Copies one after another, as they are in a run: what is computed beside them is slower for it."""
+    piece_bytes = max(int(link_bytes_per_s * COPY_S), 1)
+    num_bytes = min(num_bytes, MOST_PIECES * piece_bytes)
     source, slot, over = device.pin(num_bytes, ()), device.alloc(num_bytes), threading.Event()
     source.tensor.fill_(1)  # pages that nobody has written to are all the same one
-    pieces = list(zip(*(buffer.split(max(int(link_bytes_per_s * COPY_S), 1)) for buffer in (slot, source.tensor)), strict=True))
+    pieces = list(zip(slot.split(piece_bytes), source.tensor.split(piece_bytes), strict=True))
     before = device.mark()
 
     def copy() -> None:

@@ -75,7 +75,12 @@ def _law_times(
     task_s: list[float] = []
     rows = [num_rows for num_rows in effort.rows if num_rows <= vocab_size]  # a root cannot have more children
     for num_rows in rows:
-        task_s.append(typical_s(device, work(num_rows), effort))
+        try:
+            task_s.append(typical_s(device, work(num_rows), effort))
+        except torch.OutOfMemoryError:  # float64 noise for thousands of rows of a large vocabulary takes GiB
+            if not task_s:
+                raise
+            break
         if enough(task_s, effort):
             break
     measured = tuple(rows[: len(task_s)])

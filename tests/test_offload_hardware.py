@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from command_line import INVALID, assert_error, assert_usage_error, run_command
 from offload.calibrate import Subject, measure_hardware
 from offload.device.cpu import CpuDevice
 from offload.effort import QUICK, enough, rising, typical_s
+from offload.law_times import measure_verification
 from offload.planner.hardware import ROWS, HardwareProfile, ModelTimes, interpolate
 from offload.planner.hardware_file import PRESETS, find_hardware, from_json, read_hardware, to_json
 from offload.planner.shapes import find_shape
@@ -128,3 +130,29 @@ def test_profile_hardware_writes_what_plan_reads(
 def test_profile_hardware_refuses_a_place_it_cannot_write_to(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     finished = run_command(capsys, "profile", "hardware", "-q", "--output", tmp_path / "no" / "file.json")
     assert_usage_error(finished, "--output")
+
+
+def test_a_table_of_laws_ends_where_the_device_has_no_memory_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, allowed = CpuDevice(), 3
+
+    def short_of_memory(*arguments: object) -> float:
+        nonlocal allowed
+        allowed -= 1
+        if allowed < 0:
+            raise torch.OutOfMemoryError
+        return 1e-3
+
+    monkeypatch.setattr("offload.law_times.typical_s", short_of_memory)
+    assert measure_verification(device, 97, BRIEF, sampled=True).rows == BRIEF.rows[:3]
+    with pytest.raises(torch.OutOfMemoryError):
+        measure_verification(device, 97, BRIEF, sampled=True)
+    device.close()
+
+
+def test_a_link_of_a_byte_a_second_can_be_measured_beside(models: Models) -> None:
+    """The copies beside are cut to what the link carries in moments: neither is the last one waited for, nor memory lost."""
+    source, device = check_source(str(models()), "--model", "float32", "cpu"), CpuDevice(1.0)
+    started_s = time.monotonic()
+    measured = measure_hardware(device, [Subject(role="target", model=source.model)], BRIEF, link_bytes_per_s=1.0)
+    assert measured.link_bytes_per_s == 1.0 and time.monotonic() - started_s < 60
+    device.close()
