@@ -2,7 +2,7 @@
 cost anything, on the command line even before the weights are read."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tree.logprobs import Scoring
@@ -106,9 +106,20 @@ class Admission:
                 f"prompt {num_prompt} + new {request.max_new_tokens} + tree {plan.tree.num_nodes - 1} tokens > "
                 f"{min(plan.context_rows, plan.max_positions + plan.tree.num_nodes - 1)} rows of context",
                 where="--max-new-tokens, --max-context",
-                cure=f"ask for at most {max(plan.text_tokens - num_prompt, 0)} new tokens, shorten the prompt, or raise "
-                f"--max-context (the model itself knows {plan.max_positions} positions)",
+                cure=", or ".join(_ways_out(plan, num_prompt)),
             )
+
+
+def _ways_out(plan: Plan, num_prompt: int) -> Iterator[str]:
+    """Of a context that is too short for what was asked."""
+    if num_prompt < plan.text_tokens:
+        yield f"ask for at most {plan.text_tokens - num_prompt} new tokens"
+    knows = f"the model itself knows {plan.max_positions} positions"
+    if plan.text_tokens < plan.max_positions:
+        yield "shorten the prompt"
+        yield f"raise --max-context ({knows})"
+    else:
+        yield f"shorten the prompt: {knows}"
 
 
 def _whole_numbers(values: Sequence[int], flag: str) -> tuple[int, ...]:

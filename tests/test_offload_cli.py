@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from command_line import LOST, Finished, assert_error, assert_holds, assert_usage_error, run_command
+from command_line import DOES_NOT_FIT, LOST, Finished, assert_error, assert_holds, assert_usage_error, run_command
 from offload.cli.main import main
 from offload.cli.signals import leaving_at_once
 from offload.decode import DecodeLoop, StepResult
@@ -542,3 +542,15 @@ def headers_of(folder: Path) -> int:
 def test_the_model_of_these_tests_is_what_they_say(codec: TextCodec) -> None:
     assert len(codec.vocabulary()) == VOCAB_SIZE
     assert (codec.vocabulary()["<s>"], codec.vocabulary()["</s>"]) == (BOS, EOS)
+
+
+def test_a_context_that_is_too_short_names_only_what_would_help(models: Models, capsys: pytest.CaptureFixture[str]) -> None:
+    """More rows do not help a model that knows no more positions, nor can a prompt that leaves no room be answered in 0."""
+    base = ("--model", models(), "--device", "cpu", "--profile", "l40")
+    long = run_command(capsys, *base, "--prompt-ids", ",".join(["5"] * 200), "-n", 4)
+    assert_error(long, DOES_NOT_FIT, "prompt 200 + new 4", "fix: shorten the prompt: the model itself knows 160 positions")
+    assert "--max-context (" not in long.stderr and "at most" not in long.stderr
+    narrow = run_command(capsys, *base, "--prompt-ids", "5,9", "-n", 60, "--max-context", 40)
+    assert_error(
+        narrow, DOES_NOT_FIT, "ask for at most 38 new tokens", "raise --max-context (the model itself knows 160 positions)"
+    )
