@@ -11,7 +11,7 @@ from ..config import EngineSettings, parse_rate, parse_size
 from ..errors import FitError, ModelError, UsageError
 from ..planner.tree_choice import DEFAULT_ACCEPTANCE, read_acceptance, read_acceptances, read_tree
 from .plan_screen import json_document, refusal_document, screen, sweep_lines, verdict_lines
-from .settings import check_writable
+from .settings import check_writable, planned
 from .terminal import say
 
 if TYPE_CHECKING:
@@ -169,19 +169,7 @@ def _settings(arguments: argparse.Namespace) -> EngineSettings:
     model, draft_model = arguments.model, arguments.draft_model
     if model is None:
         model, draft_model = MODEL, [DRAFT] if draft_model is None else draft_model
-    return EngineSettings.parse(
-        model=model,
-        draft_model=draft_model,
-        tree=arguments.tree,
-        acceptance=arguments.acceptance,
-        profile=arguments.profile,
-        dtype=arguments.dtype,
-        gpu_memory=arguments.gpu_memory,
-        host_memory=arguments.host_memory,
-        resident_layers=arguments.resident_layers,
-        slots=arguments.slots,
-        max_context=arguments.max_context,
-    )
+    return EngineSettings.parse(model=model, draft_model=draft_model, acceptance=arguments.acceptance, **planned(arguments))
 
 
 def _say_assumed(arguments: argparse.Namespace, question: Question) -> None:

@@ -4,6 +4,7 @@ import argparse
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..config import EngineSettings
 from ..demo import DRAFT, LINK, TARGET, acceptance_at
@@ -33,20 +34,19 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
     settings = EngineSettings.parse(
         model=model,
         draft_model=draft_model,
-        tree=arguments.tree,
         verifier=arguments.verifier,
         acceptance=acceptance,
-        profile=arguments.profile,
         device=arguments.device,
-        dtype=arguments.dtype,
-        gpu_memory=arguments.gpu_memory,
-        host_memory=arguments.host_memory,
-        resident_layers=arguments.resident_layers,
-        slots=arguments.slots,
-        max_context=arguments.max_context,
         emulate_link=emulate_link,
+        **planned(arguments),
     )
     return replace(settings, sampled=temperature > 0)
+
+
+def planned(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags that say what to plan, on whatever machine, by name."""
+    names = ("tree", "profile", "dtype", "gpu_memory", "host_memory", "resident_layers", "slots", "max_context")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def check_small_files(settings: EngineSettings) -> None:
