@@ -259,12 +259,14 @@ def test_more_children_than_tokens_are_refused(rng: torch.Generator) -> None:
 # -- top-k tokens and blocks ---------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 40), st.data())
-def test_top_k_tokens_are_sorted_by_logit_then_id(size: int, data: st.DataObject) -> None:
-    values = data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=size, max_size=size))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@given(size=st.integers(1, 40), data=st.data())
+def test_top_k_tokens_are_sorted_by_logit_then_id(dtype: torch.dtype, size: int, data: st.DataObject) -> None:
+    logits = [-math.inf, -2.0, -0.5, -1e-6, -0.0, 0.0, 1e-6, 0.5, 1.0, 2.0, 3e4]
+    values = data.draw(st.lists(st.sampled_from(logits), min_size=size, max_size=size))
     k = data.draw(st.integers(1, size))
     expected = sorted(range(size), key=lambda token: (-values[token], token))[:k]
-    assert top_k_tokens(torch.tensor([values]), k).tolist() == [expected]
+    assert top_k_tokens(torch.tensor([values], dtype=dtype), k).tolist() == [expected]
 
 
 def test_top_k_tokens_stay_distinct_when_few_logits_are_finite() -> None:

@@ -96,7 +96,7 @@ def support_sizes(laws: Tensor) -> Tensor:
 def top_k_tokens(logits: Tensor, k: int) -> Tensor:
     """The k most probable tokens per row of `logits` [n, V], best first; equal logits by token id -> int64 [n, k]."""
     _check_enough_tokens(logits, k)
-    return _leading(logits.masked_fill(~_top_k_mask(logits, k), -math.inf), k)[1]
+    return _top_k_ids(logits, k)
 
 
 def _race(laws: Tensor, generator: torch.Generator) -> Tensor:
@@ -109,10 +109,19 @@ def _race(laws: Tensor, generator: torch.Generator) -> Tensor:
 
 def _top_k_mask(values: Tensor, k: int) -> Tensor:
     """True at the k largest of each row [..., V]; of equal values at the threshold, those with the lowest ids."""
-    threshold = values.topk(k, dim=-1).values[..., -1:]
-    above, equal = values > threshold, values == threshold
-    missing = k - above.sum(-1, keepdim=True)
-    return above | (equal & (equal.cumsum(-1) <= missing))
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, _top_k_ids(values, k), True)
+
+
+def _top_k_ids(values: Tensor, k: int) -> Tensor:
+    """Token ids of the k largest of each row [..., V], largest first, equal values by token id -> int64 [..., k]."""
+    if values.dtype == torch.float64:
+        return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    # topk leaves the order of equals open, so there must be none: value and id in one integer. A float's bits are in the order
+    # of the floats where it is positive, and in the opposite one where it is negative; 0 comes in both.
+    bits = (values.float() + 0.0).view(torch.int32)
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64).bitwise_left_shift_(32)
+    keys += torch.arange(values.shape[-1] - 1, -1, -1, device=values.device)
+    return keys.topk(k, dim=-1).indices
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
