@@ -141,7 +141,6 @@ class DecodeLoop:
         extra_bytes = self._read_ahead_of_tree()
         shape = self._plan.tree.truncated(max_tokens) if self._drafter is not None else TreeShape.root_only()
         draft = self._grow(shape)
-        drafted = self._device.mark()
         logits, cached = self._run_target(draft)
         verdict = self._verify(draft, logits)  # the round's one host sync, but for scoring
         scores = self._score(verdict, logits)
@@ -159,7 +158,6 @@ class DecodeLoop:
                 num_tokens=len(verdict.token_ids),
                 extra_bytes=extra_bytes,
                 start_s=start_s,
-                drafted=drafted,
                 verified_s=verified_s,
             ),
             first=first,

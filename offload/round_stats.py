@@ -2,7 +2,7 @@
 
 import time
 
-from .device import Device, Ticket
+from .device import Device
 from .stats import PassStats
 from .streaming.stream import LayerStream, LayerTiming, layer_timings
 from .trace import Trace
@@ -17,15 +17,14 @@ def round_stats(
     num_tokens: int,
     extra_bytes: int,
     start_s: float,
-    drafted: Ticket,
     verified_s: float,
 ) -> PassStats:
-    """Of the round that began at `start_s`, had its tree at `drafted` and its verdict at `verified_s`, and ends now.
-    `extra_bytes` were streamed in it besides those of its pass."""
+    """Of the round that began at `start_s`, had its verdict at `verified_s`, and ends now. `extra_bytes` were streamed in it
+    besides those of its pass."""
     log = stream.log
     assert log is not None
     timings = layer_timings(device, log)
-    drafted_s = device.interval(drafted).end_s
+    drafted_s = device.interval(log.start).end_s
     computed_s = timings[-1].compute.end_s
     end_s = time.monotonic()
     if trace is not None:

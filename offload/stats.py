@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassStats:
-    """One round. `stall_s` is compute waiting for copies, summed over layers; `copied_s` is the time copies were under way."""
+    """One round: draft_s until the first layer is asked for, pass_s until the last one is computed, verify_s the rest, the head
+    included. `stall_s` is compute waiting for copies, summed over layers; `copied_s` is the time copies were under way."""
 
     num_rows: int
     emitted_tokens: int

@@ -1,7 +1,7 @@
 """A transformers model whose decoder layers are fed by a weight source, one pass at a time.
 
 The model is transformers' own code; only the memory behind its parameters is ours. A forward pre-hook on each decoder layer
-asks the source for that layer's weights and points the layer's parameters at them.
+asks the source for that layer's weights and points the layer's parameters at them; a hook behind the last one ends its use.
 """
 
 from collections.abc import Generator, Iterator
@@ -33,6 +33,11 @@ class _Pass:
         for name, parameter in parameters.items():
             parameter.data = weights[name]
 
+    def end(self) -> None:
+        """The last layer has been used: what it lay in is free while the head computes."""
+        leftover = next(self.layers, None)
+        assert leftover is None, "the model has more layers than it ran"
+
 
 class CausalLM:
     """`shared` holds the tensors outside the decoder layers (device, `dtype`), by their full names."""
@@ -56,6 +61,7 @@ class CausalLM:
         self._parameters = [dict(layer.named_parameters()) for layer in layers]
         for layer, parameters in zip(layers, self._parameters, strict=True):
             layer.register_forward_pre_hook(lambda _module, _args, parameters=parameters: under_way.bind(parameters))
+        layers[-1].register_forward_hook(lambda _module, _args, _output: under_way.end())
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, num_logits: int) -> torch.Tensor:
         """One pass over rows `token_ids` [N] int64 at `positions` [N] int64 under `mask` [1, 1, N, cached + N] bool.
@@ -89,8 +95,6 @@ class CausalLM:
                 use_cache=True,
                 logits_to_keep=num_logits,
             )
-            leftover = next(layers, None)  # ends the last layer's use
-            assert leftover is None, "the model ran fewer layers than it has"
         finally:
             self._pass.layers = iter(())
             if isinstance(layers, Generator):
