@@ -15,7 +15,7 @@ from .device import Device
 from .effort import Effort, enough, rising, typical_s
 from .law_times import measure_drawing, measure_verification
 from .planner.cost import layer_flops
-from .planner.hardware import HardwareProfile, MeasuredModel, ModelTimes, Role, shape_of
+from .planner.hardware import HardwareProfile, LawTimes, MeasuredModel, ModelTimes, Role, shape_of
 from .short_model import FEW_LAYERS, MORE_LAYERS, ShortModel, short_models
 from .source import TypedModel
 from .weights.checkpoint import Checkpoint
@@ -25,6 +25,7 @@ DISK_BYTES = 8 * 2**30
 BUSY_PRODUCTS = 8  # of 1024 x 1024 matrices, beside a copy
 COPY_S = 0.01  # a copy beside what is measured, at most: the last one is waited for
 MOST_PIECES = 64  # of the memory that is copied beside
+WAKE_REPEATS = 8  # for one: a small difference of times that vary
 LATE_S = 0.01  # how long a layer's weights are waited for, to see what waking up takes: threads that wait are asleep by then
 WAKE_ROWS = 16
 
@@ -56,15 +57,15 @@ def measure_hardware(
     cost = subjects[0].model.cost
     models = []
     with _busy_link(device, effort.copy_bytes, link_bytes_per_s) if beside_copies else nullcontext():
-        for subject in subjects:
-            progress(f"{subject.role} layers")
-            models.append(measure_model(device, subject, effort))
         progress("drawing and verification")
         laws = [
             measure(device, cost.vocab_size, effort, sampled=sampled)
             for measure in (measure_drawing, measure_verification)
             for sampled in effort.laws
         ]
+        for subject in subjects:
+            progress(f"{subject.role} layers")
+            models.append(measure_model(device, subject, effort, laws[0]))
     if disk is not None:
         progress("disk")
     times = models[0].times[0]
@@ -153,38 +154,44 @@ def measure_copies(device: Device, sizes: Sequence[int], repeats: int) -> dict[s
     return rates
 
 
-def measure_model(device: Device, subject: Subject, effort: Effort) -> MeasuredModel:
-    """Seconds of one layer and of the rest of a forward pass, by rows and context."""
-    few, more = short_models(device, subject.model, subject.role, max(effort.rows) + max(effort.contexts) + 1)
+def measure_model(device: Device, subject: Subject, effort: Effort, drawing: LawTimes) -> MeasuredModel:
+    """Seconds of one layer and of the rest of a forward pass, by rows and context. A draft's levels are timed with the
+    drawing of children between them, of which `drawing` is taken off again."""
+    few, more = short_models(device, subject.model, subject.role, effort)
+    beside = drawing if subject.role == "draft" else None
     with closing(few), closing(more):
-        tables = [_times_at(device, few, more, context_rows, effort) for context_rows in effort.contexts]
-        if subject.role == "target":
+        tables = [_times_at(device, few, more, context_rows, effort, beside) for context_rows in effort.contexts]
+        if device.host_addressable:  # a GPU waits without going to sleep
             tables = [replace(table, wake_s=_wake_s(device, few, table.context_rows, effort)) for table in tables]
     return MeasuredModel(role=subject.role, shape=shape_of(subject.model.cost), times=_same_rows(tables))
 
 
-def _times_at(device: Device, few: ShortModel, more: ShortModel, context_rows: int, effort: Effort) -> ModelTimes:
+def _times_at(
+    device: Device, few: ShortModel, more: ShortModel, context_rows: int, effort: Effort, drawing: LawTimes | None
+) -> ModelTimes:
     few_s: list[float] = []
     more_s: list[float] = []
-    for rows in effort.rows:
-        few_s.append(typical_s(device, few.work(rows, context_rows), effort))
-        more_s.append(typical_s(device, more.work(rows, context_rows), effort))
+    measured = [rows for rows in effort.rows if drawing is None or rows <= drawing.vocab_size]
+    for rows in measured:
+        works = [model.work(rows, context_rows, sampled=effort.laws[0]) for model in (few, more)]
+        for seen_s, found_s in zip((few_s, more_s), typical_s(device, works, effort), strict=True):
+            seen_s.append(found_s)
         if enough(more_s, effort):
             break
-    layer_s = [max((m - f) / (MORE_LAYERS - FEW_LAYERS), 1e-9) for f, m in zip(few_s, more_s, strict=True)]
-    rest_s = [max(f - FEW_LAYERS * layer, 0.0) for f, layer in zip(few_s, layer_s, strict=True)]
-    rows_measured = effort.rows[: len(few_s)]
-    return ModelTimes(context_rows=context_rows, rows=rows_measured, layer_s=rising(layer_s), rest_s=rising(rest_s))
+    measured = measured[: len(few_s)]
+    layer_s = rising([max((m - f) / (MORE_LAYERS - FEW_LAYERS), 1e-9) for f, m in zip(few_s, more_s, strict=True)])
+    drawn_s = drawing.at(measured).tolist() if drawing is not None else [0.0] * len(measured)
+    # Not made to rise: a remainder of noise among many rows would pull down those of few.
+    rest_s = [max(f - FEW_LAYERS * layer - drawn, 0.0) for f, layer, drawn in zip(rising(few_s), layer_s, drawn_s, strict=True)]
+    return ModelTimes(context_rows=context_rows, rows=tuple(measured), layer_s=layer_s, rest_s=tuple(rest_s))
 
 
 def _wake_s(device: Device, model: ShortModel, context_rows: int, effort: Effort) -> float:
-    """What a layer takes longer when its weights come late. A GPU waits without going to sleep."""
-    if not device.host_addressable:
-        return 0.0
+    """What a layer takes longer when its weights come late."""
     rows = min(WAKE_ROWS, max(effort.rows))
-    at_once_s = typical_s(device, model.work(rows, context_rows), effort)
-    late_s = typical_s(device, model.work(rows, context_rows, late_s=LATE_S), effort)
-    return max((late_s - at_once_s) / FEW_LAYERS - LATE_S, 0.0)
+    works = [model.waiting(rows, context_rows, late_s) for late_s in (0.0, LATE_S)]
+    at_once_s, late_s = typical_s(device, works, replace(effort, point_s=0.0, repeats=WAKE_REPEATS * effort.repeats))
+    return max(late_s - at_once_s, 0.0)
 
 
 def _same_rows(tables: Sequence[ModelTimes]) -> tuple[ModelTimes, ...]:

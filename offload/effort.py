@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .device import Device
+from .device import Device, Ticket
 
-LEAST_POINTS = 3
+LEAST_POINTS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ QUICK = Effort(
     laws=(False, True),
     repeats=3,
     point_s=0.04,
-    longest_s=0.1,
+    longest_s=0.03,
     copy_bytes=2**26,
     disk_s=0.3,
 )
@@ -46,20 +46,37 @@ FULL = Effort(
 )
 
 
-def typical_s(device: Device, work: Callable[[], object], effort: Effort) -> float:
-    """Seconds of `work`, warmed up; what takes longer than `longest_s` is done no more than twice. A round adds up many such
-    times, and their distributions have long tails, so the mean counts, not the median; the longest is left out as a hiccup."""
-    times: list[float] = []
-    while len(times) <= effort.repeats or sum(times) < effort.point_s:
-        start = device.mark()
-        work()
-        end = device.mark()
-        device.drain(end)
-        times.append(device.interval(end).end_s - device.interval(start).end_s)
-        if len(times) > 1 and min(times) > effort.longest_s:
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Something to be timed: `run` may return the ticket from which on it counts, and does what is asked for `times` times."""
+
+    run: Callable[[], object]
+    times: int = 1
+
+
+def typical_s(device: Device, works: Sequence[Work], effort: Effort) -> list[float]:
+    """Seconds of each of `works`, warmed up; what takes longer than `longest_s` is done no more than twice. They take turns: a
+    machine whose speed changes changes it for all of them. A round adds up many such times, and their distributions have long
+    tails, so the mean counts, not the median; the longest is left out as a hiccup."""
+    seen_s: list[list[float]] = [[] for _ in works]
+    while any(len(seen) <= effort.repeats or sum(seen) < effort.point_s for seen in seen_s):
+        for work, seen in zip(works, seen_s, strict=True):
+            seen.append(_timed(device, work.run))
+        if len(seen_s[0]) > 1 and max(map(min, seen_s)) > effort.longest_s:
             break
-    warm = sorted(times[1:])
-    return statistics.fmean(warm[:-1] or warm)
+    return [_middle(seen[1:]) / work.times for work, seen in zip(works, seen_s, strict=True)]
+
+
+def _timed(device: Device, run: Callable[[], object]) -> float:
+    start = device.mark()
+    began = run()
+    end = device.mark()
+    device.drain(end)
+    return device.interval(end).end_s - device.interval(began if isinstance(began, Ticket) else start).end_s
+
+
+def _middle(seconds: Sequence[float]) -> float:
+    return statistics.fmean(sorted(seconds)[:-1] or seconds)
 
 
 def enough(seconds: Sequence[float], effort: Effort) -> bool:

@@ -1,23 +1,19 @@
 """Seconds of what a tree takes beside its models: drawing the children of a level, and verifying."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
 
-from tree.draft import DraftTree, grow
+from tree.draft import DraftTree
 from tree.sampling import SamplingParams, law
 from tree.shape import TreeShape
 from tree.verify import verify
 
 from .device import Device
-from .effort import Effort, enough, rising, typical_s
+from .effort import Effort, Work, enough, rising, typical_s
+from .growing import BRANCHING, PARAMS, growth
 from .planner.hardware import LawTimes, Task
-
-PARAMS = SamplingParams(temperature=0.6)
-BRANCHING = 8  # children of a node
-DRAWN_LEVELS = 3
 
 
 class _Ready:
@@ -37,14 +33,11 @@ def measure_drawing(device: Device, vocab_size: int, effort: Effort, *, sampled:
     """Seconds from a level's logits to its children, by number of nodes that have any."""
     generator = torch.Generator(device.torch_device).manual_seed(0)
 
-    def drawing(num_rows: int) -> Callable[[], object]:
+    def drawing(num_rows: int) -> Work:
         logits = torch.randn(num_rows, vocab_size, device=device.torch_device, generator=generator)
-        below = range(1, 1 + num_rows * (DRAWN_LEVELS - 1))  # each has one child, in the same place of the next level
-        shape = TreeShape((-1, *([0] * num_rows), *below))
-        return partial(grow, _Ready(logits), 0, shape, PARAMS, generator, sampled=sampled)
+        return growth(device, _Ready(logits), num_rows, vocab_size, sampled=sampled)
 
-    times = _law_times(device, "draw", drawing, vocab_size, effort, sampled=sampled)
-    return replace(times, task_s=tuple(s / DRAWN_LEVELS for s in times.task_s))
+    return _law_times(device, "draw", drawing, vocab_size, effort, sampled=sampled)
 
 
 def measure_verification(device: Device, vocab_size: int, effort: Effort, *, sampled: bool) -> LawTimes:
@@ -52,31 +45,25 @@ def measure_verification(device: Device, vocab_size: int, effort: Effort, *, sam
     generator = torch.Generator(device.torch_device).manual_seed(0)
     params = PARAMS if sampled else SamplingParams()
 
-    def verification(num_nodes: int) -> Callable[[], object]:
+    def verification(num_nodes: int) -> Work:
         width = min(vocab_size, BRANCHING)
         shape = TreeShape((-1, *(node // width for node in range(num_nodes - 1))))
         logits = torch.randn(num_nodes, vocab_size, device=device.torch_device, generator=generator)
         token_ids = torch.tensor([(node - 1) % width if node else 0 for node in range(num_nodes)])
         draft = DraftTree(shape, device.upload(token_ids), law(logits, params) if sampled else None)
-        return partial(verify, draft, logits, params, generator, method="traversal")
+        return Work(partial(verify, draft, logits, params, generator, method="traversal"))
 
     return _law_times(device, "verify", verification, vocab_size, effort, sampled=sampled)
 
 
 def _law_times(
-    device: Device,
-    task: Task,
-    work: Callable[[int], Callable[[], object]],
-    vocab_size: int,
-    effort: Effort,
-    *,
-    sampled: bool,
+    device: Device, task: Task, work: Callable[[int], Work], vocab_size: int, effort: Effort, *, sampled: bool
 ) -> LawTimes:
     task_s: list[float] = []
     rows = [num_rows for num_rows in effort.rows if num_rows <= vocab_size]  # a root cannot have more children
     for num_rows in rows:
         try:
-            task_s.append(typical_s(device, work(num_rows), effort))
+            task_s += typical_s(device, [work(num_rows)], effort)
         except torch.OutOfMemoryError:  # float64 noise for thousands of rows of a large vocabulary takes GiB
             if not task_s:
                 raise

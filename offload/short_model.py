@@ -7,7 +7,9 @@ import torch
 
 from tree.shape import TreeShape
 
-from .device import Device
+from .device import Device, Ticket
+from .effort import Effort, Work
+from .growing import growth, num_levels
 from .model.architecture import shortened
 from .model.attention import pass_mask
 from .model.causal_lm import CausalLM
@@ -25,14 +27,16 @@ NOISE_NUMBERS = 2**18
 class _Repeated:
     """A weight source: `num_layers` layers from a few buffers in turn, across passes; each comes after `late_s`."""
 
-    def __init__(self, buffers: Sequence[Mapping[str, torch.Tensor]], num_layers: int) -> None:
-        self._buffers, self._num_layers, self._next = buffers, num_layers, 0
+    def __init__(self, device: Device, buffers: Sequence[Mapping[str, torch.Tensor]], num_layers: int) -> None:
+        self._device, self._buffers, self._num_layers, self._next = device, buffers, num_layers, 0
         self.late_s = 0.0
+        self.came: Ticket | None = None  # when the last layer did
 
     def one_pass(self) -> Iterator[Mapping[str, torch.Tensor]]:
         for _ in range(self._num_layers):
             if self.late_s:
                 time.sleep(self.late_s)
+            self.came = self._device.mark()
             self._next = (self._next + 1) % len(self._buffers)
             yield self._buffers[self._next]
 
@@ -50,13 +54,33 @@ class ShortModel:
         else:
             self._model.close()
 
-    def work(self, rows: int, context_rows: int, *, late_s: float = 0.0) -> Callable[[], object]:
-        """What a pass over `rows` nodes does, or a draft over a level of as many. Weights come after `late_s`."""
-        self._weights.late_s = late_s
+    def work(self, rows: int, context_rows: int, *, sampled: bool) -> Work:
+        """A pass over `rows` nodes; of a draft, getting from one level of as many to the next."""
+        self._look_back_on(context_rows)
+        if self._drafter is None:
+            return Work(self._pass(rows, context_rows))
+        self._drafter.restart([0] * (context_rows + 1))
+        model = _AlwaysTheSame(self._drafter, context_rows)
+        return growth(self._device, model, rows, self._model.architecture.vocab_size, sampled=sampled)
+
+    def waiting(self, rows: int, context_rows: int, late_s: float) -> Work:
+        """From the arrival of the last layer, which comes after `late_s`, to the end of a pass."""
+        self._look_back_on(context_rows)
+        forward = self._pass(rows, context_rows)
+
+        def run() -> Ticket | None:
+            self._weights.late_s = late_s
+            forward()
+            return self._weights.came
+
+        return Work(run)
+
+    def _look_back_on(self, context_rows: int) -> None:
+        self._weights.late_s = 0.0
         self._model.cache.truncate(0)
         self._model.cache.length = context_rows
-        if self._drafter is not None:
-            return self._level(self._drafter, rows)
+
+    def _pass(self, rows: int, context_rows: int) -> Callable[[], None]:
         token_ids = self._device.upload(torch.zeros(rows, dtype=torch.int64))
         positions = self._device.upload(torch.full((rows,), context_rows))
         tree_mask = self._device.upload(torch.ones(rows, rows, dtype=torch.bool).tril())
@@ -68,26 +92,28 @@ class ShortModel:
 
         return forward
 
-    def _level(self, drafter: ModelDrafter, rows: int) -> Callable[[], object]:
-        context_rows = self._model.cache.length
-        shape, nodes = TreeShape((-1, *([0] * rows), *range(1, rows + 1))), tuple(range(1, rows + 1))
-        token_ids = self._device.upload(torch.zeros(rows, dtype=torch.int64))
-        drafter.restart([0] * (context_rows + 1))
-        drafter.begin(shape)
 
-        def level() -> None:
-            drafter.expand(nodes, token_ids)
-            drafter.commit((0,))
+class _AlwaysTheSame:
+    """A drafter that has never read more than `context_rows` tokens when a tree begins."""
 
-        return level
+    def __init__(self, drafter: ModelDrafter, context_rows: int) -> None:
+        self._drafter, self._context_rows = drafter, context_rows
+
+    def begin(self, shape: TreeShape) -> torch.Tensor:
+        self._drafter.cache.truncate(self._context_rows)
+        return self._drafter.begin(shape)
+
+    def expand(self, nodes: tuple[int, ...], token_ids: torch.Tensor) -> torch.Tensor:
+        return self._drafter.expand(nodes, token_ids)
 
 
-def short_models(device: Device, model: TypedModel, role: Role, capacity: int) -> tuple[ShortModel, ShortModel]:
-    """One of FEW_LAYERS and one of MORE_LAYERS, on the same noise."""
+def short_models(device: Device, model: TypedModel, role: Role, effort: Effort) -> tuple[ShortModel, ShortModel]:
+    """One of FEW_LAYERS and one of MORE_LAYERS, on the same noise, with room for all that `effort` has them do."""
     layout, shared = model.layout, model.shared_layout
     num_buffers = max(1, min(model.architecture.num_layers, ROTATED_BYTES // layout.num_bytes))
     buffers = [layout.views(_noise(device, layout.num_bytes, model.dtype)) for _ in range(num_buffers)]
     shared_views = shared.views(_noise(device, shared.num_bytes, model.dtype))
+    new_rows = max(rows * (num_levels(rows) if role == "draft" else 1) for rows in effort.rows)
 
     def short(num_layers: int) -> ShortModel:
         architecture = shortened(model.architecture, num_layers)
@@ -96,10 +122,10 @@ def short_models(device: Device, model: TypedModel, role: Role, capacity: int) -
             num_layers=num_layers,
             num_kv_heads=architecture.num_kv_heads,
             head_dim=architecture.head_dim,
-            capacity=capacity,
+            capacity=max(effort.contexts) + 1 + new_rows,
             dtype=model.dtype,
         )
-        weights = _Repeated(buffers, num_layers)
+        weights = _Repeated(device, buffers, num_layers)
         return ShortModel(device, role, CausalLM(architecture, device, model.dtype, shared_views, weights, cache), weights)
 
     return short(FEW_LAYERS), short(MORE_LAYERS)

@@ -41,9 +41,10 @@ ALLOWED: dict[str, set[str]] = {
     "admission": {*FLOOR, *NUMBERS, "planner"},
     # a model looked at and not yet loaded: what calibrate measures and assemble loads
     "source": {*ENGINE, "scale"},
-    "short_model": {*ENGINE, "source"},
     "effort": {"device"},
-    "law_times": {*ENGINE, "effort"},
+    "growing": {"device", "effort"},
+    "short_model": {*ENGINE, "source", "effort", "growing"},
+    "law_times": {*ENGINE, "effort", "growing"},
     "calibrate": {*ENGINE, "source", "short_model", "effort", "law_times"},
     "sessions": {*FLOOR, "device", "model", "planner"},  # which rows a sequence may take over; caches are the model's
     "round_stats": {*FLOOR, *NUMBERS, "device", "streaming"},  # what the device and the stream know of a round that is over
@@ -69,7 +70,8 @@ ALLOWED: dict[str, set[str]] = {
 # Where offload may say `from tree.x import y`.
 TREE_IMPORTERS = (
     "offload/admission.py",
-    "offload/law_times.py",  # times drawing and verification, and short_model.py a draft's levels
+    "offload/growing.py",  # grows trees to time a draft's levels in short_model.py, drawing and verification in law_times.py
+    "offload/law_times.py",
     "offload/short_model.py",
     "offload/decode.py",
     "offload/engine.py",

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from command_line import INVALID, assert_error, assert_usage_error, run_command
 from offload.calibrate import Subject, measure_hardware
+from offload.device import Ticket
 from offload.device.cpu import CpuDevice
-from offload.effort import QUICK, enough, rising, typical_s
+from offload.effort import QUICK, Work, enough, rising, typical_s
+from offload.growing import BRANCHING, num_levels, tree_of_levels
 from offload.law_times import measure_verification
 from offload.planner.hardware import ROWS, HardwareProfile, ModelTimes, interpolate
 from offload.planner.hardware_file import PRESETS, find_hardware, from_json, read_hardware, to_json
@@ -55,9 +57,33 @@ def test_one_hiccup_does_not_end_a_table() -> None:
     """A first run that takes long is no sign of work that does: tables of one point would call every tree free."""
     effort = replace(QUICK, longest_s=0.01, point_s=0.0, repeats=2)
     device, runs = CpuDevice(), iter([0.02, *[0.0] * 9])
-    assert typical_s(device, lambda: time.sleep(next(runs)), effort) < 0.01
+    assert max(typical_s(device, [Work(lambda: time.sleep(next(runs)))], effort)) < 0.01
     device.close()
-    assert not enough([0.02], effort) and not enough([0.02, 0.02], effort) and enough([0.02, 0.02, 0.02], effort)
+    assert not enough([0.02], effort) and not enough([0.02] * 4, effort) and enough([0.02] * 5, effort)
+
+
+def test_works_take_turns_and_count_from_the_ticket_they_return() -> None:
+    """What is a thousand times as long before that ticket is not counted; what is done three times takes a third."""
+    device, order = CpuDevice(), []
+
+    def late() -> Ticket:
+        order.append("late")
+        time.sleep(0.05)
+        return device.mark()
+
+    works = [Work(late), Work(lambda: (order.append("other"), time.sleep(0.03)), times=3)]
+    late_s, other_s = typical_s(device, works, replace(QUICK, point_s=0.0, repeats=2, longest_s=1.0))
+    device.close()
+    assert late_s < 0.01 <= other_s < 0.03
+    assert order == ["late", "other"] * 3
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_a_tree_that_is_timed_has_as_many_nodes_with_children_on_every_level(rows: int, vocab_size: int) -> None:
+    rows = min(rows, vocab_size)
+    shape = tree_of_levels(rows, vocab_size)
+    assert [len(nodes) for nodes in shape.expanded] == [1, *[rows] * num_levels(rows), 0]
+    assert shape.max_branching == max(rows, min(BRANCHING, vocab_size))
 
 
 def test_this_machine_measures_itself_and_the_file_says_the_same(models: Models, tmp_path: Path) -> None:
@@ -69,7 +95,9 @@ def test_this_machine_measures_itself_and_the_file_says_the_same(models: Models,
     assert measured.link_bytes_per_s > 0 and measured.law_times("verify", 97, sampled=True).at(64) > 0
     for role in ("target", "draft"):
         times = measured.times(source.model.cost, role, 300, sampled=False)
-        assert min(times.layer_s) > 0 and len(times.rows) == len(measured.models[0].times[0].rows)
+        assert min(times.layer_s) > 0 and times.rows[0] == 1
+    target, draft = (model.times[0].rows for model in measured.models)
+    assert len(target) >= len(draft) and max(draft) <= source.model.cost.vocab_size  # a root cannot have more children
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(to_json(measured)))
     assert read_hardware(path) == measured
@@ -135,12 +163,12 @@ def test_profile_hardware_refuses_a_place_it_cannot_write_to(capsys: pytest.Capt
 def test_a_table_of_laws_ends_where_the_device_has_no_memory_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
     device, allowed = CpuDevice(), 3
 
-    def short_of_memory(*arguments: object) -> float:
+    def short_of_memory(*arguments: object) -> list[float]:
         nonlocal allowed
         allowed -= 1
         if allowed < 0:
             raise torch.OutOfMemoryError
-        return 1e-3
+        return [1e-3]
 
     monkeypatch.setattr("offload.law_times.typical_s", short_of_memory)
     assert measure_verification(device, 97, BRIEF, sampled=True).rows == BRIEF.rows[:3]

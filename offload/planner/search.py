@@ -50,9 +50,10 @@ class DraftOption:
         return self.cost.num_layers * self.times.layer(rows) + self.times.rest(rows)
 
     def draft_s(self, expanded: Ints) -> Floats:
-        """Seconds to grow trees with so many expanded nodes on each level: [..., levels] to [...]."""
+        """Seconds to grow trees with so many expanded nodes on each level: [..., levels] to [...]. The first level finds
+        threads asleep, after a verdict was waited for."""
         levels = self.level_s(np.maximum(expanded, 1))
-        levels[..., 0] = self.level_s(CATCH_UP_ROWS)
+        levels[..., 0] = self.level_s(CATCH_UP_ROWS) + self.times.wake_s
         return np.asarray(np.where(expanded > 0, levels, 0.0).sum(axis=-1))
 
 

@@ -1,0 +1,59 @@
+"""One level after another of a tree, as rounds grow them, to be timed: a model's forward and the drawing that follows it take
+turns, and neither finds its data in the caches where a loop of its own would have left them."""
+
+import torch
+
+from tree.draft import TreeModel, grow
+from tree.sampling import SamplingParams
+from tree.shape import TreeShape
+
+from .device import Device, Ticket
+from .effort import Work
+
+PARAMS = SamplingParams(temperature=0.6)
+BRANCHING = 8  # children of a node that has many
+MOST_LEVELS, MOST_NODES = 4, 256  # of a tree that is grown to be timed, below its root's children; one level at least
+
+
+class _FromFirstLevel:
+    """A tree model that remembers when it was asked for the first level: reading the root is not of it."""
+
+    def __init__(self, device: Device, model: TreeModel) -> None:
+        self._device, self._model = device, model
+        self.began: Ticket | None = None
+
+    def begin(self, shape: TreeShape) -> torch.Tensor:
+        return self._model.begin(shape)
+
+    def expand(self, nodes: tuple[int, ...], token_ids: torch.Tensor) -> torch.Tensor:
+        self.began = self.began or self._device.mark()
+        return self._model.expand(nodes, token_ids)
+
+
+def growth(device: Device, model: TreeModel, rows: int, vocab_size: int, *, sampled: bool) -> Work:
+    """Growing one level after another of `rows` nodes with children, at most `vocab_size`, through `model`."""
+    shape = tree_of_levels(rows, vocab_size)
+    generator = torch.Generator(device.torch_device).manual_seed(0)
+
+    def run() -> Ticket | None:
+        timed = _FromFirstLevel(device, model)
+        grow(timed, 0, shape, PARAMS, generator, sampled=sampled)
+        return timed.began
+
+    return Work(run, num_levels(rows))
+
+
+def tree_of_levels(rows: int, vocab_size: int) -> TreeShape:
+    """A root with `rows` children, and below them levels of which as many nodes have children: the first of them BRANCHING,
+    the others one."""
+    parents, first = [-1, *[0] * rows], 1
+    for _ in range(num_levels(rows)):
+        begin_next = len(parents)
+        parents += [*[first] * min(BRANCHING, vocab_size), *range(first + 1, first + rows)]
+        first = begin_next
+    return TreeShape(tuple(parents))
+
+
+def num_levels(rows: int) -> int:
+    """How many levels below the root's children."""
+    return min(max(MOST_NODES // rows, 1), MOST_LEVELS)
