@@ -96,6 +96,25 @@ def test_a_pass_that_fails_leaves_the_cache_as_it_was(models: Models) -> None:
         assert torch.allclose(again, fresh, atol=1e-5)
 
 
+def test_the_head_finds_the_last_slot_given_back_and_may_fail(models: Models) -> None:
+    """Nothing streams into the last layer's slot before its use has ended, which is before the head begins, not after."""
+    with open_target(models(), resident_layers=0) as model:
+        expected = tree_logits(model, [9, 8], [1], TreeShape.root_only())
+        model.cache.truncate(0)
+        ended: list[int] = []
+
+        def fails(*_: object) -> None:
+            ended.append(len(model._weights.log.uses))
+            raise torch.OutOfMemoryError
+
+        hook = model._model.get_submodule("lm_head").register_forward_pre_hook(fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            tree_logits(model, [9, 8], [1], TreeShape.root_only())
+        hook.remove()
+        assert ended == [len(model._parameters)] and (model.cache.length, model.cache.pending) == (0, 0)
+        assert torch.equal(tree_logits(model, [9, 8], [1], TreeShape.root_only()), expected)
+
+
 def test_cache_refuses_rows_beyond_its_capacity_with_the_counts(models: Models) -> None:
     with open_target(models(), max_context=6) as model:
         tree_logits(model, [1, 2, 3], [4], TreeShape.root_only())
