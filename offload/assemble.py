@@ -137,7 +137,7 @@ def _measure(
         return measure_hardware(
             own,
             subjects,
-            replace(QUICK, contexts=(context_tokens(settings),), laws=(settings.sampled,)),
+            replace(QUICK, contexts=(context_tokens(settings),), laws=(settings.law,)),
             link_bytes_per_s=settings.emulate_link_bytes_per_s,
             disk=target.tensors.checkpoint if may_need_disk and isinstance(target.tensors, CheckpointSource) else None,
         )

@@ -59,9 +59,9 @@ def measure_hardware(
     with _busy_link(device, effort.copy_bytes, link_bytes_per_s) if beside_copies else nullcontext():
         progress("drawing and verification")
         laws = [
-            measure(device, cost.vocab_size, effort, sampled=sampled)
+            measure(device, cost.vocab_size, effort, law_kind)
             for measure in (measure_drawing, measure_verification)
-            for sampled in effort.laws
+            for law_kind in effort.laws
         ]
         for subject in subjects:
             progress(f"{subject.role} layers")
@@ -173,7 +173,7 @@ def _times_at(
     more_s: list[float] = []
     measured = [rows for rows in effort.rows if drawing is None or rows <= drawing.vocab_size]
     for rows in measured:
-        works = [model.work(rows, context_rows, sampled=effort.laws[0]) for model in (few, more)]
+        works = [model.work(rows, context_rows, effort.laws[0]) for model in (few, more)]
         for seen_s, found_s in zip((few_s, more_s), typical_s(device, works, effort), strict=True):
             seen_s.append(found_s)
         if enough(more_s, effort):

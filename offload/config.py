@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from .errors import UsageError
 
@@ -14,6 +15,7 @@ _NUMBER_AND_UNIT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 LEAST_PLAIN_RATE = 1e6  # bytes per second; nobody who writes less without a unit means bytes
 DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
+LawKind = Literal["greedy", "sampled", "nucleus"]
 VERIFIERS = ("auto", "sample", "traversal", "rejection")
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 
@@ -43,6 +45,13 @@ def parse_rate(text: str | float, *, flag: str) -> float:
     return rate
 
 
+def law_kind(temperature: float, top_p: float = 1.0) -> LawKind:
+    """What a law costs: finding the largest logits, noise for all of them, or sorting them as well."""
+    if temperature == 0:
+        return "greedy"
+    return "sampled" if top_p == 1 else "nucleus"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """What `offload.load` and the command line accept; field names are the flags. None means auto.
@@ -51,8 +60,8 @@ class EngineSettings:
     the best, or none. `acceptances` are acceptance files, one for each draft or one for all; `profile` a hardware profile.
     `tree` is a spec such as "4x6:kary", "none", "auto" or the path of a TreeShape JSON. Sizes are bytes, rates bytes/s.
 
-    What is known of the requests to come makes plans better: whether they are `sampled`, how many tokens prompt and answer
-    have together at most, and how many of them an average pass looks back on.
+    What is known of the requests to come makes plans better: their `law`, how many tokens prompt and answer have together at
+    most, and how many of them an average pass looks back on.
     """
 
     model: str
@@ -69,7 +78,7 @@ class EngineSettings:
     emulate_link_bytes_per_s: float | None = None
     acceptances: tuple[str, ...] = ()
     profile: str | None = None
-    sampled: bool = False
+    law: LawKind = "greedy"
     text_tokens: int | None = None
     context_tokens: int | None = None
 

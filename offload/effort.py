@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .config import LawKind
 from .device import Device, Ticket
 
 LEAST_POINTS = 5
@@ -11,12 +12,12 @@ LEAST_POINTS = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How much to measure. `laws`: work on laws, sampled (True) or greedy. Work is repeated `repeats` times at least, and for
+    """How much to measure. `laws`: of which kinds work on laws is. Work is repeated `repeats` times at least, and for
     `point_s`; a row of a table ends at the first point that takes longer than `longest_s`."""
 
     rows: tuple[int, ...]
     contexts: tuple[int, ...]
-    laws: tuple[bool, ...]
+    laws: tuple[LawKind, ...]
     repeats: int
     point_s: float
     longest_s: float
@@ -27,7 +28,7 @@ class Effort:
 QUICK = Effort(
     rows=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
     contexts=(512,),
-    laws=(False, True),
+    laws=("greedy", "sampled", "nucleus"),
     repeats=3,
     point_s=0.04,
     longest_s=0.03,
@@ -37,7 +38,7 @@ QUICK = Effort(
 FULL = Effort(
     rows=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 768, 1024, 2048, 4096),
     contexts=(64, 1024, 4096),
-    laws=(False, True),
+    laws=("greedy", "sampled", "nucleus"),
     repeats=3,
     point_s=0.2,
     longest_s=0.5,

@@ -1,16 +1,24 @@
 """One level after another of a tree, as rounds grow them, to be timed: a model's forward and the drawing that follows it take
 turns, and neither finds its data in the caches where a loop of its own would have left them."""
 
+from collections.abc import Mapping
+
 import torch
 
 from tree.draft import TreeModel, grow
 from tree.sampling import SamplingParams
 from tree.shape import TreeShape
 
+from .config import LawKind
 from .device import Device, Ticket
 from .effort import Work
 
-PARAMS = SamplingParams(temperature=0.6)
+PARAMS: Mapping[LawKind, SamplingParams] = {
+    "greedy": SamplingParams(),
+    "sampled": SamplingParams(temperature=0.6),
+    "nucleus": SamplingParams(temperature=0.6, top_p=0.9),
+}
+LOGITS_STD = 4.0  # of models that know something: a nucleus has tens of tokens
 BRANCHING = 8  # children of a node that has many
 MOST_LEVELS, MOST_NODES = 4, 256  # of a tree that is grown to be timed, below its root's children; one level at least
 
@@ -30,14 +38,14 @@ class _FromFirstLevel:
         return self._model.expand(nodes, token_ids)
 
 
-def growth(device: Device, model: TreeModel, rows: int, vocab_size: int, *, sampled: bool) -> Work:
+def growth(device: Device, model: TreeModel, rows: int, vocab_size: int, law_kind: LawKind) -> Work:
     """Growing one level after another of `rows` nodes with children, at most `vocab_size`, through `model`."""
     shape = tree_of_levels(rows, vocab_size)
     generator = torch.Generator(device.torch_device).manual_seed(0)
 
     def run() -> Ticket | None:
         timed = _FromFirstLevel(device, model)
-        grow(timed, 0, shape, PARAMS, generator, sampled=sampled)
+        grow(timed, 0, shape, PARAMS[law_kind], generator, sampled=law_kind != "greedy")
         return timed.began
 
     return Work(run, num_levels(rows))
@@ -52,6 +60,12 @@ def tree_of_levels(rows: int, vocab_size: int) -> TreeShape:
         parents += [*[first] * min(BRANCHING, vocab_size), *range(first + 1, first + rows)]
         first = begin_next
     return TreeShape(tuple(parents))
+
+
+def peaked_logits(device: Device, rows: int, vocab_size: int) -> torch.Tensor:
+    """[rows, vocab_size] float32 on the device."""
+    generator = torch.Generator(device.torch_device).manual_seed(0)
+    return LOGITS_STD * torch.randn(rows, vocab_size, device=device.torch_device, generator=generator)
 
 
 def num_levels(rows: int) -> int:

@@ -5,14 +5,14 @@ from functools import partial
 
 import torch
 
-from tree.draft import DraftTree
-from tree.sampling import SamplingParams, law
+from tree.draft import grow
 from tree.shape import TreeShape
 from tree.verify import verify
 
+from .config import LawKind
 from .device import Device
 from .effort import Effort, Work, enough, rising, typical_s
-from .growing import BRANCHING, PARAMS, growth
+from .growing import BRANCHING, PARAMS, growth, peaked_logits
 from .planner.hardware import LawTimes, Task
 
 
@@ -29,35 +29,32 @@ class _Ready:
         return self._logits[: len(nodes)]
 
 
-def measure_drawing(device: Device, vocab_size: int, effort: Effort, *, sampled: bool) -> LawTimes:
+def measure_drawing(device: Device, vocab_size: int, effort: Effort, law_kind: LawKind) -> LawTimes:
     """Seconds from a level's logits to its children, by number of nodes that have any."""
-    generator = torch.Generator(device.torch_device).manual_seed(0)
 
     def drawing(num_rows: int) -> Work:
-        logits = torch.randn(num_rows, vocab_size, device=device.torch_device, generator=generator)
-        return growth(device, _Ready(logits), num_rows, vocab_size, sampled=sampled)
+        return growth(device, _Ready(peaked_logits(device, num_rows, vocab_size)), num_rows, vocab_size, law_kind)
 
-    return _law_times(device, "draw", drawing, vocab_size, effort, sampled=sampled)
+    return _law_times(device, "draw", drawing, vocab_size, effort, law_kind)
 
 
-def measure_verification(device: Device, vocab_size: int, effort: Effort, *, sampled: bool) -> LawTimes:
+def measure_verification(device: Device, vocab_size: int, effort: Effort, law_kind: LawKind) -> LawTimes:
     """Seconds from logits to an accepted path on the host, of trees whose children were drawn, by number of nodes."""
     generator = torch.Generator(device.torch_device).manual_seed(0)
-    params = PARAMS if sampled else SamplingParams()
+    params = PARAMS[law_kind]
 
     def verification(num_nodes: int) -> Work:
         width = min(vocab_size, BRANCHING)
         shape = TreeShape((-1, *(node // width for node in range(num_nodes - 1))))
-        logits = torch.randn(num_nodes, vocab_size, device=device.torch_device, generator=generator)
-        token_ids = torch.tensor([(node - 1) % width if node else 0 for node in range(num_nodes)])
-        draft = DraftTree(shape, device.upload(token_ids), law(logits, params) if sampled else None)
+        logits = peaked_logits(device, num_nodes, vocab_size)
+        draft = grow(_Ready(logits), 0, shape, params, generator, sampled=law_kind != "greedy")
         return Work(partial(verify, draft, logits, params, generator, method="traversal"))
 
-    return _law_times(device, "verify", verification, vocab_size, effort, sampled=sampled)
+    return _law_times(device, "verify", verification, vocab_size, effort, law_kind)
 
 
 def _law_times(
-    device: Device, task: Task, work: Callable[[int], Work], vocab_size: int, effort: Effort, *, sampled: bool
+    device: Device, task: Task, work: Callable[[int], Work], vocab_size: int, effort: Effort, law_kind: LawKind
 ) -> LawTimes:
     task_s: list[float] = []
     rows = [num_rows for num_rows in effort.rows if num_rows <= vocab_size]  # a root cannot have more children
@@ -71,4 +68,4 @@ def _law_times(
         if enough(task_s, effort):
             break
     measured = tuple(rows[: len(task_s)])
-    return LawTimes(task=task, sampled=sampled, vocab_size=vocab_size, rows=measured, task_s=rising(task_s))
+    return LawTimes(task=task, law=law_kind, vocab_size=vocab_size, rows=measured, task_s=rising(task_s))

@@ -7,9 +7,10 @@ import torch
 
 from tree.shape import TreeShape
 
+from .config import LawKind
 from .device import Device, Ticket
 from .effort import Effort, Work
-from .growing import growth, num_levels
+from .growing import growth, num_levels, peaked_logits
 from .model.architecture import shortened
 from .model.attention import pass_mask
 from .model.causal_lm import CausalLM
@@ -54,14 +55,15 @@ class ShortModel:
         else:
             self._model.close()
 
-    def work(self, rows: int, context_rows: int, *, sampled: bool) -> Work:
+    def work(self, rows: int, context_rows: int, law_kind: LawKind) -> Work:
         """A pass over `rows` nodes; of a draft, getting from one level of as many to the next."""
         self._look_back_on(context_rows)
         if self._drafter is None:
             return Work(self._pass(rows, context_rows))
         self._drafter.restart([0] * (context_rows + 1))
-        model = _AlwaysTheSame(self._drafter, context_rows)
-        return growth(self._device, model, rows, self._model.architecture.vocab_size, sampled=sampled)
+        vocab_size = self._model.architecture.vocab_size
+        model = _AlwaysTheSame(self._drafter, context_rows, peaked_logits(self._device, rows, vocab_size))
+        return growth(self._device, model, rows, vocab_size, law_kind)
 
     def waiting(self, rows: int, context_rows: int, late_s: float) -> Work:
         """From the arrival of the last layer, which comes after `late_s`, to the end of a pass."""
@@ -94,17 +96,18 @@ class ShortModel:
 
 
 class _AlwaysTheSame:
-    """A drafter that has never read more than `context_rows` tokens when a tree begins."""
+    """A drafter that has never read more than `context_rows` tokens when a tree begins, and whose logits are those of a model
+    that knows something: noise multiplied with noise would make all tokens equally probable."""
 
-    def __init__(self, drafter: ModelDrafter, context_rows: int) -> None:
-        self._drafter, self._context_rows = drafter, context_rows
+    def __init__(self, drafter: ModelDrafter, context_rows: int, logits: torch.Tensor) -> None:
+        self._drafter, self._context_rows, self._logits = drafter, context_rows, logits
 
     def begin(self, shape: TreeShape) -> torch.Tensor:
         self._drafter.cache.truncate(self._context_rows)
-        return self._drafter.begin(shape)
+        return self._logits[: len(self._drafter.begin(shape))]
 
     def expand(self, nodes: tuple[int, ...], token_ids: torch.Tensor) -> torch.Tensor:
-        return self._drafter.expand(nodes, token_ids)
+        return self._logits[: len(self._drafter.expand(nodes, token_ids))]
 
 
 def short_models(device: Device, model: TypedModel, role: Role, effort: Effort) -> tuple[ShortModel, ShortModel]:

@@ -62,7 +62,7 @@ def draft_option(
     name: str = "draft",
     times: ModelTimes | None = None,
 ) -> DraftOption:
-    times = times or hardware.times(cost, "draft", 512, sampled=False)
+    times = times or hardware.times(cost, "draft", 512, "greedy")
     return DraftOption(name=name, cost=cost, times=times, acceptance=acceptance)
 
 

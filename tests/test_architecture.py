@@ -41,8 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     "admission": {*FLOOR, *NUMBERS, "planner"},
     # a model looked at and not yet loaded: what calibrate measures and assemble loads
     "source": {*ENGINE, "scale"},
-    "effort": {"device"},
-    "growing": {"device", "effort"},
+    "effort": {"config", "device"},
+    "growing": {"config", "device", "effort"},
     "short_model": {*ENGINE, "source", "effort", "growing"},
     "law_times": {*ENGINE, "effort", "growing"},
     "calibrate": {*ENGINE, "source", "short_model", "effort", "law_times"},

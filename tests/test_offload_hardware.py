@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from command_line import INVALID, assert_error, assert_usage_error, run_command
 from offload.calibrate import Subject, measure_hardware
+from offload.config import law_kind
 from offload.device import Ticket
 from offload.device.cpu import CpuDevice
 from offload.effort import QUICK, Work, enough, rising, typical_s
 from offload.growing import BRANCHING, num_levels, tree_of_levels
 from offload.law_times import measure_verification
-from offload.planner.hardware import ROWS, HardwareProfile, ModelTimes, interpolate
+from offload.planner.hardware import ROWS, HardwareProfile, LawTimes, ModelTimes, interpolate
 from offload.planner.hardware_file import PRESETS, find_hardware, from_json, read_hardware, to_json
 from offload.planner.shapes import find_shape
 from offload.source import check_source
@@ -31,7 +32,7 @@ BRIEF = replace(QUICK, repeats=1, point_s=0.0)
 
 def test_estimates_follow_the_roofline() -> None:
     """One row reads the layer's 1.71 GB once; 4096 rows multiply 7 TFLOP in it."""
-    times = L40.times(LLAMA_2_70B, "target", 0, sampled=False)
+    times = L40.times(LLAMA_2_70B, "target", 0, "greedy")
     assert times.rows == ROWS
     assert times.layer_s[0] == pytest.approx(1e-4 + 855_654_400 * 2 / 864e9, rel=1e-3)
     multiplied = 2 * 4096 * 855_654_400 + 4 * 4096 * 4096 * 8192  # matrices, and attention among the rows themselves
@@ -43,6 +44,18 @@ def test_times_between_measured_points_lie_on_the_line_and_go_on_beyond() -> Non
     assert interpolate((1, 3), (2.0, 1.0), [9]).tolist() == [1.0]
     with pytest.raises(ValueError, match="do not increase"):
         ModelTimes(context_rows=0, rows=(4, 1), layer_s=(1.0, 1.0), rest_s=(0.0, 0.0))
+
+
+def test_work_on_laws_is_that_of_the_law_that_is_asked_for() -> None:
+    """Greedy work is no sampled work, and top-p sorts besides: estimated, and as profiles have it."""
+    for task in ("draw", "verify"):
+        greedy, sampled, nucleus = (float(L40.law_times(task, 32000, law).at(256)) for law in ("greedy", "sampled", "nucleus"))
+        assert greedy < sampled < nucleus
+    assert [law_kind(*params) for params in ((0.0, 0.9), (0.6, 1.0), (0.6, 0.9))] == ["greedy", "sampled", "nucleus"]
+    table = LawTimes(task="verify", law="nucleus", vocab_size=1000, rows=(1, 2), task_s=(1.0, 2.0))
+    measured = replace(L40, laws=(table,))
+    assert float(measured.law_times("verify", 2000, "nucleus").at(2)) == 4.0
+    assert measured.law_times("verify", 2000, "sampled") == L40.law_times("verify", 2000, "sampled")
 
 
 @given(st.lists(st.floats(0.0, 10.0), min_size=1, max_size=8))
@@ -92,9 +105,9 @@ def test_this_machine_measures_itself_and_the_file_says_the_same(models: Models,
     subjects = [Subject(role="target", model=source.model), Subject(role="draft", model=source.model)]
     measured = measure_hardware(device, subjects, BRIEF)
     device.close()
-    assert measured.link_bytes_per_s > 0 and measured.law_times("verify", 97, sampled=True).at(64) > 0
+    assert measured.link_bytes_per_s > 0 and measured.law_times("verify", 97, "sampled").at(64) > 0
     for role in ("target", "draft"):
-        times = measured.times(source.model.cost, role, 300, sampled=False)
+        times = measured.times(source.model.cost, role, 300, "greedy")
         assert min(times.layer_s) > 0 and times.rows[0] == 1
     target, draft = (model.times[0].rows for model in measured.models)
     assert len(target) >= len(draft) and max(draft) <= source.model.cost.vocab_size  # a root cannot have more children
@@ -106,7 +119,7 @@ def test_this_machine_measures_itself_and_the_file_says_the_same(models: Models,
 def test_presets_are_found_by_name_and_plan_every_model() -> None:
     for path in PRESETS.glob("*.json"):
         profile = find_hardware(path.stem)
-        times = profile.times(find_shape("llama-2-70b", "--model").cost(2), "target", 1024, sampled=True)
+        times = profile.times(find_shape("llama-2-70b", "--model").cost(2), "target", 1024, "nucleus")
         assert all(second >= 0 for second in times.layer_s)
 
 
@@ -171,9 +184,9 @@ def test_a_table_of_laws_ends_where_the_device_has_no_memory_for_more(monkeypatc
         return [1e-3]
 
     monkeypatch.setattr("offload.law_times.typical_s", short_of_memory)
-    assert measure_verification(device, 97, BRIEF, sampled=True).rows == BRIEF.rows[:3]
+    assert measure_verification(device, 97, BRIEF, "nucleus").rows == BRIEF.rows[:3]
     with pytest.raises(torch.OutOfMemoryError):
-        measure_verification(device, 97, BRIEF, sampled=True)
+        measure_verification(device, 97, BRIEF, "nucleus")
     device.close()
 
 

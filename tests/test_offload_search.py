@@ -21,7 +21,7 @@ from planning import GIB, L40, LLAMA_2_7B, LLAMA_2_70B, SETTINGS, budgets, const
 from tree.acceptance import Acceptance
 from tree.optimizer import best_tree, expected_tokens
 
-NO_VERIFY = LawTimes(task="verify", sampled=False, vocab_size=32000, rows=(1, 2), task_s=(0.0, 0.0))
+NO_VERIFY = LawTimes(task="verify", law="greedy", vocab_size=32000, rows=(1, 2), task_s=(0.0, 0.0))
 # Acceptance that the Sequoia repository ships, and the times of its demo configuration (arXiv 2402.12374, section 4.3).
 SEQUOIA = Acceptance(((0.634183, 0.107946, 0.056972, 0.022489, 0.01949),))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import EngineSettings, parse_rate, parse_size
+from ..config import EngineSettings, law_kind, parse_rate, parse_size
 from ..errors import FitError, ModelError, UsageError
 from ..planner.tree_choice import DEFAULT_ACCEPTANCE, read_acceptance, read_acceptances, read_tree
 from .plan_screen import json_document, refusal_document, screen, sweep_lines, verdict_lines
@@ -135,7 +135,7 @@ def _question(arguments: argparse.Namespace) -> Question:
     from ..planner.memory import Budgets
     from ..planner.shapes import find_shape
 
-    settings = replace(_settings(arguments), sampled=arguments.temperature > 0, context_tokens=arguments.context)
+    settings = replace(_settings(arguments), law=law_kind(arguments.temperature), context_tokens=arguments.context)
     tree = read_tree(settings.tree, has_draft=bool(settings.draft_models))
     target = find_shape(settings.model, "--model")
     drafts = tuple(find_shape(name, "--draft-model") for name in settings.draft_models)

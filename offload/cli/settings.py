@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import EngineSettings
+from ..config import EngineSettings, law_kind
 from ..demo import DRAFT, LINK, TARGET, acceptance_at
 from ..errors import ModelError, UsageError
 from ..model.locate import check_name
@@ -40,7 +40,7 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
         emulate_link=emulate_link,
         **planned(arguments),
     )
-    return replace(settings, sampled=temperature > 0)
+    return replace(settings, law=law_kind(temperature, getattr(arguments, "top_p", 1.0)))
 
 
 def planned(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from ..config import LawKind
 from .cost import ModelCost, attention_flops, layer_flops
 
 Floats = npt.NDArray[np.float64]
@@ -20,8 +21,12 @@ Task = Literal["draw", "verify"]  # children of a level's nodes, a tree's accept
 
 ROWS = (1, 4, 16, 64, 128, 256, 512, 768, 1024, 2048, 4096)
 # How often float32 [rows, vocabulary] is read or written on the way from logits to sampled children, to residual laws, or,
-# greedily, to the most probable tokens; counted in the code, used only where nothing was measured.
-SWEEPS: Mapping[tuple["Task", bool], int] = {("draw", True): 8, ("draw", False): 6, ("verify", True): 16, ("verify", False): 2}
+# greedily, to the most probable tokens; a nucleus is sorted for, in four passes over keys and ids of eight bytes, and back.
+# Counted in the code, used only where nothing was measured.
+SWEEPS: Mapping["Task", Mapping[LawKind, int]] = {
+    "draw": {"greedy": 6, "sampled": 8, "nucleus": 44},
+    "verify": {"greedy": 2, "sampled": 16, "nucleus": 52},
+}
 LEAST_S: Mapping["Task", float] = {"draw": 0.0, "verify": 1e-3}
 REQUIRED_RATES = ("link_bytes_per_s", "flops_per_s", "device_memory_bytes_per_s")
 RATES = (*REQUIRED_RATES, "pageable_link_bytes_per_s", "disk_bytes_per_s", "device_memory_bytes", "host_memory_bytes")
@@ -72,10 +77,10 @@ class MeasuredModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LawTimes:
-    """Seconds of a task on laws over a vocabulary, by number of rows: `sampled`, or greedy."""
+    """Seconds of a task on laws over a vocabulary, of one kind, by number of rows."""
 
     task: Task
-    sampled: bool
+    law: LawKind
     vocab_size: int
     rows: tuple[int, ...]
     task_s: tuple[float, ...]
@@ -118,26 +123,26 @@ class HardwareProfile:
         if not (math.isfinite(self.layer_overhead_s) and self.layer_overhead_s >= 0):
             raise ValueError(f"layer_overhead_s is {self.layer_overhead_s}, not a number from 0 on")
 
-    def times(self, model: ModelCost, role: Role, context_rows: int, *, sampled: bool) -> ModelTimes:
+    def times(self, model: ModelCost, role: Role, context_rows: int, law: LawKind) -> ModelTimes:
         """Measured on the model's own layer shape, between the two nearest contexts; else estimated from the rates. A draft
-        draws the children of a level, `sampled` or not."""
+        draws the children of a level from such laws."""
         measured = [known for known in self.models if known.role == role and known.shape == shape_of(model)]
         times = _at_context(measured[0].times, context_rows) if measured else self._estimate(model, context_rows)
         if role == "target":
             return times
-        draw_s = self.law_times("draw", model.vocab_size, sampled=sampled).at(times.rows)
+        draw_s = self.law_times("draw", model.vocab_size, law).at(times.rows)
         return replace(times, rest_s=tuple(float(s) for s in np.asarray(times.rest_s) + draw_s))
 
-    def law_times(self, task: Task, vocab_size: int, *, sampled: bool) -> LawTimes:
+    def law_times(self, task: Task, vocab_size: int, law: LawKind) -> LawTimes:
         """Measured at the nearest vocabulary and scaled to this one; else estimated from the memory rate."""
-        measured = [known for known in self.laws if (known.task, known.sampled) == (task, sampled)]
+        measured = [known for known in self.laws if (known.task, known.law) == (task, law)]
         if measured:
             nearest = min(measured, key=lambda known: abs(math.log(known.vocab_size / vocab_size)))
             scale = vocab_size / nearest.vocab_size
             return replace(nearest, vocab_size=vocab_size, task_s=tuple(scale * s for s in nearest.task_s))
-        row_s = 4 * vocab_size * SWEEPS[task, sampled] / self.device_memory_bytes_per_s
+        row_s = 4 * vocab_size * SWEEPS[task][law] / self.device_memory_bytes_per_s
         task_s = tuple(LEAST_S[task] + row_s * rows for rows in ROWS)
-        return LawTimes(task=task, sampled=sampled, vocab_size=vocab_size, rows=ROWS, task_s=task_s)
+        return LawTimes(task=task, law=law, vocab_size=vocab_size, rows=ROWS, task_s=task_s)
 
     def _estimate(self, model: ModelCost, context_rows: int) -> ModelTimes:
         """The roofline: whichever takes longer, reading the weights once or multiplying."""

@@ -132,19 +132,19 @@ def _law_times(entry: object) -> LawTimes:
     match entry:
         case {
             "task": "draw" | "verify" as task,
-            "sampled": bool(sampled),
+            "law": "greedy" | "sampled" | "nucleus" as law,
             "vocab_size": int(vocab_size),
             "rows": [*rows],
             "task_s": [*task_s],
         }:
             return LawTimes(
                 task=task,
-                sampled=sampled,
+                law=law,
                 vocab_size=vocab_size,
                 rows=_wholes(rows, "rows"),
                 task_s=_numbers(task_s, "task_s"),
             )
-    raise ValueError("an entry of laws is not {task, sampled, vocab_size, rows, task_s}")
+    raise ValueError("an entry of laws is not {task, law, vocab_size, rows, task_s}")
 
 
 def _wholes(values: Sequence[object], name: str) -> tuple[int, ...]:

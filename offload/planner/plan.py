@@ -14,7 +14,7 @@ from tree.optimizer import best_tree, expected_tokens
 from tree.shape import TreeShape
 from tree.spec import OptimalTree
 
-from ..config import EngineSettings
+from ..config import EngineSettings, LawKind
 from ..errors import FitError, UsageError
 from ..weights.placement import Placement
 from .cost import ModelCost
@@ -98,8 +98,8 @@ def make_workload(
 
     return Workload(
         target=target,
-        times=hardware.times(target, "target", context_tokens(settings), sampled=settings.sampled),
-        verify=hardware.law_times("verify", target.vocab_size, sampled=settings.sampled),
+        times=hardware.times(target, "target", context_tokens(settings), settings.law),
+        verify=hardware.law_times("verify", target.vocab_size, settings.law),
         link_bytes_per_s=settings.emulate_link_bytes_per_s or hardware.link_bytes_per_s,
         disk_bytes_per_s=hardware.disk_bytes_per_s or ASSUMED_DISK_BYTES_PER_S,
         disk_is_assumed=hardware.disk_bytes_per_s is None,
@@ -111,7 +111,8 @@ def make_option(
     settings: EngineSettings, hardware: HardwareProfile, name: str, cost: ModelCost, acceptance: Acceptance
 ) -> DraftOption:
     """The same of a draft that is offered."""
-    times = hardware.times(cost, "draft", context_tokens(settings), sampled=settings.sampled)
+    law: LawKind = "greedy" if settings.verifier == "sample" else settings.law  # its children are the most probable tokens
+    times = hardware.times(cost, "draft", context_tokens(settings), law)
     return DraftOption(name=name, cost=cost, times=times, acceptance=acceptance)
 
 
