@@ -14,7 +14,8 @@ from offload.planner.hardware import LawTimes, ModelTimes
 from offload.planner.memory import MAX_AUTO_SLOTS, MIN_SLOTS, MemoryPlan, plan_memory
 from offload.planner.pipeline import PartTimes, steady_round
 from offload.planner.plan import expanded_per_level, make_workload
-from offload.planner.search import DraftOption, Workload, best_choice, predict
+from offload.planner.rounds import DraftOption, Workload, predict
+from offload.planner.search import best_choice
 from offload.streaming.schedule import spread_evenly
 from offload.weights.placement import Placement
 from planning import GIB, L40, LLAMA_2_7B, LLAMA_2_70B, SETTINGS, budgets, constant_times, draft_option, plan
