@@ -1,9 +1,9 @@
 """Pure: the tree, the draft, the slots and the resident layers that give the least seconds per token together.
 
 They compete for the same memory and hide under the same stream, so they are chosen together: minimise E[round] / E[tokens]
-over all of them (a ratio of expectations, as renewal-reward has it). For a draft, a number of levels and a bound on their
-width the best trees of all sizes are known at once (tree.optimizer.growth); a lower bound of the round orders the
-numbers of levels, so that most are never tried.
+over all of them (a ratio of expectations, as renewal-reward has it). For an acceptance and a bound on the width of levels the
+best trees of all sizes and numbers of levels are known at once (tree.optimizer.growth). A lower bound of the round leaves few
+to be timed, and those that lie in memory alike are timed together.
 """
 
 from collections.abc import Iterable, Sequence
