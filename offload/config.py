@@ -1,4 +1,4 @@
-"""Frozen settings as the user gives them, and the parsing of sizes and rates. "auto" is None here; the planner resolves it."""
+"""Frozen settings as the user gives them; sizes, rates and times in words. "auto" is None here: the planner resolves it."""
 
 import math
 import re
@@ -50,6 +50,16 @@ def law_kind(temperature: float, top_p: float = 1.0) -> LawKind:
     if temperature == 0:
         return "greedy"
     return "sampled" if top_p == 1 else "nucleus"
+
+
+def seconds_text(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}"
+
+
+def rate_text(bytes_per_s: float) -> str:
+    if bytes_per_s < 1e6:
+        return f"{bytes_per_s / 1e3:.0f} kB/s"
+    return f"{bytes_per_s / 1e9:.1f} GB/s" if bytes_per_s >= 1e9 else f"{bytes_per_s / 1e6:.0f} MB/s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

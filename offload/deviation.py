@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .stats import PassStats
 
 if TYPE_CHECKING:  # numpy, which commands that only name a commit need not wait for
-    from .planner.search import Prediction
+    from .planner.rounds import Prediction
 
 TOLERANCE = 0.10  # of the predicted seconds per token
 

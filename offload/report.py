@@ -8,6 +8,7 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .config import rate_text, seconds_text
 from .deviation import Deviation
 from .deviation import deviation as find_deviation
 from .stats import RunStats
@@ -134,16 +135,6 @@ class Report:
         if not rate or share is None:
             return f"{name}: one pass only"
         return f"{name} {rate_text(rate)}, {share * 100:.0f} % of peak"
-
-
-def seconds_text(seconds: float) -> str:
-    return f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}"
-
-
-def rate_text(bytes_per_s: float) -> str:
-    if bytes_per_s < 1e6:
-        return f"{bytes_per_s / 1e3:.0f} kB/s"
-    return f"{bytes_per_s / 1e9:.1f} GB/s" if bytes_per_s >= 1e9 else f"{bytes_per_s / 1e6:.0f} MB/s"
 
 
 def environment(device_name: str) -> dict[str, object]:

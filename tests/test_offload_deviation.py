@@ -3,7 +3,7 @@
 import pytest
 
 from offload.deviation import deviation
-from offload.planner.search import Prediction
+from offload.planner.rounds import Prediction
 from offload.stats import PassStats
 
 EXPECTED = Prediction(

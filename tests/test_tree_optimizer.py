@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from tree.acceptance import Acceptance
-from tree.optimizer import best_part, best_tree, expected_tokens, expected_tokens_table, growth_table, isotonic
+from tree.optimizer import best_part, best_tree, expected_tokens, growth, isotonic
 from tree.shape import TreeShape
 
 # Sequoia paper, appendix E: Llama3-8B -> 70B-Instruct on CNN. Sums to 0.9928.
@@ -89,9 +90,9 @@ def all_shapes(num_nodes: int, num_levels: int, branching: int) -> Iterator[Tree
 
 
 def test_published_vector_gives_the_golden_table() -> None:
-    table = expected_tokens_table(CNN, 1024, 24)
+    table = tokens_by_size_and_levels(CNN, 1024, 24)
     for num_nodes, values in GOLDEN.items():
-        assert [table[num_nodes, levels] for levels in GOLDEN_LEVELS] == pytest.approx(values, abs=5e-4)  # smoothing
+        assert [table[num_nodes - 1, levels - 1] for levels in GOLDEN_LEVELS] == pytest.approx(values, abs=5e-4)  # smoothing
 
 
 def test_768_nodes_in_18_levels_are_the_published_tree() -> None:
@@ -179,19 +180,26 @@ def test_a_non_monotone_vector_costs_next_to_nothing() -> None:
 # -- every size at once --------------------------------------------------------------------------------------------------
 
 
+def tokens_by_size_and_levels(
+    acceptance: Acceptance, num_nodes: int, num_levels: int, *, max_branching: int | None = None
+) -> npt.NDArray[np.float64]:
+    """E[tokens per pass] of the best tree of n nodes within l levels, at [n - 1, l - 1]."""
+    grown, sizes = growth(acceptance, num_nodes, num_levels, max_branching=max_branching), np.arange(1, num_nodes + 1)
+    return np.stack([grown.within(levels).expected_tokens(sizes) for levels in range(1, num_levels + 1)], axis=1)
+
+
 @pytest.mark.parametrize("branching", [None, 2])
-def test_table_agrees_with_the_best_tree_of_each_size(branching: int | None) -> None:
+def test_one_growth_has_the_best_tree_of_each_size_and_number_of_levels(branching: int | None) -> None:
     acceptance = Acceptance(((0.7, 0.2, 0.05), (0.6, 0.1), (0.5, 0.3, 0.1, 0.1)))
-    table = expected_tokens_table(acceptance, 40, 6, max_branching=branching)
-    assert table.shape == (41, 7)
+    table = tokens_by_size_and_levels(acceptance, 40, 6, max_branching=branching)
     for num_nodes in (1, 2, 5, 17, 40):
         for num_levels in range(1, 7):
             shape = best_tree(acceptance, num_nodes, num_levels, max_branching=branching)
-            assert table[num_nodes, num_levels] == pytest.approx(expected_tokens(shape, acceptance), abs=1e-12)
+            assert table[num_nodes - 1, num_levels - 1] == pytest.approx(expected_tokens(shape, acceptance), abs=1e-12)
 
 
-def test_table_rises_with_nodes_and_levels_and_is_concave_in_nodes() -> None:
-    table = expected_tokens_table(CNN, 300, 20)[1:, 1:]
+def test_tokens_rise_with_nodes_and_levels_and_are_concave_in_nodes() -> None:
+    table = tokens_by_size_and_levels(CNN, 300, 20)
     assert (np.diff(table, axis=0) >= 0).all() and (np.diff(table, axis=1) >= 0).all()
     assert (np.diff(table, n=2, axis=0) <= 1e-12).all()
     assert (table[:, 0] == 1).all() and (table[0] == 1).all()
@@ -205,16 +213,26 @@ def test_growth_describes_the_best_tree_of_every_size(num_levels: int, bounds: d
     rng = np.random.default_rng(4)
     tied = Acceptance(((0.5, 0.25, 0.25), (0.25, 0.25, 0.25, 0.25), (0.5, 0.5)))
     smooth = Acceptance(tuple(random_vector(rng, 8, monotone=True, zeros=True) for _ in range(3)))
-    for acceptance in (tied, smooth, TINY):
-        growth = growth_table(acceptance, 130, num_levels, **bounds)
-        assert growth.nodes_per_level.shape == growth.expanded.shape == (130, num_levels)
-        for num_nodes in range(1, 131):
+    sizes = np.arange(1, 131)
+    for acceptance, grown_levels in itertools.product((tied, smooth, TINY), (num_levels, num_levels + 3)):
+        grown = growth(acceptance, 130, grown_levels, **bounds).within(num_levels)
+        tokens, expanded = grown.expected_tokens(sizes), grown.expanded(sizes)
+        assert expanded.shape == (130, num_levels)
+        for row, num_nodes in enumerate(range(1, 131)):
             shape = best_tree(acceptance, num_nodes, num_levels, **bounds)
             absent = [0] * (num_levels - shape.num_levels)
-            row = num_nodes - 1
-            assert growth.expected_tokens[row] == pytest.approx(expected_tokens(shape, acceptance), abs=1e-12)
-            assert growth.nodes_per_level[row].tolist() == [len(level) for level in shape.levels] + absent
-            assert growth.expanded[row].tolist() == [len(nodes) for nodes in shape.expanded] + absent
+            nodes_per_level = np.bincount(grown.depths[:num_nodes], minlength=num_levels)
+            assert shape.num_nodes == min(num_nodes, len(grown.values))
+            assert tokens[row] == pytest.approx(expected_tokens(shape, acceptance), abs=1e-12)
+            assert nodes_per_level.tolist() == [len(level) for level in shape.levels] + absent
+            assert expanded[row].tolist() == [len(nodes) for nodes in shape.expanded] + absent
+
+
+def test_what_is_expanded_is_known_for_any_sizes() -> None:
+    grown = growth(CNN, 300, 12).within(9)
+    sizes = np.array([1, 7, 8, 250, 300])
+    assert (grown.expanded(sizes) == grown.expanded(np.arange(1, 301))[sizes - 1]).all()
+    assert grown.expanded(sizes[:0]).shape == (0, 9)
 
 
 # -- bounds, ties and bad input ------------------------------------------------------------------------------------------
@@ -276,7 +294,7 @@ def test_bounds_below_one_are_refused(bounds: tuple[int, int, int | None], name:
 
 def test_a_level_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="bounded by 0 nodes a level"):
-        growth_table(CNN, 8, 4, max_level_width=0)
+        growth(CNN, 8, 4, max_level_width=0)
 
 
 # -- smoothing -----------------------------------------------------------------------------------------------------------
@@ -321,6 +339,6 @@ def test_the_growth_of_four_thousand_nodes_takes_milliseconds() -> None:
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        assert growth_table(CNN, 4096, 32).nodes_per_level[-1].sum() == 4096
+        assert len(growth(CNN, 4096, 32).within(32).values) == 4096
         times.append(time.perf_counter() - start)
     assert min(times) < 0.25

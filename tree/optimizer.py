@@ -26,6 +26,7 @@ from .shape import TreeShape
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,15 +39,42 @@ class _Level:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Growth:
-    """How the best tree grows: row n - 1 describes the best tree of n nodes, or of all there are within the bounds.
+    """How the best trees grow: nodes, the most valuable first. Of those within any number of levels, the first n are the best
+    tree of n nodes, or all are, where the bounds hold no more; that is so up to `num_nodes` nodes and `num_levels` levels.
 
-    expected_tokens: [N] float64, E[tokens per pass] by the smoothed acceptance. nodes_per_level: [N, levels] int64.
-    expanded: [N, levels] int64, how many nodes of each level have children: the rows that a draft computes there.
+    values: [M] float64, f by the smoothed acceptance. depths: [M] int64. opens: [M] bool, whether a node is the first child of
+    its parent, which a draft computes from then on.
     """
 
-    expected_tokens: Floats
-    nodes_per_level: Ints
-    expanded: Ints
+    num_nodes: int
+    num_levels: int
+    values: Floats
+    depths: Ints
+    opens: Bools
+
+    def within(self, num_levels: int) -> "Growth":
+        """The growth within no more than `num_levels` levels."""
+        nodes = np.flatnonzero(self.depths < num_levels)[: self.num_nodes]
+        return Growth(
+            num_nodes=self.num_nodes,
+            num_levels=num_levels,
+            values=self.values[nodes],
+            depths=self.depths[nodes],
+            opens=self.opens[nodes],
+        )
+
+    def expected_tokens(self, sizes: Ints) -> Floats:
+        """E[tokens per pass] of the trees of so many nodes, or of the largest there is: [S] to [S]."""
+        return np.asarray(np.cumsum(self.values)[np.minimum(sizes, len(self.values)) - 1])
+
+    def expanded(self, sizes: Ints) -> Ints:
+        """How many nodes of each level have children, which are the rows that a draft computes there, in trees of so
+        many nodes, ascending: [S] to [S, num_levels]."""
+        first = np.flatnonzero(self.opens)
+        rows = np.searchsorted(sizes, first, side="right")  # the smallest of the trees that hold the node
+        cells = rows * self.num_levels + self.depths[first] - 1
+        counts = np.bincount(cells, minlength=(len(sizes) + 1) * self.num_levels).reshape(-1, self.num_levels)
+        return counts[:-1].cumsum(axis=0)
 
 
 def isotonic(vector: Sequence[float]) -> Floats:
@@ -86,11 +114,15 @@ def best_tree(
 def node_values(shape: TreeShape, acceptance: Acceptance) -> tuple[float, ...]:
     """f at [node], the probability that its path is accepted, by `acceptance` as given, not smoothed; ranks beyond its
     vectors count 0."""
-    values = [1.0]
-    for node in range(1, shape.num_nodes):
-        vector, rank = acceptance.vector(shape.depths[node] - 1), shape.ranks[node]
-        values.append(values[shape.parents[node]] * vector[rank] if rank < len(vector) else 0.0)
-    return tuple(values)
+    parents, ranks = np.array(shape.parents), np.array(shape.ranks)
+    values = np.ones(shape.num_nodes)
+    for level, nodes in enumerate(shape.levels[1:]):
+        known = acceptance.vector(level)[: shape.max_branching]
+        vector = np.zeros(shape.max_branching)
+        vector[: len(known)] = known
+        span = slice(nodes.start, nodes.stop)
+        values[span] = values[parents[span]] * vector[ranks[span]]
+    return tuple(values.tolist())
 
 
 def expected_tokens(shape: TreeShape, acceptance: Acceptance) -> float:
@@ -109,7 +141,7 @@ def best_part(shape: TreeShape, acceptance: Acceptance, num_nodes: int) -> TreeS
     return TreeShape((-1, *(places[shape.parents[node]] for node in kept[1:])))
 
 
-def growth_table(
+def growth(
     acceptance: Acceptance,
     num_nodes: int,
     num_levels: int,
@@ -117,38 +149,15 @@ def growth_table(
     max_branching: int | None = None,
     max_level_width: int | None = None,
 ) -> Growth:
-    """The shapes of the best trees of 1 to `num_nodes` nodes at once, bounds and ties as in `best_tree`: each is the one
-    before with one node more, the most valuable of the rest."""
+    """The best trees of all sizes up to `num_nodes` and all numbers of levels up to `num_levels` at once, bounds and ties as in
+    `best_tree`: each is the one before with one node more, the most valuable of the rest."""
     levels = _candidates(acceptance, num_nodes, num_levels, max_branching, max_level_width)
     values = np.concatenate([level.values for level in levels])
-    order = np.argsort(-values, kind="stable")[:num_nodes]
-    rows = np.minimum(np.arange(num_nodes), len(order) - 1)  # the last tree again, once nothing is left to add
     depths = np.repeat(np.arange(len(levels)), [len(level.values) for level in levels])
-    # A node is expanded from its first child on: the first of its siblings in breadth-first order, and the most valuable.
-    first = np.concatenate([[False], *(np.diff(level.parents, prepend=-1) > 0 for level in levels[1:])])
-    arrivals = np.zeros((2, len(order), num_levels), dtype=np.int64)
-    arrivals[0, np.arange(len(order)), depths[order]] = 1
-    arrivals[1, np.flatnonzero(first[order]), depths[order][first[order]] - 1] = 1
-    nodes_per_level, expanded = arrivals.cumsum(axis=1)
-    return Growth(
-        expected_tokens=np.cumsum(values[order])[rows], nodes_per_level=nodes_per_level[rows], expanded=expanded[rows]
-    )
-
-
-def expected_tokens_table(
-    acceptance: Acceptance, max_nodes: int, max_levels: int, *, max_branching: int | None = None
-) -> Floats:
-    """E[tokens per pass] of the best tree of at most n nodes within at most l levels, at [n, l].
-
-    Shape [max_nodes + 1, max_levels + 1]; row and column 0 are 0. Smoothed acceptance; non-decreasing in both
-    arguments, concave in n.
-    """
-    table = np.zeros((max_nodes + 1, max_levels + 1))
-    pool = np.zeros(max_nodes)  # f of the best nodes so far, best first, padded with nodes that do not exist
-    for column, level in enumerate(_candidates(acceptance, max_nodes, max_levels, max_branching, None), start=1):
-        pool = np.sort(np.concatenate([pool, level.values]))[::-1][:max_nodes]
-        table[1:, column:] = np.cumsum(pool)[:, None]
-    return table
+    # The first of its siblings in breadth-first order is the most valuable.
+    opens = np.concatenate([[False], *(np.diff(level.parents, prepend=-1) > 0 for level in levels[1:])])
+    order = np.argsort(-values, kind="stable")
+    return Growth(num_nodes=num_nodes, num_levels=num_levels, values=values[order], depths=depths[order], opens=opens[order])
 
 
 def _candidates(

@@ -12,7 +12,7 @@ from tree.shape import TreeShape
 from ..errors import UsageError
 from ..planner.cost import GIB
 from ..planner.plan import Plan
-from ..planner.search import DraftOption
+from ..planner.rounds import DraftOption
 
 
 def draw_tree(path: Path, made: Plan, drafts: Sequence[DraftOption]) -> None:

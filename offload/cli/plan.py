@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..planner.hardware import HardwareProfile
     from ..planner.memory import Budgets
     from ..planner.plan import Plan
-    from ..planner.search import DraftOption, Workload
+    from ..planner.rounds import DraftOption, Workload
     from ..planner.shapes import ModelShape
 
 MODEL, DRAFT, MACHINE = "llama-2-70b", "llama-2-7b", "rtx-4090"

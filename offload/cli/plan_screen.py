@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ..config import rate_text, seconds_text
 from ..errors import OffloadError
 from ..planner.cost import GIB
-from ..report import rate_text, seconds_text
 
 if TYPE_CHECKING:
     from ..planner.advice import DraftVerdict, Win

@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ..report import rate_text
+from ..config import rate_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable

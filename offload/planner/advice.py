@@ -7,7 +7,8 @@ from ..errors import FitError
 from .cost import GIB
 from .memory import Budgets
 from .plan import Plan, predict_tree, tree_of
-from .search import Choice, DraftOption, Workload, best_choice
+from .rounds import DraftOption, Workload
+from .search import Choice, best_choice
 
 MORE_BYTES = 8 * GIB
 LEAST_WIN = 0.02  # of the time per token; less is not worth a line

@@ -18,7 +18,7 @@ from ..weights.placement import RING_BUFFERS
 from .cost import GIB, mixed_rate
 from .memory import CHUNK_ROWS, MIN_SLOTS, Budgets, MemoryPlan, device_ledger, host_ledger, layers_ledger, plan_memory
 from .plan import NOTHING_STREAMED, Plan, predict_tree
-from .search import DraftOption, Workload
+from .rounds import DraftOption, Workload
 
 # Turns of remedies for one pass. Each halves something or moves a layer: where so many do not help, others take what is freed.
 MAX_TURNS = 3

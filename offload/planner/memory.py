@@ -106,7 +106,8 @@ def layers_ledger(target: ModelCost, num_resident: int, num_slots: int) -> dict[
 
 def host_ledger(target: ModelCost, placement: Placement) -> dict[str, int]:
     """Bytes of the target's layers on the host."""
-    ledger = {"pinned layers": len(placement.host) * target.layer_bytes}
+    num_pinned = placement.num_layers - len(placement.resident) - len(placement.disk)
+    ledger = {"pinned layers": num_pinned * target.layer_bytes}
     return {**ledger, "disk ring": RING_BUFFERS * target.layer_bytes} if placement.disk else ledger
 
 

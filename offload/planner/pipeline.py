@@ -5,7 +5,9 @@ has been used, compute waits for each layer's copy, and the disk reads ahead int
 a formula but the outcome, and holds where formulas for it break: few layers, few slots, a disk in between.
 """
 
+from collections import deque
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +50,7 @@ def steady_round(placement: Placement, num_slots: int, parts: PartTimes) -> Roun
         return RoundTimes(round_s=before_s + pass_s + after_s, pass_s=pass_s)
     timeline = _Timeline(placement, parts, np.zeros(np.broadcast(before_s, layer_s, after_s).shape))
     for _ in range(num_slots):
-        timeline.fetch(timeline.now)
+        timeline.fetch()
     began = drafted = timeline.now
     for _ in range(WARM_ROUNDS + 1):
         began = timeline.now
@@ -57,11 +59,9 @@ def steady_round(placement: Placement, num_slots: int, parts: PartTimes) -> Roun
             if layer in placement.resident:
                 timeline.now = timeline.now + layer_s
             else:
-                copied = timeline.next_copied()
-                arrived = np.maximum(timeline.now, copied)
-                woken_s = np.minimum(arrived - timeline.now, parts.wake_s) if parts.wake_s else 0.0
-                timeline.now = arrived + woken_s + layer_s
-                timeline.fetch(timeline.now)
+                timeline.wait()
+                timeline.now = timeline.now + layer_s
+                timeline.fetch()
         computed = timeline.now
         timeline.now = computed + after_s
     return RoundTimes(round_s=timeline.now - began, pass_s=computed - drafted)
@@ -73,23 +73,24 @@ class _Timeline:
     def __init__(self, placement: Placement, parts: PartTimes, zero: Floats) -> None:
         self.now = self._link_free = self._disk_free = zero
         self._parts, self._disk = parts, placement.disk
-        self._streamed, self._fetches = placement.streamed, 0
-        self._copied: list[Floats] = []
-        self._ring = [zero] * RING_BUFFERS
+        self._streamed = cycle(placement.streamed)
+        self._copied: deque[Floats] = deque()
+        self._ring = deque([zero] * RING_BUFFERS)
 
-    def fetch(self, slot_free: Floats) -> None:
-        """Queue the copy of the next layer of the cycle into a slot that is free at `slot_free`."""
-        layer = self._streamed[self._fetches % len(self._streamed)]
-        self._fetches += 1
-        start = np.maximum(self._link_free, slot_free)
-        if layer in self._disk:
-            buffer_free = self._ring.pop(0)
-            self._disk_free = np.maximum(self._disk_free, buffer_free) + self._parts.read_s
-            start = np.maximum(start, self._disk_free)
-        self._link_free = start + self._parts.copy_s
-        if layer in self._disk:
+    def fetch(self) -> None:
+        """Queue the copy of the next layer of the cycle into a slot that is free now."""
+        start = np.maximum(self._link_free, self.now)
+        if next(self._streamed) in self._disk:
+            self._disk_free = np.maximum(self._disk_free, self._ring.popleft()) + self._parts.read_s
+            self._link_free = np.maximum(start, self._disk_free) + self._parts.copy_s
             self._ring.append(self._link_free)
+        else:
+            self._link_free = start + self._parts.copy_s
         self._copied.append(self._link_free)
 
-    def next_copied(self) -> Floats:
-        return self._copied.pop(0)
+    def wait(self) -> None:
+        """For the earliest copy under way."""
+        arrived = np.maximum(self.now, self._copied.popleft())
+        if self._parts.wake_s:
+            arrived = arrived + np.minimum(arrived - self.now, self._parts.wake_s)
+        self.now = arrived

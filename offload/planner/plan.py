@@ -20,13 +20,15 @@ from ..weights.placement import Placement
 from .cost import ModelCost
 from .hardware import HardwareProfile
 from .memory import MAX_AUTO_SLOTS, MIN_SLOTS, Budgets, MemoryPlan, plan_memory
-from .search import MAX_NODES, Choice, DraftOption, Prediction, Workload, best_choice, predict
+from .rounds import DraftOption, Prediction, Workload, predict
+from .search import MAX_NODES, Choice, best_choice
 
 # Attention costs grow with the context; predictions are for a text in its middle, and texts are seldom longer than this.
 TYPICAL_CONTEXT_TOKENS = 512
 ASSUMED_DISK_BYTES_PER_S = 3e9  # of a profile that does not say: sequential reads of a common NVMe drive on PCIe 3
 SLOTS = (MIN_SLOTS, MAX_AUTO_SLOTS)
 ROOT = TreeShape.root_only()
+Point = tuple[int | None, TreeShape, MemoryPlan, Prediction]  # the draft's place among those offered, and what runs with it
 NOTHING_STREAMED = "the model fits on the device entirely: nothing is streamed"
 
 
@@ -136,10 +138,9 @@ def plan_run(
     slots = (settings.slots,) if settings.slots else SLOTS
     plain = best_choice(workload, [None], slots)
     if tree is None:
-        draft, shape, memory = _choose(settings, workload, drafts, slots)
+        draft, shape, memory, prediction = _choose(settings, workload, drafts, slots, plain)
     else:
-        draft, shape, memory = _fixed(tree, workload, drafts, slots)
-    prediction = predict_tree(workload, memory, shape, drafts[draft] if draft is not None else None)
+        draft, shape, memory, prediction = _fixed(tree, workload, drafts, slots)
     streams = bool(memory.placement.streamed)
     plain_s = plain.s_per_token if plain else None
     return Plan(
@@ -163,16 +164,16 @@ def plan_run(
 
 
 def _choose(
-    settings: EngineSettings, workload: Workload, drafts: Sequence[DraftOption], slots: Sequence[int]
-) -> tuple[int | None, TreeShape, MemoryPlan]:
+    settings: EngineSettings, workload: Workload, drafts: Sequence[DraftOption], slots: Sequence[int], plain: Choice | None
+) -> Point:
     max_nodes = max(settings.max_context // 4, 1) if settings.max_context else MAX_NODES
-    choice = best_choice(workload, [None, *drafts], slots, max_nodes=max_nodes)
+    choice = best_choice(workload, drafts, slots, max_nodes=max_nodes, known=plain)
     if choice is None:
         workload.memory(None, 1, slots[0])  # raises, and says by how much
         raise AssertionError("no plan, and yet the smallest fits")
-    if choice.draft is None:
-        return None, ROOT, choice.memory
-    return drafts.index(choice.draft), tree_of(choice, workload.target.vocab_size), choice.memory
+    shape = tree_of(choice, workload.target.vocab_size)
+    draft = drafts.index(choice.draft) if choice.draft else None
+    return draft, shape, choice.memory, predict_tree(workload, choice.memory, shape, choice.draft)
 
 
 def tree_of(choice: Choice, vocab_size: int) -> TreeShape:
@@ -188,20 +189,17 @@ def tree_of(choice: Choice, vocab_size: int) -> TreeShape:
     )
 
 
-def _fixed(
-    tree: TreeShape | OptimalTree, workload: Workload, drafts: Sequence[DraftOption], slots: Sequence[int]
-) -> tuple[int | None, TreeShape, MemoryPlan]:
+def _fixed(tree: TreeShape | OptimalTree, workload: Workload, drafts: Sequence[DraftOption], slots: Sequence[int]) -> Point:
     """The tree that was asked for, with the draft and the slots that suit it best. The root alone needs no draft."""
-    if not drafts or tree.num_nodes == 1:
-        memory = min(_memories(workload, None, 1, slots), key=lambda memory: predict_tree(workload, memory, ROOT, None).round_s)
-        return None, ROOT, memory
-    points = []
-    for place, draft in enumerate(drafts):
+    points: list[Point] = []
+    for place, draft in enumerate(drafts) if tree.num_nodes > 1 else ():
         shape = shape_for(tree, draft.acceptance, workload.target.vocab_size)
         for memory in _memories(workload, draft, shape.num_nodes, slots):
-            points.append((predict_tree(workload, memory, shape, draft).s_per_token, place, shape, memory))
-    _, place, shape, memory = min(points, key=lambda point: point[:2])
-    return place, shape, memory
+            points.append((place, shape, memory, predict_tree(workload, memory, shape, draft)))
+    if not points:
+        for memory in _memories(workload, None, 1, slots):
+            points.append((None, ROOT, memory, predict_tree(workload, memory, ROOT, None)))
+    return min(points, key=lambda point: point[3].s_per_token)
 
 
 def shape_for(tree: TreeShape | OptimalTree, acceptance: Acceptance, vocab_size: int) -> TreeShape:

@@ -19,7 +19,7 @@ class Placement:
 
     @property
     def streamed(self) -> tuple[int, ...]:
-        return tuple(layer for layer in range(self.num_layers) if layer not in self.resident)
+        return tuple([layer for layer in range(self.num_layers) if layer not in self.resident])
 
     @property
     def host(self) -> tuple[int, ...]:

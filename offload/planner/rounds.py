@@ -1,0 +1,108 @@
+"""Pure: what a round consists of, and how long it takes under one placement of the layers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tree.acceptance import Acceptance
+
+from .cost import ModelCost
+from .hardware import LawTimes, ModelTimes
+from .memory import MemoryPlan
+from .pipeline import PartTimes, RoundTimes, steady_round
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+CATCH_UP_ROWS = 2  # what a draft reads before its first level: the new root, and an accepted leaf it has not seen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftOption:
+    """A draft that may be used, how often the target accepts it, and how long its levels take."""
+
+    name: str
+    cost: ModelCost
+    times: ModelTimes
+    acceptance: Acceptance
+
+    def level_s(self, rows: npt.ArrayLike) -> Floats:
+        """Seconds of one level's forward over `rows` nodes, drawing their children included."""
+        return self.cost.num_layers * self.times.layer(rows) + self.times.rest(rows)
+
+    def draft_s(self, expanded: Ints) -> Floats:
+        """Seconds to grow trees with so many expanded nodes on each level: [..., levels] to [...]. The first level finds
+        threads asleep, after a verdict was waited for."""
+        levels = self.level_s(np.maximum(expanded, 1))
+        levels[..., 0] = self.level_s(CATCH_UP_ROWS) + self.times.wake_s
+        return np.asarray(np.where(expanded > 0, levels, 0.0).sum(axis=-1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What does not depend on the choice: the target, the rates, and what memory allows.
+
+    `memory(draft, nodes, slots)` raises FitError where nothing fits.
+    """
+
+    target: ModelCost
+    times: ModelTimes
+    verify: LawTimes
+    link_bytes_per_s: float
+    disk_bytes_per_s: float
+    disk_is_assumed: bool = False
+    memory: Callable[[DraftOption | None, int, int], MemoryPlan]
+
+    def after_s(self, nodes: npt.ArrayLike) -> Floats:
+        """Seconds after the last layer of a pass over a tree of so many nodes: head, verification."""
+        return self.times.rest(nodes) + self.verify.at(nodes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """Seconds of one steady round and its parts. pass_s is a pass alone, weights arriving and being used; in a round part of
+    it hides under the rest, and exposed_pass_s is what is left of it after drafting."""
+
+    expected_tokens: float
+    pass_s: float
+    exposed_pass_s: float
+    compute_s: float
+    draft_s: float
+    after_s: float
+    round_s: float
+
+    @property
+    def s_per_token(self) -> float:
+        return self.round_s / self.expected_tokens
+
+
+def predict(workload: Workload, memory: MemoryPlan, num_nodes: int, draft_s: float, expected_tokens: float) -> Prediction:
+    """The round of one plan with its parts."""
+    nodes, after_s = np.full(2, num_nodes), float(workload.after_s(num_nodes))
+    # Passes back to back with nothing between them, and rounds.
+    times = rounds(workload, memory, nodes, np.array([0.0, draft_s]), np.array([0.0, after_s]))
+    return Prediction(
+        expected_tokens=expected_tokens,
+        pass_s=float(times.round_s[0]),
+        exposed_pass_s=float(times.pass_s[1]),
+        compute_s=float(workload.target.num_layers * workload.times.layer(num_nodes)),
+        draft_s=draft_s,
+        after_s=after_s,
+        round_s=float(times.round_s[1]),
+    )
+
+
+def rounds(workload: Workload, memory: MemoryPlan, nodes: Ints, draft_s: Floats, after_s: Floats) -> RoundTimes:
+    """Steady rounds of trees of so many nodes under one placement, [C] each."""
+    layer_bytes = workload.target.layer_bytes
+    parts = PartTimes(
+        copy_s=layer_bytes / workload.link_bytes_per_s,
+        read_s=layer_bytes / workload.disk_bytes_per_s,
+        before_s=draft_s,
+        layer_s=workload.times.layer(nodes),
+        after_s=after_s,
+        wake_s=workload.times.wake_s,
+    )
+    return steady_round(memory.placement, memory.num_slots, parts)
