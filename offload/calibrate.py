@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .device import Device
-from .effort import Effort, enough, rising, typical_s
+from .effort import Effort, rising, table_of, typical_s
 from .law_times import measure_drawing, measure_verification
 from .planner.cost import layer_flops
 from .planner.hardware import HardwareProfile, LawTimes, MeasuredModel, ModelTimes, Role, shape_of
@@ -169,21 +169,16 @@ def measure_model(device: Device, subject: Subject, effort: Effort, drawing: Law
 def _times_at(
     device: Device, few: ShortModel, more: ShortModel, context_rows: int, effort: Effort, drawing: LawTimes | None
 ) -> ModelTimes:
-    few_s: list[float] = []
-    more_s: list[float] = []
-    measured = [rows for rows in effort.rows if drawing is None or rows <= drawing.vocab_size]
-    for rows in measured:
-        works = [model.work(rows, context_rows, effort.laws[0]) for model in (few, more)]
-        for seen_s, found_s in zip((few_s, more_s), typical_s(device, works, effort), strict=True):
-            seen_s.append(found_s)
-        if enough(more_s, effort):
-            break
-    measured = measured[: len(few_s)]
+    def seconds_at(rows: int) -> list[float]:
+        return typical_s(device, [model.work(rows, context_rows, effort.laws[0]) for model in (few, more)], effort)
+
+    possible = [rows for rows in effort.rows if drawing is None or rows <= drawing.vocab_size]
+    measured, (few_s, more_s) = table_of(possible, seconds_at, effort)
     layer_s = rising([max((m - f) / (MORE_LAYERS - FEW_LAYERS), 1e-9) for f, m in zip(few_s, more_s, strict=True)])
     drawn_s = drawing.at(measured).tolist() if drawing is not None else [0.0] * len(measured)
     # Not made to rise: a remainder of noise among many rows would pull down those of few.
     rest_s = [max(f - FEW_LAYERS * layer - drawn, 0.0) for f, layer, drawn in zip(rising(few_s), layer_s, drawn_s, strict=True)]
-    return ModelTimes(context_rows=context_rows, rows=tuple(measured), layer_s=layer_s, rest_s=tuple(rest_s))
+    return ModelTimes(context_rows=context_rows, rows=measured, layer_s=layer_s, rest_s=tuple(rest_s))
 
 
 def _wake_s(device: Device, model: ShortModel, context_rows: int, effort: Effort) -> float:

@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from .config import LawKind
 from .device import Device, Ticket
 
@@ -80,9 +82,23 @@ def _middle(seconds: Sequence[float]) -> float:
     return statistics.fmean(sorted(seconds)[:-1] or seconds)
 
 
-def enough(seconds: Sequence[float], effort: Effort) -> bool:
-    """Whether a row of a table ends here. Where it goes on nobody knows from fewer than LEAST_POINTS."""
-    return len(seconds) >= LEAST_POINTS and seconds[-1] > effort.longest_s
+def table_of(
+    rows: Sequence[int], seconds_at: Callable[[int], Sequence[float]], effort: Effort
+) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+    """The numbers of rows that were measured, and a column for each of the times at them. It ends with the first row whose
+    last time is longer than `longest_s`, where it goes on nobody knows from fewer than LEAST_POINTS, or where the device's
+    memory does: float64 noise for thousands of rows of a large vocabulary takes GiB. OutOfMemoryError if that is the first."""
+    lines: list[Sequence[float]] = []
+    for num_rows in rows:
+        try:
+            lines.append(seconds_at(num_rows))
+        except torch.OutOfMemoryError:
+            if not lines:
+                raise
+            break
+        if len(lines) >= LEAST_POINTS and lines[-1][-1] > effort.longest_s:
+            break
+    return tuple(rows[: len(lines)]), tuple(zip(*lines, strict=True))
 
 
 def rising(seconds: Sequence[float]) -> tuple[float, ...]:

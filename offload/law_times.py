@@ -11,7 +11,7 @@ from tree.verify import verify
 
 from .config import LawKind
 from .device import Device
-from .effort import Effort, Work, enough, rising, typical_s
+from .effort import Effort, Work, rising, table_of, typical_s
 from .growing import BRANCHING, PARAMS, growth, peaked_logits
 from .planner.hardware import LawTimes, Task
 
@@ -56,16 +56,6 @@ def measure_verification(device: Device, vocab_size: int, effort: Effort, law_ki
 def _law_times(
     device: Device, task: Task, work: Callable[[int], Work], vocab_size: int, effort: Effort, law_kind: LawKind
 ) -> LawTimes:
-    task_s: list[float] = []
     rows = [num_rows for num_rows in effort.rows if num_rows <= vocab_size]  # a root cannot have more children
-    for num_rows in rows:
-        try:
-            task_s += typical_s(device, [work(num_rows)], effort)
-        except torch.OutOfMemoryError:  # float64 noise for thousands of rows of a large vocabulary takes GiB
-            if not task_s:
-                raise
-            break
-        if enough(task_s, effort):
-            break
-    measured = tuple(rows[: len(task_s)])
+    measured, (task_s,) = table_of(rows, lambda num_rows: typical_s(device, [work(num_rows)], effort), effort)
     return LawTimes(task=task, law=law_kind, vocab_size=vocab_size, rows=measured, task_s=rising(task_s))

@@ -16,7 +16,7 @@ from offload.calibrate import Subject, measure_hardware
 from offload.config import law_kind
 from offload.device import Ticket
 from offload.device.cpu import CpuDevice
-from offload.effort import QUICK, Work, enough, rising, typical_s
+from offload.effort import LEAST_POINTS, QUICK, Work, rising, table_of, typical_s
 from offload.growing import BRANCHING, num_levels, tree_of_levels
 from offload.law_times import measure_verification
 from offload.planner.hardware import ROWS, HardwareProfile, LawTimes, ModelTimes, interpolate
@@ -72,7 +72,8 @@ def test_one_hiccup_does_not_end_a_table() -> None:
     device, runs = CpuDevice(), iter([0.02, *[0.0] * 9])
     assert max(typical_s(device, [Work(lambda: time.sleep(next(runs)))], effort)) < 0.01
     device.close()
-    assert not enough([0.02], effort) and not enough([0.02] * 4, effort) and enough([0.02] * 5, effort)
+    measured, columns = table_of(range(1, 100), lambda rows: (1e-3, 0.02), effort)
+    assert measured == tuple(range(1, LEAST_POINTS + 1)) and columns == ((1e-3,) * LEAST_POINTS, (0.02,) * LEAST_POINTS)
 
 
 def test_works_take_turns_and_count_from_the_ticket_they_return() -> None:
