@@ -157,6 +157,8 @@ def measure_copies(device: Device, sizes: Sequence[int], repeats: int) -> dict[s
 def measure_model(device: Device, subject: Subject, effort: Effort, drawing: LawTimes) -> MeasuredModel:
     """Seconds of one layer and of the rest of a forward pass, by rows and context. A draft's levels are timed with the
     drawing of children between them, of which `drawing` is taken off again."""
+    if subject.role == "draft":  # whose root cannot have more children than there are tokens
+        effort = replace(effort, rows=tuple(rows for rows in effort.rows if rows <= subject.model.cost.vocab_size))
     few, more = short_models(device, subject.model, subject.role, effort)
     beside = drawing if subject.role == "draft" else None
     with closing(few), closing(more):
@@ -172,8 +174,7 @@ def _times_at(
     def seconds_at(rows: int) -> list[float]:
         return typical_s(device, [model.work(rows, context_rows, effort.laws[0]) for model in (few, more)], effort)
 
-    possible = [rows for rows in effort.rows if drawing is None or rows <= drawing.vocab_size]
-    measured, (few_s, more_s) = table_of(possible, seconds_at, effort)
+    measured, (few_s, more_s) = table_of(effort.rows, seconds_at, effort)
     layer_s = rising([max((m - f) / (MORE_LAYERS - FEW_LAYERS), 1e-9) for f, m in zip(few_s, more_s, strict=True)])
     drawn_s = drawing.at(measured).tolist() if drawing is not None else [0.0] * len(measured)
     # Not made to rise: a remainder of noise among many rows would pull down those of few.
