@@ -14,8 +14,9 @@ LEAST_POINTS = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How much to measure. `laws`: the kinds of laws that are drawn from and verified, first the one that drafts draw from. Work
-    is repeated `repeats` times at least, and for `point_s`; a table ends at the first point that takes longer than `longest_s`."""
+    """How much to measure. `laws`: the kinds of laws that are drawn from and verified, first the one that drafts draw from.
+    Work is repeated `repeats` times at least, and for `point_s`; a table ends at the first point that takes longer than
+    `longest_s`."""
 
     rows: tuple[int, ...]
     contexts: tuple[int, ...]
