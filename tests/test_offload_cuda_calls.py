@@ -1,6 +1,7 @@
 """What CudaDevice asks of torch.cuda, with a stand-in for it: that an engine gets through, that host memory which was
 registered is let go of once, and what happens when the driver refuses. What takes a GPU is in test_gpu.py."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fakes import Tape
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.device import cuda
-from offload.device.cuda import CudaDevice, RegisteredBuffer
+from offload.device.cuda import CudaDevice, RegisteredBuffer, register_chunks
 from offload.errors import DeviceError
 from planning import L40
 
@@ -23,10 +26,10 @@ CHUNK_BYTES = 8192
 
 
 class Runtime:
-    """cudaHostRegister and cudaHostUnregister. Registration number `refuse_from` (from 0) and all after it fail."""
+    """cudaHostRegister and cudaHostUnregister, for `room_bytes` at a time."""
 
     def __init__(self) -> None:
-        self.refuse_from, self.interrupt_at = 10**9, 10**9
+        self.room_bytes, self.interrupt_at = 2**40, 10**9
         self.calls = self.errors_read = 0
         self.registered: dict[int, int] = {}
 
@@ -34,9 +37,9 @@ class Runtime:
         self.calls += 1
         if self.calls > self.interrupt_at:
             raise KeyboardInterrupt
-        if self.calls > self.refuse_from:
-            return 2  # out of memory
         assert flags == 0 and address not in self.registered
+        if num_bytes + sum(self.registered.values()) > self.room_bytes:
+            return 2  # out of memory
         self.registered[address] = num_bytes
         return 0
 
@@ -156,13 +159,15 @@ def test_an_engine_runs_on_it_and_leaves_nothing_registered(
     assert runtime.registered == {} and runtime.errors_read == 0
 
 
-@pytest.mark.parametrize("refuse_from", [0, 1, 2])
-def test_what_is_refused_stays_pageable_and_the_error_is_read(runtime: Runtime, refuse_from: int) -> None:
-    runtime.refuse_from = refuse_from
-    cuts = [CHUNK_BYTES, 2 * CHUNK_BYTES, 3 * CHUNK_BYTES]
-    buffer = RegisteredBuffer(3 * CHUNK_BYTES, cuts)
-    assert buffer.pinned_bytes == refuse_from * CHUNK_BYTES and len(runtime.registered) == refuse_from
-    assert runtime.errors_read == 1 and buffer.tensor.numel() == 3 * CHUNK_BYTES
+@pytest.mark.parametrize("num_registered", range(6))
+def test_as_much_as_the_driver_allows_is_registered_and_each_error_is_read(runtime: Runtime, num_registered: int) -> None:
+    """Layers of which a chunk holds four: where five do not fit, four may, then two, then one."""
+    layer_bytes = CHUNK_BYTES // 4
+    runtime.room_bytes = num_registered * layer_bytes + layer_bytes // 2
+    buffer = RegisteredBuffer(6 * layer_bytes, [layer_bytes * (number + 1) for number in range(6)])
+    assert buffer.pinned_bytes == sum(runtime.registered.values()) == num_registered * layer_bytes
+    assert runtime.errors_read == runtime.calls - len(runtime.registered) > 0
+    assert buffer.tensor.numel() == 6 * layer_bytes
     buffer.close()
     buffer.close()
     assert runtime.registered == {}
@@ -173,8 +178,27 @@ def test_chunks_end_at_cuts_and_cover_everything(runtime: Runtime) -> None:
     buffer = RegisteredBuffer(cuts[-1], cuts)
     start = buffer.tensor.data_ptr()
     ends = sorted(address - start + num_bytes for address, num_bytes in runtime.registered.items())
-    assert ends == [9000, 18000, 27000, 33000] and buffer.pinned_bytes == 33000
+    assert ends == [6000, 12000, 18000, 24000, 30000, 33000] and buffer.pinned_bytes == 33000
     buffer.close()
+
+
+@given(sizes=st.lists(st.integers(1, 50), max_size=12), most_bytes=st.integers(0, 120), room_bytes=st.integers(0, 400))
+def test_attempts_come_to_an_end_with_all_leading_pieces_that_there_is_room_for(
+    sizes: list[int], most_bytes: int, room_bytes: int
+) -> None:
+    cuts = list(itertools.accumulate(sizes))
+    done: list[tuple[int, int]] = []
+
+    def register(start: int, end: int) -> bool:
+        assert start in {0, *cuts} and end in cuts and start < end
+        assert end - start <= most_bytes or cuts.index(end) == ([0, *cuts].index(start))
+        if end <= room_bytes:
+            done.append((start, end))
+        return end <= room_bytes
+
+    pinned_bytes = register_chunks(sum(sizes), cuts, most_bytes, register)
+    assert pinned_bytes == max((cut for cut in cuts if cut <= room_bytes), default=0)
+    assert [0, *(end for _, end in done)] == [*(start for start, _ in done), pinned_bytes]
 
 
 def test_an_interruption_while_registering_leaves_nothing_registered(runtime: Runtime) -> None:

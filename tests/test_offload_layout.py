@@ -1,7 +1,6 @@
 """Layer buffers: aligned, disjoint, shared with their views; host memory of exact size."""
 
 import math
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.device import host
-from offload.device.cuda import _chunks
 from offload.device.host import HostMapping
 from offload.weights.layout import ALIGNMENT_BYTES, LayerLayout
 
@@ -55,12 +53,3 @@ def test_available_memory_is_the_lesser_of_machine_and_control_group(tmp_path: P
     assert host.available_bytes() == 2_000_000
     (tmp_path / "max").write_text("max\n")
     assert host.available_bytes() > 2_000_000 and machine > 2_000_000
-
-
-@given(st.integers(1, 40), st.integers(1, 3 * 2**30))
-def test_registration_chunks_cover_everything_and_end_at_layers(num_layers: int, layer_bytes: int) -> None:
-    cuts = [layer_bytes * (layer + 1) for layer in range(num_layers)]
-    chunks = _chunks(cuts[-1], cuts)
-    assert chunks[0][0] == 0 and chunks[-1][1] == cuts[-1]
-    assert all(before[1] == after[0] for before, after in pairwise(chunks))
-    assert {end for _, end in chunks} <= set(cuts)

@@ -5,7 +5,6 @@ compute waits (on the compute stream) for the event recorded behind the copy. Th
 """
 
 import contextlib
-import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +18,8 @@ from .host import HostMapping
 
 logger = logging.getLogger(__name__)
 
-# Registered in chunks: one huge registration fails on some drivers, and a refused chunk leaves the others usable.
-REGISTER_CHUNK_BYTES = 2 * 2**30
+# Registered in chunks: one huge registration fails on some drivers. Large ones, as each takes its time.
+REGISTER_CHUNK_BYTES = 4 * 2**30
 # The device's clock drifts away from the host's by some ten microseconds a second, and the time between two events is a
 # float32 of milliseconds: after minutes both are as long as what is measured with them.
 CLOCK_VALID_S = 10.0
@@ -55,8 +54,8 @@ class CudaCopy(CopyTicket):
 
 
 class RegisteredBuffer:
-    """A HostMapping whose leading `pinned_bytes` are registered with CUDA. What the driver refused stays pageable: copies
-    from there are slower, not wrong."""
+    """A HostMapping whose leading `pinned_bytes` are registered with CUDA, as many as the driver allows. What it refused stays
+    pageable: copies from there are slower, not wrong."""
 
     def __init__(self, num_bytes: int, cuts: Sequence[int]) -> None:
         self._mapping = HostMapping(num_bytes)
@@ -65,10 +64,12 @@ class RegisteredBuffer:
         self.pinned_bytes = 0
         self._registered: list[int] = []
         try:
-            self._register(_chunks(num_bytes, cuts))
+            self.pinned_bytes = register_chunks(num_bytes, cuts, REGISTER_CHUNK_BYTES, self._register)
         except BaseException:  # Ctrl-C, which in the middle of many GiB is likely
             self.close()
             raise
+        if self.pinned_bytes < num_bytes:
+            logger.info("CUDA registered %d of %d bytes of host memory; the rest is pageable", self.pinned_bytes, num_bytes)
 
     def close(self) -> None:
         while self._registered:
@@ -77,23 +78,29 @@ class RegisteredBuffer:
         self.tensor = torch.empty(0, dtype=torch.uint8)
         self._mapping.close()
 
-    def _register(self, chunks: Sequence[tuple[int, int]]) -> None:
-        for start, end in chunks:
-            address = self.tensor.data_ptr() + start
-            if not _succeeded(torch.cuda.cudart().cudaHostRegister(address, end - start, 0)):
-                logger.info("CUDA registered %d of %d bytes of host memory; the rest is pageable", start, self.tensor.numel())
-                return
-            self._registered.append(address)
-            self.pinned_bytes = end
+    def _register(self, start: int, end: int) -> bool:
+        address = self.tensor.data_ptr() + start
+        if not _succeeded(torch.cuda.cudart().cudaHostRegister(address, end - start, 0)):
+            return False
+        self._registered.append(address)
+        return True
 
 
-def _chunks(num_bytes: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
-    """[start, end) chunks of at least REGISTER_CHUNK_BYTES that end at cuts, so that no copy straddles two of them."""
-    bounds = [0]
-    for cut in [*cuts, num_bytes]:
-        if cut - bounds[-1] >= REGISTER_CHUNK_BYTES or cut == num_bytes > bounds[-1]:
-            bounds.append(cut)
-    return list(itertools.pairwise(bounds))
+def register_chunks(num_bytes: int, cuts: Sequence[int], most_bytes: int, register: Callable[[int, int], bool]) -> int:
+    """Register [0, num_bytes) in chunks of at most `most_bytes` that end at `cuts` (ascending), so that no copy straddles two
+    of them; returns how many leading bytes `register(start, end)` did. A chunk that it refuses is tried again by halves, down
+    to what lies between two cuts, which may be more: where that is refused, the driver has no more to give."""
+    start, ends = 0, [*(cut for cut in cuts if 0 < cut < num_bytes), num_bytes]
+    while start < num_bytes:
+        reached = max(sum(end - start <= most_bytes for end in ends), 1)
+        end = ends[reached - 1]
+        if register(start, end):
+            start, ends = end, ends[reached:]
+        elif reached == 1:
+            break
+        else:
+            most_bytes = (end - start) // 2
+    return start
 
 
 def _succeeded(result: Any) -> bool:
