@@ -26,6 +26,7 @@ from .planner.plan import Plan, context_tokens, make_option, make_workload, plan
 from .planner.tree_choice import read_acceptances, read_tree, resolve_method
 from .report import Memory
 from .source import ModelSource, check_source
+from .streaming.stream import LayerStream
 from .text import TextCodec, check_same_vocabulary
 from .trace import Trace
 from .weights.source import CheckpointSource
@@ -72,11 +73,12 @@ def open_engine(
         if admit is not None:
             admit(admission)
         eos_token_ids = read_eos_token_ids(target.folder, target.architecture.eos_token_ids)
-        shared = share_memory(target, plan.placement, _left_for_layers(host, plan))
+        left_bytes = _left_for_layers(host, plan)
+        shared = share_memory(target, plan.placement, left_bytes, may_refuse=not device.host_addressable)
         counter = ReadCounter(progress, lambda plan: bytes_to_read(target, draft, plan, shared))
         plan, model, stream, store = load_target(device, target, plan, shared, fallbacks, counter, stack)
         drafter = load_draft(device, draft, plan, target.architecture.vocab_size, counter, stack) if draft else None
-        plan, fallbacks = _see_pinned(plan, fallbacks, store, hardware)
+        plan, fallbacks = _see_placed(plan, fallbacks, stream, store)
         plan = replace(plan, link_bytes_per_s=settings.emulate_link_bytes_per_s or stream.measure_link())
         method = resolve_method(settings.verifier)
         loop = DecodeLoop(device, model, stream, drafter, plan, method=method, trace=trace, fallbacks=fallbacks)
@@ -160,15 +162,13 @@ def _plan(
     return plan, Fallbacks(settings=settings, workload=workload, draft=chosen, budgets=budgets)
 
 
-def _see_pinned(plan: Plan, fallbacks: Fallbacks, store: WeightStore, hardware: HardwareProfile) -> tuple[Plan, Fallbacks]:
-    """With what the device refused to pin, and copies from there are slower."""
-    pageable_bytes = store.pageable_bytes_per_pass
-    if not pageable_bytes:
-        return plan, fallbacks
-    plan, fallbacks = fallbacks.with_pageable(plan, pageable_bytes, hardware.pageable_link_bytes_per_s)
-    sizes = store.pinned_bytes / GIB, store.host_bytes / GIB
-    logger.warning("%.2f of %.2f GiB of host memory could be pinned: %s", *sizes, plan.notes[-1])
-    return plan, fallbacks
+def _see_placed(plan: Plan, fallbacks: Fallbacks, stream: LayerStream, store: WeightStore) -> tuple[Plan, Fallbacks]:
+    """With what the device refused to pin, which takes another way."""
+    placed, fallbacks = fallbacks.as_placed(plan, stream.placement, stream.measure_move())
+    if placed != plan:
+        sizes = store.pinned_bytes / GIB, store.host_bytes / GIB
+        logger.warning("%.2f of %.2f GiB of host memory could be pinned: %s", *sizes, placed.notes[-1])
+    return placed, fallbacks
 
 
 def _memory_of(device: Device, store: WeightStore) -> Callable[[], Memory]:

@@ -132,8 +132,7 @@ class DecodeLoop:
                 # The error itself would keep all that the pass has computed: its traceback holds the frames.
                 reason = str(error).partition("\n")[0]
             self._take_back(begun)
-            if relief is None:
-                relief = self._fallbacks.relief(self._plan, self._prompt_rows) if self._fallbacks else iter(())
+            relief = relief or (self._fallbacks.relief(self._plan, self._prompt_rows) if self._fallbacks else iter(()))
             self._give_up(next(relief, None), reason)
 
     def _try_round(self, max_tokens: int, start_s: float, first: bool) -> StepResult:
@@ -183,17 +182,18 @@ class DecodeLoop:
     def _give_up(self, plan: Plan | None, reason: str) -> None:
         """Go on with `plan`, in which there is less on the device; FitError when there is none."""
         old = self._plan
-        if plan is None:
+        if plan is None or self._fallbacks is None:
             raise out_of_memory(old, reason, self._device.name, self._device.free_bytes())
         self._masks.clear()
         if plan.placement != old.placement:
             self._target.let_go()
             self._stream.give_up(plan.placement, plan.num_slots)
+            plan, self._fallbacks = self._fallbacks.as_placed(plan, self._stream.placement, self._stream.measure_move())
             self.sessions.limit(host_limit_bytes(plan))
         if self._drafter is not None:
             self._drafter.chunk_tokens = min(self._drafter.chunk_tokens, plan.pass_rows)
         self._plan = plan
-        logger.warning("%s (%s)", plan.notes[-1], reason)
+        logger.warning("%s (%s)", "; ".join(note for note in plan.notes if note not in old.notes), reason)
 
     def progress(self) -> PassProgress:
         """How far the pass under way, or the last one, has come; any thread may ask."""

@@ -15,7 +15,7 @@ from .planner.fallback import Fallbacks
 from .planner.plan import Plan
 from .source import ModelSource
 from .streaming.stream import LayerStream, ResidentWeights, Weights
-from .weights.placement import Placement
+from .weights.placement import RING_BUFFERS, Placement
 from .weights.source import share_layers
 from .weights.store import WeightStore, load_through_host
 
@@ -54,13 +54,13 @@ def bytes_to_read(source: ModelSource, draft: ModelSource | None, plan: Plan, sh
     return num_bytes
 
 
-def share_memory(source: ModelSource, placement: Placement, host_bytes: int) -> dict[int, int]:
-    """{borrower: owner}: host layers that borrow the memory of one with the same bytes, as few as `host_bytes` asks for.
-    FitError when even so it does not suffice."""
+def share_memory(source: ModelSource, placement: Placement, host_bytes: int, *, may_refuse: bool) -> dict[int, int]:
+    """{borrower: owner}: host layers that borrow the memory of one with the same bytes, as few as `host_bytes` asks for, with
+    room for a ring if the device may refuse to pin some. FitError when even so it does not suffice."""
     equal, layer_bytes = source.tensors.equal_layers, source.model.layout.num_bytes
     if not equal:
         return {}
-    shared = share_layers(placement.host, equal, host_bytes // layer_bytes)
+    shared = share_layers(placement.host, equal, host_bytes // layer_bytes - (RING_BUFFERS if may_refuse else 0))
     num_held = len(placement.host) - len(shared)
     if num_held * layer_bytes > host_bytes:
         raise FitError(
@@ -112,7 +112,8 @@ def _load_streamed(
     with ExitStack() as own:
         outside = _load_outside(device, source, counter)
         cache = _cache(device, source, plan.context_rows)
-        store = WeightStore(device, source.tensors, source.model.layout, source.architecture.prefix, plan.placement, shared)
+        prefix, most_bytes = source.architecture.prefix, plan.host_budget_bytes
+        store = WeightStore(device, source.tensors, source.model.layout, prefix, plan.placement, shared, most_bytes)
         own.callback(store.close)
         store.load(counter)
         stream = LayerStream(device, store, plan.num_slots)

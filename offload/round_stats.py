@@ -50,7 +50,8 @@ def _record(trace: Trace, stream: LayerStream, timings: list[LayerTiming], times
         trace.add("compute", f"layer {timing.layer}", timing.compute.start_s, timing.compute.end_s)
         if timing.copy is not None:
             trace.add("link", f"layer {timing.layer}", timing.copy.start_s, timing.copy.end_s)
-    for read in stream.take_disk_reads():
-        trace.add("disk", f"layer {read.layer}", read.start_s, read.end_s)
+    for fill in stream.take_ring_fills():
+        verb = "read" if fill.layer in stream.placement.disk else "move"
+        trace.add("ring", f"{verb} layer {fill.layer}", fill.start_s, fill.end_s)
     trace.add("verify", "verify", computed_s, max(verified_s, computed_s))
     trace.add("verify", "commit", verified_s, end_s)

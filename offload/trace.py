@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LANES = ("disk", "link", "compute", "draft", "verify")
+LANES = ("ring", "link", "compute", "draft", "verify")
 _COLOURS = ("#8c6d31", "#1f77b4", "#2ca02c", "#ff7f0e", "#d62728")
 MAX_SPANS = 1_000_000  # about 100 MB of JSON; older spans go first
 

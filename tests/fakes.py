@@ -2,6 +2,7 @@
 
 A real copy lands somewhere between its issue and its wait. EagerDevice lands it at once: what is overwritten too early shows.
 LateDevice lands it at the last moment and fills released buffers with NaN: what is used too early or too long shows.
+RefusingDevice and its kin pin less than they are asked to: what is copied from memory that is not pinned shows.
 RecordingDevice replays what was computed and asks Python nothing: what a recording must not hold fixed shows.
 """
 
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from offload.device.base import CopyTicket, Ticket
 from offload.device.cpu import CpuCopy, CpuDevice, CpuMark
+from offload.device.cuda import register_chunks
 from offload.device.host import HostMapping, move
 from offload.engine import Engine
 from offload.errors import HostMemoryError
@@ -123,20 +125,58 @@ class RecordingDevice(CpuDevice):
         return tape.replay
 
 
+class _PinnedInPart(HostMapping):
+    """Its leading pieces, as many as `device` has room to pin."""
+
+    def __init__(self, device: "RefusingDevice", num_bytes: int, cuts: Sequence[int]) -> None:
+        super().__init__(num_bytes)
+        self._device = device
+        self.pinned_bytes = register_chunks(num_bytes, cuts, 2**30, self._register)
+
+    def _register(self, start: int, end: int) -> bool:
+        if end - start > self._device.room_bytes:
+            return False
+        self._device.room_bytes -= end - start
+        address = self.tensor.data_ptr()
+        self._device.pinned.append((address + start, address + end))
+        return True
+
+    def close(self) -> None:
+        address = self.tensor.data_ptr()
+        mine = [chunk for chunk in self._device.pinned if address <= chunk[0] < address + self.pinned_bytes]
+        for chunk in mine:
+            self._device.pinned.remove(chunk)
+            self._device.room_bytes += chunk[1] - chunk[0]
+        super().close()
+
+
 class RefusingDevice(CpuDevice):
-    """Pins the first `share` of every buffer; the rest stays pageable."""
+    """Memory of its own, as a GPU has; pins `room_bytes` of the host's at a time, and counts copies from what is not."""
 
     name = "refusing"
     host_addressable = False
+    room_bytes = 2**40
 
-    def __init__(self, share: float) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._share = share
+        self.pinned: list[tuple[int, int]] = []  # addresses
+        self.num_pageable_copies = 0
 
     def pin(self, num_bytes: int, cuts: Sequence[int]) -> HostMapping:
-        buffer = HostMapping(num_bytes)
-        buffer.pinned_bytes = int(num_bytes * self._share)
-        return buffer
+        return _PinnedInPart(self, num_bytes, cuts)
+
+    def copy_async(self, dst: torch.Tensor, src: torch.Tensor, after: Ticket) -> CopyTicket:
+        start = src.data_ptr()
+        self.num_pageable_copies += not any(first <= start and start + src.numel() <= last for first, last in self.pinned)
+        return super().copy_async(dst, src, after)
+
+
+class RefusingEagerDevice(RefusingDevice, EagerDevice):
+    pass
+
+
+class RefusingLateDevice(RefusingDevice, LateDevice):
+    pass
 
 
 class FullHostDevice(CpuDevice):
@@ -221,3 +261,4 @@ class CountingDevice(RecordingDevice):
 
 
 DEVICES = {"cpu": CpuDevice, "eager": EagerDevice, "late": LateDevice}
+REFUSING = {"cpu": RefusingDevice, "eager": RefusingEagerDevice, "late": RefusingLateDevice}

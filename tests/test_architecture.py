@@ -34,8 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "text": {*FLOOR, *NUMBERS, "template"},
     "conversation": {*FLOOR, "text"},
     "model": MACHINE,
-    # which layers are resident is part of the schedule; shapes come from where models are found, without building any
-    "planner": {*FLOOR, "device", "weights", "streaming.schedule", "model.locate"},
+    "planner": {*FLOOR, "device", "weights", "model.locate"},  # shapes come from where models are found, without building any
     "deviation": {"planner", "stats"},
     "report": {*FLOOR, *NUMBERS, "deviation", "planner"},
     "admission": {*FLOOR, *NUMBERS, "planner"},

@@ -24,6 +24,7 @@ from offload.doctor.judge import judge
 from offload.engine import Engine
 from offload.model.attention import tree_attention
 from planning import L40
+from tree.logprobs import Scoring
 from tree.shape import TreeShape
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -131,6 +132,69 @@ def test_streamed_weights_are_pinned_and_resident_ones_take_no_host_memory(model
     with open_tiny(folder, None, resident_layers=2, slots=2) as engine:
         memory = engine.memory()
         assert memory.host_pinned_bytes == memory.host_weights_bytes == engine.plan.bytes_per_pass
+
+
+class RestrictedRuntime:
+    """CUDA's runtime, which registers `room_bytes` of host memory at a time."""
+
+    def __init__(self, room_bytes: int) -> None:
+        self._runtime, self._room_bytes = torch.cuda.cudart(), room_bytes
+        self.registered: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        if sum(self.registered.values()) + num_bytes > self._room_bytes:
+            return 2  # out of memory
+        self.registered[address] = num_bytes
+        return int(self._runtime.cudaHostRegister(address, num_bytes, flags))
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.registered[address]
+        return int(self._runtime.cudaHostUnregister(address))
+
+
+class SourcesDevice(RacingCudaDevice):
+    """Knows which copies came from memory that is not pinned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_pageable_copies = 0
+
+    def copy_async(self, dst: torch.Tensor, src: torch.Tensor, after: Ticket) -> CopyTicket:
+        self.num_pageable_copies += not src.is_pinned()
+        return super().copy_async(dst, src, after)
+
+
+@pytest.mark.parametrize("disk", [0, 3])
+def test_what_the_driver_would_not_pin_is_copied_from_pinned_memory_and_changes_no_token(
+    models: Models, monkeypatch: pytest.MonkeyPatch, disk: int
+) -> None:
+    """Six streamed layers and a ring; the driver registers two to five of these. Logits are compared where a token was
+    chosen."""
+    folder = models(num_layers=7)
+    request: dict[str, Any] = {"max_new_tokens": 24, "ignore_eos": True, "scoring": Scoring(num_top=4)}
+    with open_tiny(folder, folder, resident_layers=7) as engine:
+        expected = list(engine.stream(PROMPT, **request))
+    with open_tiny(folder, None, resident_layers=1, slots=2) as engine:
+        layer_bytes = engine.loop._stream.layer_bytes
+    host = {"host_memory_bytes": (8 - disk) * layer_bytes} if disk else {}
+    for room_layers, slots in ((2, 2), (3, 3), (4, 2), (5, 3)):
+        runtime = RestrictedRuntime(room_layers * layer_bytes)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "cudart", lambda runtime=runtime: runtime)
+            device = SourcesDevice()
+            with open_tiny(folder, folder, device, resident_layers=1, slots=slots, **host) as engine:
+                memory, placement = engine.memory(), engine.plan.placement
+                assert memory.host_pinned_bytes == room_layers * layer_bytes == sum(runtime.registered.values())
+                assert (len(placement.pageable), len(placement.disk)) == (6 - disk - (room_layers - 2), disk)
+                before = device.num_pageable_copies
+                for _ in range(2):
+                    steps = list(engine.stream(PROMPT, **request))
+                    assert [step.token_ids for step in steps] == [step.token_ids for step in expected]
+                    for step, other in zip(steps, expected, strict=True):
+                        for score, right in zip(step.scores, other.scores, strict=True):
+                            assert score.logprob == pytest.approx(right.logprob, abs=1e-4)
+                assert device.num_pageable_copies == before
+            assert runtime.registered == {}
 
 
 def test_an_exception_in_a_layer_leaves_the_engine_usable(models: Models) -> None:
@@ -254,7 +318,7 @@ def test_closing_gives_device_and_host_memory_back(models: Models) -> None:
     for _ in range(3):
         with open_tiny(folder, folder, resident_layers=2, slots=2) as engine:
             engine.generate(PROMPT, max_new_tokens=16, ignore_eos=True)
-            arena = engine.loop._stream._store._arena.tensor
+            arena = engine.loop._stream._store.any_direct_layer()
             assert arena.is_pinned()
         assert not arena.is_pinned()
         free_workspaces()

@@ -18,6 +18,7 @@ from offload.config import EngineSettings
 from offload.device import cuda
 from offload.device.cuda import CudaDevice, RegisteredBuffer, register_chunks
 from offload.errors import DeviceError
+from offload.weights.placement import RING_BUFFERS
 from planning import L40
 
 Models = Callable[..., Path]
@@ -199,6 +200,22 @@ def test_attempts_come_to_an_end_with_all_leading_pieces_that_there_is_room_for(
     pinned_bytes = register_chunks(sum(sizes), cuts, most_bytes, register)
     assert pinned_bytes == max((cut for cut in cuts if cut <= room_bytes), default=0)
     assert [0, *(end for _, end in done)] == [*(start for start, _ in done), pinned_bytes]
+
+
+def test_layers_behind_what_the_driver_registers_go_through_what_it_did(runtime: Runtime, models: Models) -> None:
+    settings = EngineSettings(model=str(models(num_layers=6)), device="cpu", tree="none", resident_layers=1, slots=2)
+    texts = []
+    for room_layers in (5, 3, 0):
+        with open_engine(settings, device=open_device(), hardware=L40) as engine:
+            layer_bytes = engine.loop._stream.layer_bytes
+        runtime.room_bytes = room_layers * layer_bytes
+        with open_engine(settings, device=open_device(), hardware=L40) as engine:
+            texts.append(engine.generate(PROMPT, max_new_tokens=12, ignore_eos=True).token_ids)
+            assert sum(runtime.registered.values()) == engine.memory().host_pinned_bytes == room_layers * layer_bytes
+            assert len(engine.plan.placement.pageable) == (0 if room_layers == 5 else 5 - max(room_layers - RING_BUFFERS, 0))
+        assert runtime.registered == {}
+        runtime.room_bytes = 2**40
+    assert texts[0] == texts[1] == texts[2]
 
 
 def test_an_interruption_while_registering_leaves_nothing_registered(runtime: Runtime) -> None:

@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from command_line import DOES_NOT_FIT, assert_error, run_command
 from exactness import LENGTH, TREE, chi_square, exact_law, save_pair
 from exactness import PROMPT as PAIR_PROMPT
-from fakes import AllocationFault, EagerDevice, FullHostDevice, LateDevice, RefusingDevice, layer_fault
+from fakes import REFUSING, AllocationFault, EagerDevice, FullHostDevice, LateDevice, layer_fault
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.device.cpu import CpuDevice
@@ -74,8 +74,8 @@ def text(models: Models, prompt: list[int], request: Request, **changes: object)
         return engine.generate(prompt, **request).token_ids
 
 
-def num_disk_threads() -> int:
-    return sum(thread.name == "treestream-disk" for thread in threading.enumerate())
+def num_ring_threads() -> int:
+    return sum(thread.name == "treestream-ring" for thread in threading.enumerate())
 
 
 # -- the device, in a pass ----------------------------------------------------------------------------------------------
@@ -194,10 +194,10 @@ def test_a_layer_goes_back_to_disk_where_the_host_has_no_room(models: Models, ad
         assert len(engine.plan.placement.disk) == 3
         with layer_fault(engine, 2, lambda: len(engine.plan.placement.resident) > 1):
             assert engine.generate(PROMPT, **SAMPLED).token_ids == expected
-        assert len(engine.plan.placement.disk) == 4 and num_disk_threads() == 1
+        assert len(engine.plan.placement.disk) == 4 and num_ring_threads() == 1
         assert engine.memory().host_weights_bytes == RING_BUFFERS * layer_bytes
         assert engine.generate(PROMPT, **SAMPLED).token_ids == expected
-    assert num_disk_threads() == 0
+    assert num_ring_threads() == 0
     with open_tiny(models, adversary(), **changes, host_memory_bytes=3 * layer_bytes) as engine:
         assert not engine.plan.placement.disk
         with layer_fault(engine, 2, lambda: True), pytest.raises(FitError):
@@ -316,26 +316,93 @@ def test_every_plan_that_follows_another_takes_less_and_they_come_to_an_end(
 # -- the host, when a model is loaded -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rate", [4e5, None])
-def test_memory_that_cannot_be_pinned_slows_the_prediction_and_is_said(
-    models: Models, caplog: pytest.LogCaptureFixture, rate: float | None
+@contextmanager
+def open_refusing(
+    models: Models, kind: str, room_layers: int, hardware: HardwareProfile = SLOW_LINK, **changes: object
+) -> Iterator[Engine]:
+    """On a device that pins `room_layers` layers."""
+    with open_tiny(models, **changes) as engine:
+        layer_bytes = engine.loop._stream.layer_bytes
+    device = REFUSING[kind]()
+    device.room_bytes = room_layers * layer_bytes
+    with open_tiny(models, device, hardware, **changes) as engine:
+        yield engine
+    assert device.pinned == [] and num_ring_threads() == 0
+
+
+@pytest.mark.parametrize("kind", sorted(REFUSING))
+@pytest.mark.parametrize("disk", [0, 2])
+def test_memory_that_cannot_be_pinned_changes_no_token(models: Models, kind: str, disk: int) -> None:
+    changes: dict[str, Any] = {"resident_layers": 0}
+    with open_tiny(models, **changes) as engine:
+        expected = engine.generate(PROMPT, **SAMPLED).token_ids
+        layer_bytes = engine.loop._stream.layer_bytes
+    if disk:
+        changes["host_memory_bytes"] = (NUM_LAYERS - disk + RING_BUFFERS) * layer_bytes - 1
+    for slots, room_layers in ((2, 0), (2, 2), (3, 3)):
+        with open_refusing(models, kind, room_layers, **changes, slots=slots) as engine:
+            placement, memory = engine.plan.placement, engine.memory()
+            assert placement.pageable and bool(placement.disk) == bool(disk)
+            assert engine.generate(PROMPT, **SAMPLED).token_ids == expected
+            assert engine.generate(PROMPT, **SAMPLED).token_ids == expected
+            assert memory.host_pinned_bytes == room_layers * layer_bytes
+            assert memory.host_weights_bytes == sum(engine.plan.host_ledger.values())
+
+
+@pytest.mark.parametrize("rate", [4e5, 4e6])
+def test_memory_that_cannot_be_pinned_slows_the_prediction_as_its_timeline_has_it_and_is_said(
+    models: Models, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, rate: float
 ) -> None:
-    hardware = replace(SLOW_LINK, pageable_link_bytes_per_s=rate)
-    expected = text(models, PROMPT, SAMPLED)
-    with open_tiny(models, RefusingDevice(1.0), hardware) as engine:
-        planned, needed = engine.plan, engine.plan.bytes_per_pass
-        assert planned.notes == () and engine.memory().host_pinned_bytes == needed and not caplog.text
-        assert planned.prediction.pass_s == pytest.approx(needed / 1e6)
-    with open_tiny(models, RefusingDevice(0.25), hardware) as engine:
-        assert engine.generate(PROMPT, **SAMPLED).token_ids == expected
-        plan, memory = engine.plan, engine.memory()
-        assert (memory.host_pinned_bytes, memory.host_weights_bytes) == (needed // 4, needed)
-        assert plan.notes[0].startswith("75 % of each pass are copied from memory that could not be pinned, at ")
+    """Three of five layers are moved at a rate of which the link is the double or a quarter: either the ring is busy all the
+    time, or the link."""
+    with open_refusing(models, "cpu", 100, resident_layers=0) as engine:
+        planned, layer_bytes = engine.plan, engine.loop._stream.layer_bytes
+        assert planned.notes == () and engine.memory().host_pinned_bytes == 5 * layer_bytes and not caplog.text
+        assert planned.prediction.pass_s == pytest.approx(5 * layer_bytes / 1e6)
+    monkeypatch.setattr("offload.streaming.stream.LayerStream.measure_move", lambda _: rate)
+    with open_refusing(models, "cpu", 4, resident_layers=0) as engine:
+        plan = engine.plan
+        assert len(plan.placement.pageable) == 3 and engine.memory().host_weights_bytes == 7 * layer_bytes
+        assert {name: size // layer_bytes for name, size in plan.host_ledger.items()} == {
+            "pinned layers": 2,
+            "pageable layers": 3,
+            "bounce ring": RING_BUFFERS,
+        }
+        assert plan.prediction.pass_s == pytest.approx(max(3 * layer_bytes / rate, 5 * layer_bytes / 1e6))
+        how = f"moved into a ring at {rate / 1e9:.3g} GB/s on their way"
+        note = f"3 of 5 streamed layers could not be pinned and are {how}"
+        assert [one.partition(";")[0] for one in plan.notes] == [note]
+        assert ("; predicted" in plan.notes[0]) == (plan.prediction.pass_s > planned.prediction.pass_s * 1.1)
         assert f"GiB of host memory could be pinned: {plan.notes[0]}" in caplog.text
-        if rate is None:
-            assert "at a rate that is not known" in plan.notes[0] and plan.prediction == planned.prediction
-        else:
-            assert plan.prediction.pass_s == pytest.approx(needed / 4 / 1e6 + needed * 3 / 4 / rate)
+
+
+@pytest.mark.parametrize("kind", sorted(REFUSING))
+def test_a_layer_that_leaves_the_device_and_is_not_pinned_is_told_in_the_plan(models: Models, kind: str) -> None:
+    changes: dict[str, Any] = {"draft_models": (), "tree": "none", "resident_layers": 2}
+    expected = text(models, PROMPT, SAMPLED, **changes)
+    with open_refusing(models, kind, 3, **changes) as engine:
+        assert not engine.plan.placement.pageable
+        with layer_fault(engine, 2, lambda: len(engine.plan.placement.resident) > 1):
+            assert engine.generate(PROMPT, **SAMPLED).token_ids == expected
+        plan = engine.plan
+        assert plan.placement == engine.loop._stream.placement and len(plan.placement.pageable) == 1 + RING_BUFFERS
+        assert engine.memory().host_weights_bytes == sum(plan.host_ledger.values())
+        assert plan.notes[-2].startswith("out of device memory: 1 resident layers, not 2")
+        assert plan.notes[-1].startswith("3 of 4 streamed layers could not be pinned and are moved into a ring at ")
+        assert engine.generate(PROMPT, **SAMPLED).token_ids == expected
+
+
+def test_a_ring_takes_no_more_host_memory_than_the_budget(models: Models) -> None:
+    with open_tiny(models, resident_layers=0) as engine:
+        expected = engine.generate(PROMPT, **SAMPLED).token_ids
+        layer_bytes = engine.loop._stream.layer_bytes
+    changes: dict[str, Any] = {"resident_layers": 0, "host_memory_bytes": 6 * layer_bytes}
+    for room_layers in (0, 2, 4):
+        with open_refusing(models, "late", room_layers, **changes) as engine:
+            plan = engine.plan
+            assert engine.generate(PROMPT, **SAMPLED).token_ids == expected
+            assert len(plan.placement.disk) == 2 and "2 more stay on disk, as the host has no room for a ring" in plan.notes[0]
+            assert engine.memory().host_weights_bytes == sum(plan.host_ledger.values()) == 5 * layer_bytes
 
 
 def test_host_memory_that_is_refused_or_gone_goes_to_disk_with_a_warning(

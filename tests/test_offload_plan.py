@@ -42,7 +42,7 @@ def test_layers_beyond_the_host_budget_go_to_disk(host_gib: float) -> None:
     made = plan(replace(SETTINGS, resident_layers=0), device_gib=None, host_gib=host_gib)
     assert sum(made.host_ledger.values()) <= host_gib * GIB
     on_disk = len(made.placement.disk)
-    assert on_disk == 0 or made.host_ledger["disk ring"] == RING_BUFFERS * LLAMA_2_70B.layer_bytes
+    assert on_disk == 0 or made.host_ledger["bounce ring"] == RING_BUFFERS * LLAMA_2_70B.layer_bytes
     assert len(made.placement.host) + on_disk == 80
 
 

@@ -52,7 +52,7 @@ def test_the_screen_tells_what_goes_where_and_how_fast(capsys: Capsys) -> None:
     for part in (
         "FITS.",
         "pinned layers",
-        "disk ring",
+        "bounce ring",
         "s/token without a tree",
         "the disk sets the pace",
         "GiB more host memory",

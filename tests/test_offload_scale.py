@@ -157,6 +157,11 @@ def test_identity_layers_share_memory_when_it_is_short_and_say_so(preset: None) 
     assert report.token_ids == expected.token_ids
     assert report.plan.bytes_per_pass == expected.plan.bytes_per_pass == 10 * layer_bytes
     assert document["memory"]["host_shared_layers"] == 2 and document["memory"]["host_weights_bytes"] == budget
+    device = RefusingDevice()
+    device.room_bytes = 3 * layer_bytes
+    with engine_of("scale:small:12", "none", device, resident_layers=2, slots=2, host_memory_bytes=budget) as engine:
+        assert engine.generate(PROMPT, max_new_tokens=12, ignore_eos=True).token_ids == expected.token_ids
+        assert engine.memory().host_weights_bytes == budget and engine.plan.placement.pageable, "the ring is among them"
     with pytest.raises(FitError, match="layers that differ"):
         engine_of("scale:small:12", "none", resident_layers=2, slots=2, host_memory_bytes=2 * layer_bytes)
 
@@ -166,7 +171,7 @@ def test_equal_layers_on_a_device_are_made_once(preset: None) -> None:
     read: list[tuple[int, int]] = []
     with engine_of("scale:small:12", "none", resident_layers=7, slots=2) as engine:
         expected = engine.generate(PROMPT, max_new_tokens=12, ignore_eos=True).token_ids
-    device = RefusingDevice(1.0)
+    device = RefusingDevice()
     with engine_of("scale:small:12", "none", device, lambda *done: read.append(done), resident_layers=7, slots=2) as engine:
         assert engine.generate(PROMPT, max_new_tokens=12, ignore_eos=True).token_ids == expected
     assert read[-1][0] == read[-1][1]

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.streaming.schedule import Compute, Fetch, first_fetches, pass_steps, spread_evenly
+from offload.streaming.schedule import Compute, Fetch, first_fetches, pass_steps
+from offload.weights.placement import spread_evenly
 
 shapes = st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)), st.integers(1, 5)))
 

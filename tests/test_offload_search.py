@@ -16,8 +16,7 @@ from offload.planner.pipeline import PartTimes, steady_round
 from offload.planner.plan import expanded_per_level, make_workload
 from offload.planner.rounds import DraftOption, Workload, predict
 from offload.planner.search import best_choice
-from offload.streaming.schedule import spread_evenly
-from offload.weights.placement import Placement
+from offload.weights.placement import Placement, spread_evenly
 from planning import GIB, L40, LLAMA_2_7B, LLAMA_2_70B, SETTINGS, budgets, constant_times, draft_option, plan
 from tree.acceptance import Acceptance
 from tree.optimizer import best_tree, expected_tokens
@@ -28,11 +27,21 @@ SEQUOIA = Acceptance(((0.634183, 0.107946, 0.056972, 0.022489, 0.01949),))
 
 
 def one_round(
-    resident: int, slots: int, *, copy_s: float, before_s: float, layer_s: float, after_s: float, disk: int = 0
+    resident: int,
+    slots: int,
+    *,
+    copy_s: float,
+    before_s: float,
+    layer_s: float,
+    after_s: float,
+    disk: int = 0,
+    pageable: int = 0,
+    move_s: float = 0.0,
 ) -> float:
     streamed = [layer for layer in range(8) if layer not in spread_evenly(resident, 8)]
-    placement = Placement(num_layers=8, resident=spread_evenly(resident, 8), disk=frozenset(streamed[:disk]))
-    parts = PartTimes(copy_s=copy_s, read_s=1.0, before_s=before_s, layer_s=layer_s, after_s=after_s)
+    moved = frozenset(streamed[disk : disk + pageable])
+    placement = Placement(num_layers=8, resident=spread_evenly(resident, 8), disk=frozenset(streamed[:disk]), pageable=moved)
+    parts = PartTimes(copy_s=copy_s, read_s=1.0, move_s=move_s, before_s=before_s, layer_s=layer_s, after_s=after_s)
     return float(steady_round(placement, slots, parts).round_s)
 
 
@@ -52,6 +61,16 @@ def test_drafting_beyond_what_the_slots_hide_is_paid_for() -> None:
 
 def test_a_disk_that_feeds_the_pass_sets_its_pace() -> None:
     assert one_round(0, 3, copy_s=0.1, before_s=0.0, layer_s=0.01, after_s=0.0, disk=8) == pytest.approx(8.0)
+
+
+def test_memory_that_is_not_pinned_is_a_disk_of_its_own_rate() -> None:
+    """Hidden under the link while there is time, all of the pass where there is not, and one after another with reads."""
+    times = {"copy_s": 0.5, "before_s": 0.0, "layer_s": 0.01, "after_s": 0.0}
+    assert one_round(0, 3, **times, pageable=3, move_s=0.5) == pytest.approx(4.0)
+    assert one_round(0, 3, **times, pageable=8, move_s=0.4) == pytest.approx(4.0)
+    assert one_round(0, 3, **times, pageable=8, move_s=0.8) == pytest.approx(6.4)
+    assert one_round(0, 3, **times, pageable=8, move_s=1.0) == one_round(0, 3, **times, disk=8)
+    assert one_round(0, 3, **times, disk=4, pageable=4, move_s=0.6) == pytest.approx(4 * 1.0 + 4 * 0.6)
 
 
 @given(

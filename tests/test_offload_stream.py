@@ -1,23 +1,25 @@
 """Streams on honest and adversarial devices yield the right bytes at the right time, and survive faults."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from dataclasses import replace
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from fakes import EagerDevice, FailingDevice, LateDevice
+from fakes import REFUSING, EagerDevice, FailingDevice, LateDevice, RefusingDevice, RefusingLateDevice
 from offload.device import Device
 from offload.device.cpu import CpuDevice
-from offload.errors import DeviceError
-from offload.streaming.schedule import spread_evenly
+from offload.device.host import HostMapping, move_by_threads
+from offload.errors import DeviceError, HostMemoryError
 from offload.streaming.stream import LayerStream, layer_timings
 from offload.weights.checkpoint import open_checkpoint
 from offload.weights.layout import LayerLayout
-from offload.weights.placement import RING_BUFFERS, Placement
+from offload.weights.placement import RING_BUFFERS, Placement, spread_evenly
+from offload.weights.ring import BounceRing
 from offload.weights.source import CheckpointSource
 from offload.weights.store import WeightStore
 
@@ -27,12 +29,20 @@ MakeCheckpoint = Callable[[int], Path]
 
 @contextmanager
 def open_stream(
-    device: Device, folder: Path, num_layers: int, resident: int, slots: int, disk: int = 0
+    device: Device,
+    folder: Path,
+    num_layers: int,
+    resident: int,
+    slots: int,
+    disk: int = 0,
+    most_host_layers: int | None = None,
 ) -> Iterator[tuple[LayerStream, WeightStore]]:
     in_memory = spread_evenly(resident, num_layers)
     rest = [layer for layer in range(num_layers) if layer not in in_memory]
     placement = Placement(num_layers=num_layers, resident=in_memory, disk=frozenset(rest[:disk]))
-    store = WeightStore(device, CheckpointSource(open_checkpoint(folder)), LAYOUT, "model.layers", placement)
+    most_bytes = None if most_host_layers is None else most_host_layers * LAYOUT.num_bytes
+    source = CheckpointSource(open_checkpoint(folder))
+    store = WeightStore(device, source, LAYOUT, "model.layers", placement, most_host_bytes=most_bytes)
     store.load()
     stream = LayerStream(device, store, slots)
     yield stream, store
@@ -70,6 +80,165 @@ def test_layers_from_disk_are_the_same_as_from_memory(device: Device, layered_ch
                 for _ in range(4):
                     check_pass(stream, 6)
                 assert store.host_bytes == (6 - resident - disk + RING_BUFFERS) * LAYOUT.num_bytes
+
+
+@pytest.fixture(params=sorted(REFUSING))
+def refusing(request: pytest.FixtureRequest) -> Iterator[RefusingDevice]:
+    """A device that pins less than it is asked to: how much is up to the test."""
+    device = REFUSING[request.param]()
+    yield device
+    device.close()
+
+
+@pytest.mark.parametrize("disk", [0, 2])
+@pytest.mark.parametrize("room", [0, 2, 3, 5, 8])
+def test_layers_that_could_not_be_pinned_are_the_same_and_copied_from_what_could(
+    refusing: RefusingDevice, layered_checkpoint: MakeCheckpoint, room: int, disk: int
+) -> None:
+    """From no memory that is pinned to more than is needed; what is pinned goes to the ring first, and all of it is used."""
+    folder, num_host = layered_checkpoint(7), 6 - disk
+    refusing.room_bytes = room * LAYOUT.num_bytes + 1
+    needs_ring = disk > 0 or room < num_host
+    for slots in (2, 3):
+        with open_stream(refusing, folder, 7, 1, slots, disk) as (stream, store):
+            before = refusing.num_pageable_copies
+            assert len(stream.placement.pageable) == max(num_host - max(room - RING_BUFFERS * needs_ring, 0), 0)
+            assert (stream.measure_move() is None) == (not stream.placement.pageable)
+            for _ in range(4):
+                check_pass(stream, 7)
+            layers = stream.one_pass()
+            list(islice(layers, 3))
+            layers.close()
+            check_pass(stream, 7)
+            assert refusing.num_pageable_copies == before or room == 0
+            assert store.host_bytes == (num_host + RING_BUFFERS * needs_ring) * LAYOUT.num_bytes
+            assert store.pinned_bytes == min(room * LAYOUT.num_bytes, store.host_bytes)
+        assert refusing.pinned == []
+
+
+def test_pageable_layers_lie_far_from_each_other(layered_checkpoint: MakeCheckpoint) -> None:
+    """So that the ring is filled while the link copies layers that need none."""
+    device = RefusingDevice()
+    device.room_bytes = 8 * LAYOUT.num_bytes
+    with open_stream(device, layered_checkpoint(12), 12, 0, 2) as (stream, _):
+        pageable = sorted(stream.placement.pageable)
+        assert len(pageable) == 6 and sum(after - before == 1 for before, after in pairwise(pageable)) <= RING_BUFFERS
+
+
+@pytest.mark.parametrize("room", [0, 2, 4])
+def test_a_ring_that_the_host_has_no_room_for_takes_that_of_layers_which_stay_on_disk(
+    refusing: RefusingDevice, layered_checkpoint: MakeCheckpoint, room: int
+) -> None:
+    refusing.room_bytes = room * LAYOUT.num_bytes
+    folder = layered_checkpoint(6)
+    for most, on_disk in ((5, RING_BUFFERS), (5 + RING_BUFFERS, 0)):
+        with open_stream(refusing, folder, 6, 1, 2, most_host_layers=most) as (stream, store):
+            assert len(stream.placement.disk) == on_disk and store.host_bytes == most * LAYOUT.num_bytes
+            for _ in range(3):
+                check_pass(stream, 6)
+
+
+@pytest.mark.parametrize("resident", [3, 6])
+@pytest.mark.parametrize("room", [0, 2, 3, 4])
+def test_a_layer_that_leaves_the_device_for_memory_that_is_not_pinned_goes_through_a_ring(
+    refusing: RefusingDevice, layered_checkpoint: MakeCheckpoint, room: int, resident: int
+) -> None:
+    """One by one until nothing is resident: the first of them that is not pinned makes layers move, with what they hold."""
+    refusing.room_bytes = 2**40
+    folder = layered_checkpoint(6)
+    with open_stream(refusing, folder, 6, resident, 2) as (stream, store):
+        check_pass(stream, 6)
+        refusing.room_bytes = max(room - store.pinned_bytes // LAYOUT.num_bytes, 0) * LAYOUT.num_bytes
+        before = refusing.num_pageable_copies
+        num_leaving = 3 if resident == 6 else 1
+        while store.placement.resident:
+            leaving = frozenset(sorted(store.placement.resident)[-num_leaving:])
+            stream.give_up(replace(stream.placement, resident=store.placement.resident - leaving), 2)
+            num_leaving = 1
+            assert stream.measure_move() is not None or not stream.placement.pageable
+            for _ in range(3):
+                check_pass(stream, 6)
+        assert stream.placement.pageable
+        assert refusing.num_pageable_copies == before or room < RING_BUFFERS
+        assert store.host_bytes == (6 + RING_BUFFERS) * LAYOUT.num_bytes
+    assert refusing.pinned == []
+
+
+@pytest.mark.parametrize("room", [0, 2, 3])
+def test_layers_that_share_memory_go_through_the_ring_together(layered_checkpoint: MakeCheckpoint, room: int) -> None:
+    """Also when the memory that they share becomes the ring's: 0, 2 and 4 are one, and the first that is pinned."""
+    device = RefusingLateDevice()
+    device.room_bytes = room * LAYOUT.num_bytes
+    source, shared = CheckpointSource(open_checkpoint(layered_checkpoint(5))), {2: 0, 4: 0}
+    placement = Placement(num_layers=5, resident=frozenset())
+    store = WeightStore(device, source, LAYOUT, "model.layers", placement, shared)
+    store.load()
+    stream = LayerStream(device, store, 2)
+    for _ in range(3):
+        assert [weights["a"][0].item() for weights in stream.one_pass()] == [0, 1, 0, 3, 0]
+    assert {0, 2, 4} <= stream.placement.pageable or not {0, 2, 4} & stream.placement.pageable
+    assert store.host_bytes == (3 + (RING_BUFFERS if room < 3 else 0)) * LAYOUT.num_bytes
+    stream.close()
+    store.close()
+    device.close()
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 7, 4096, 100_001])
+def test_threads_move_every_byte(num_bytes: int) -> None:
+    src = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8)
+    dst = torch.zeros_like(src)
+    move_by_threads(dst, src)
+    assert torch.equal(dst, src)
+
+
+def test_a_store_that_finds_no_memory_for_its_ring_leaves_none_pinned(
+    layered_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = RefusingDevice()
+    device.room_bytes = 2 * LAYOUT.num_bytes
+    pin = device.pin
+
+    def refuse_two(num_bytes: int, cuts: Sequence[int]) -> HostMapping:
+        if num_bytes == RING_BUFFERS * LAYOUT.num_bytes:
+            raise HostMemoryError("refused", where="host memory", cure="free memory")
+        return pin(num_bytes, cuts)
+
+    monkeypatch.setattr(device, "pin", refuse_two)
+    with pytest.raises(HostMemoryError), open_stream(device, layered_checkpoint(5), 5, 0, 2):
+        pass
+    assert device.pinned == [] and device.room_bytes == 2 * LAYOUT.num_bytes
+
+
+def test_a_buffer_is_filled_again_only_when_its_copy_has_landed() -> None:
+    """On a device where copies land as late as they may: the ring has to ask for it."""
+    device = LateDevice()
+    buffer, slot = torch.zeros(8, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8)
+    ring = BounceRing(device, [buffer], (1, 2, 3), lambda layer, memory: memory.fill_(layer))
+    for layer in (1, 2, 3, 1):
+        ticket = device.copy_async(slot, ring.source(layer), device.mark())
+        ring.sent(layer, ticket)
+        while not ring.ready():  # with the next layer, in the same buffer
+            time.sleep(0)
+        assert device.wait(ticket).tolist() == [layer] * 8
+    ring.close()
+    device.close()
+
+
+def test_a_ring_reports_what_a_fill_raises_and_goes_on() -> None:
+    device = CpuDevice()
+
+    def fill(layer: int, memory: torch.Tensor) -> None:
+        if layer == 1:
+            raise DeviceError("no layer", where="ring", cure="none")
+        memory.fill_(layer)
+
+    ring = BounceRing(device, [torch.zeros(8, dtype=torch.uint8) for _ in range(2)], (0, 1, 2), fill)
+    assert ring.source(0).tolist() == [0] * 8
+    with pytest.raises(DeviceError, match="no layer"):
+        ring.source(1)
+    assert ring.source(2).tolist() == [2] * 8
+    ring.close()
+    device.close()
 
 
 def test_late_device_catches_weights_used_after_their_release(layered_checkpoint: MakeCheckpoint) -> None:

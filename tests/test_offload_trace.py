@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from fakes import RefusingDevice
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.trace import LANES, Trace
@@ -61,6 +63,22 @@ def test_a_layer_is_computed_only_after_its_copy_has_landed(models: Models) -> N
     last = {span.name: span for span in spans if span.lane == "compute"}
     for name, copy in links.items():
         assert copy.end_s <= last[name].start_s + 1e-6
+
+
+def test_the_ring_tells_what_was_read_from_what_was_moved(models: Models) -> None:
+    """Six layers of which two are on disk; of the four in memory the device pins none beside the ring."""
+    folder, trace, device = models(num_layers=6), Trace(), RefusingDevice()
+    settings = EngineSettings(model=str(folder), tree="none", device="cpu", resident_layers=0, slots=2)
+    with open_engine(settings, hardware=L40) as engine:
+        layer_bytes = engine.loop._stream.layer_bytes
+    device.room_bytes = 2 * layer_bytes
+    settings = replace(settings, host_memory_bytes=5 * layer_bytes)
+    with open_engine(settings, trace=trace, device=device, hardware=L40) as engine:
+        engine.generate([1, 2, 3], max_new_tokens=4, ignore_eos=True)
+        on_disk = engine.plan.placement.disk
+    names = {span.name for span in trace.spans if span.lane == "ring"}
+    assert names == {f"{'read' if layer in on_disk else 'move'} layer {layer}" for layer in range(6)}
+    assert 0 < len(on_disk) < 6
 
 
 def test_the_timeline_is_a_picture(models: Models, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class Device(Protocol):
 
     def pin(self, num_bytes: int, cuts: Sequence[int]) -> HostBuffer:
         """Host memory of exactly `num_bytes`. A copy never straddles an offset in `cuts` (ascending), so memory may be
-        registered in chunks ending there."""
+        registered in chunks ending there, as what is pinned of it does."""
 
     def upload(self, host: torch.Tensor) -> torch.Tensor:
         """A small host tensor (indices, masks) on the device, in compute order, without a host sync."""

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from ..errors import HostMemoryError
 
 _MAX_TOUCH_THREADS = 16
+_MAX_MOVE_THREADS = 8  # more than memory needs that one link keeps busy; what else computes on the host keeps its cores
 _UNLIMITED_BYTES = 2**60  # the first version of control groups says "no limit" with a number near 2**63
 _CGROUP_LIMITS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -47,11 +49,7 @@ class HostMapping:
 
     def touch(self) -> None:
         """Fault all pages in, by several threads: registering touched memory is several times faster."""
-        num_threads = min(len(os.sched_getaffinity(0)), _MAX_TOUCH_THREADS)
-        step = -(-self.tensor.numel() // num_threads) if self.tensor.numel() else 1
-        starts = range(0, self.tensor.numel(), step)
-        with ThreadPoolExecutor(num_threads) as pool:
-            list(pool.map(lambda start: zero(self.tensor[start : start + step]), starts))
+        _by_threads(_MAX_TOUCH_THREADS, self.tensor.numel(), lambda piece: zero(self.tensor[piece]))
 
     def close(self) -> None:
         self.tensor = torch.empty(0, dtype=torch.uint8)
@@ -66,6 +64,19 @@ def move(dst: torch.Tensor, src: torch.Tensor) -> None:
     """Copy uint8 host memory without the GIL and on the calling thread only, so that it overlaps with compute."""
     assert dst.numel() == src.numel()
     ctypes.memmove(dst.data_ptr(), src.data_ptr(), src.numel())
+
+
+def move_by_threads(dst: torch.Tensor, src: torch.Tensor) -> None:
+    """`move` by several threads, as one alone is slower than a link."""
+    _by_threads(_MAX_MOVE_THREADS, src.numel(), lambda piece: move(dst[piece], src[piece]))
+
+
+def _by_threads(max_threads: int, num_bytes: int, work: Callable[[slice], None]) -> None:
+    """`work` on pieces that together are [0, num_bytes), one for each thread."""
+    num_threads = min(len(os.sched_getaffinity(0)), max_threads)
+    step = max(-(-num_bytes // num_threads), 1)
+    with ThreadPoolExecutor(num_threads) as pool:
+        list(pool.map(work, (slice(start, start + step) for start in range(0, num_bytes, step))))
 
 
 def available_bytes() -> int:

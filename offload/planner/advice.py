@@ -60,7 +60,7 @@ def _changes(made: Plan, budgets: Budgets) -> Iterator[tuple[str, Budgets]]:
         yield f"{MORE_BYTES // GIB} GiB more device memory", more
     if made.placement.disk and budgets.host_bytes is not None:
         layer_bytes = made.bytes_per_pass // len(made.placement.streamed)
-        missing = len(made.placement.disk) * layer_bytes - made.host_ledger["disk ring"]
+        missing = len(made.placement.disk) * layer_bytes - made.host_ledger["bounce ring"]
         if missing > 0:
             gib = -(-missing // GIB)
             yield f"{gib} GiB more host memory, and no disk", replace(budgets, host_bytes=budgets.host_bytes + gib * GIB)

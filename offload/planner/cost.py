@@ -70,8 +70,3 @@ def ledger_lines(ledger: Mapping[str, int], budget_bytes: int) -> str:
 def size_text(num_bytes: int) -> str:
     """As a flag takes it, rounded up."""
     return f"{-(-num_bytes // 2**20)}MiB"
-
-
-def mixed_rate(bytes_per_s: float, other_bytes_per_s: float, other_share: float) -> float:
-    """Bytes per second of copies of which `other_share` run at another rate."""
-    return 1 / ((1 - other_share) / bytes_per_s + other_share / other_bytes_per_s)

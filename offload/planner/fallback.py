@@ -13,9 +13,8 @@ from tree.optimizer import best_part
 
 from ..config import EngineSettings
 from ..errors import FitError
-from ..streaming.schedule import spread_evenly
-from ..weights.placement import RING_BUFFERS
-from .cost import GIB, mixed_rate
+from ..weights.placement import RING_BUFFERS, Placement, spread_evenly
+from .cost import GIB
 from .memory import CHUNK_ROWS, MIN_SLOTS, Budgets, MemoryPlan, device_ledger, host_ledger, layers_ledger, plan_memory
 from .plan import NOTHING_STREAMED, Plan, predict_tree
 from .rounds import DraftOption, Workload
@@ -113,17 +112,20 @@ class Fallbacks:
         what = f"less host memory than planned: {counts}, passes of at most {smaller.pass_rows} rows"
         return self._completed(smaller, plan, what)
 
-    def with_pageable(self, plan: Plan, pageable_bytes: int, pageable_bytes_per_s: float | None) -> "tuple[Plan, Fallbacks]":
-        """`plan`, and what later plans are made from, when `pageable_bytes` of a pass come from memory that is not pinned.
-        Where the rate of such copies is not known, the prediction leaves them out, and the note says so."""
-        share, pinned_rate = pageable_bytes / plan.bytes_per_pass, self.workload.link_bytes_per_s
-        rate = pageable_bytes_per_s or pinned_rate
-        slower = replace(self.workload, link_bytes_per_s=mixed_rate(pinned_rate, rate, share))
-        known = f"at {rate / 1e9:.3g} GB/s, not {pinned_rate / 1e9:.3g}"
-        how = known if pageable_bytes_per_s else "at a rate that is not known"
-        what = f"{share * 100:.0f} % of each pass are copied from memory that could not be pinned, {how}"
-        fallbacks = replace(self, workload=slower)
-        return fallbacks._completed(plan, plan, what), fallbacks
+    def as_placed(self, plan: Plan, placement: Placement, move_bytes_per_s: float | None) -> "tuple[Plan, Fallbacks]":
+        """`plan` with its layers where they came to lie, and what later plans are made from. Layers in memory that the device
+        would not pin are moved into a ring at `move_bytes_per_s`; a ring that found no room beside them keeps others on
+        disk."""
+        if placement == plan.placement:
+            return plan, self
+        fallbacks = replace(self, workload=replace(self.workload, move_bytes_per_s=move_bytes_per_s or math.inf))
+        said, num_more = [], len(placement.disk) - len(plan.placement.disk)
+        if move_bytes_per_s is not None:
+            counts, rate = f"{len(placement.pageable)} of {len(placement.streamed)}", f"{move_bytes_per_s / 1e9:.3g} GB/s"
+            said.append(f"{counts} streamed layers could not be pinned and are moved into a ring at {rate} on their way")
+        if num_more:
+            said.append(f"{num_more} more stay on disk, as the host has no room for a ring beside what could not be pinned")
+        return fallbacks._completed(replace(plan, placement=placement), plan, ", ".join(said)), fallbacks
 
     def _host_has_room(self, plan: Plan, num_layers: int) -> bool:
         """Where one memory is host and device, a layer that moves takes no more of it."""

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from ..config import EngineSettings
 from ..errors import FitError
-from ..streaming.schedule import spread_evenly
-from ..weights.placement import RING_BUFFERS, Placement
+from ..weights.placement import RING_BUFFERS, Placement, spread_evenly
 from .cost import ModelCost, activation_bytes, ledger_lines, logits_bytes, size_text
 
 DEFAULT_TEXT_TOKENS = 4096
@@ -106,9 +105,14 @@ def layers_ledger(target: ModelCost, num_resident: int, num_slots: int) -> dict[
 
 def host_ledger(target: ModelCost, placement: Placement) -> dict[str, int]:
     """Bytes of the target's layers on the host."""
-    num_pinned = placement.num_layers - len(placement.resident) - len(placement.disk)
+    num_pageable = len(placement.pageable)
+    num_pinned = placement.num_layers - len(placement.resident) - len(placement.disk) - num_pageable
     ledger = {"pinned layers": num_pinned * target.layer_bytes}
-    return {**ledger, "disk ring": RING_BUFFERS * target.layer_bytes} if placement.disk else ledger
+    if num_pageable:
+        ledger["pageable layers"] = num_pageable * target.layer_bytes
+    if num_pageable or placement.disk:
+        ledger["bounce ring"] = RING_BUFFERS * target.layer_bytes
+    return ledger
 
 
 def _pass_rows(

@@ -1,8 +1,9 @@
 """Pure: the timeline of a run of rounds, worked out from the schedule and the seconds of its parts.
 
 Follows streaming/schedule.py step by step: the link copies one layer at a time, a slot takes its next layer when its last one
-has been used, compute waits for each layer's copy, and the disk reads ahead into its ring. So what hides under what is not
-a formula but the outcome, and holds where formulas for it break: few layers, few slots, a disk in between.
+has been used, compute waits for each layer's copy, and the ring is filled ahead, from disk or from memory that is not pinned.
+So what hides under what is not a formula but the outcome, and holds where formulas for it break: few layers, few slots, a
+disk in between.
 """
 
 from collections import deque
@@ -21,12 +22,14 @@ WARM_ROUNDS = 2  # after which rounds repeat: no wait reaches further back than 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartTimes:
-    """Seconds of a round's parts, each a number or one per candidate [C]. copy_s and read_s are of one layer; before_s is
-    drafting, layer_s the compute of one layer, after_s what follows the last layer: head, verification, commit. A layer that
-    waited for its copy takes as much longer, but at most wake_s."""
+    """Seconds of a round's parts, each a number or one per candidate [C]. Of one layer: copy_s over the link, read_s from
+    disk into the ring, move_s from memory that is not pinned into the ring. before_s is drafting, layer_s the compute of one
+    layer, after_s what follows the last layer: head, verification, commit. A layer that waited for its copy takes as much
+    longer, but at most wake_s."""
 
     copy_s: float
     read_s: float
+    move_s: float = 0.0
     before_s: npt.ArrayLike
     layer_s: npt.ArrayLike
     after_s: npt.ArrayLike
@@ -68,11 +71,12 @@ def steady_round(placement: Placement, num_slots: int, parts: PartTimes) -> Roun
 
 
 class _Timeline:
-    """When the link and the disk are free, and when copies under way will have landed, in order of their fetches."""
+    """When the link and the ring's thread are free, and when copies under way will have landed, in order of their fetches."""
 
     def __init__(self, placement: Placement, parts: PartTimes, zero: Floats) -> None:
-        self.now = self._link_free = self._disk_free = zero
-        self._parts, self._disk = parts, placement.disk
+        self.now = self._link_free = self._thread_free = zero
+        self._parts = parts
+        self._fill_s = {**dict.fromkeys(placement.disk, parts.read_s), **dict.fromkeys(placement.pageable, parts.move_s)}
         self._streamed = cycle(placement.streamed)
         self._copied: deque[Floats] = deque()
         self._ring = deque([zero] * RING_BUFFERS)
@@ -80,9 +84,10 @@ class _Timeline:
     def fetch(self) -> None:
         """Queue the copy of the next layer of the cycle into a slot that is free now."""
         start = np.maximum(self._link_free, self.now)
-        if next(self._streamed) in self._disk:
-            self._disk_free = np.maximum(self._disk_free, self._ring.popleft()) + self._parts.read_s
-            self._link_free = np.maximum(start, self._disk_free) + self._parts.copy_s
+        fill_s = self._fill_s.get(next(self._streamed))
+        if fill_s is not None:
+            self._thread_free = np.maximum(self._thread_free, self._ring.popleft()) + fill_s
+            self._link_free = np.maximum(start, self._thread_free) + self._parts.copy_s
             self._ring.append(self._link_free)
         else:
             self._link_free = start + self._parts.copy_s

@@ -53,6 +53,7 @@ class Workload:
     link_bytes_per_s: float
     disk_bytes_per_s: float
     disk_is_assumed: bool = False
+    move_bytes_per_s: float = np.inf  # of host memory; counts where some could not be pinned, which is measured then
     memory: Callable[[DraftOption | None, int, int], MemoryPlan]
 
     def after_s(self, nodes: npt.ArrayLike) -> Floats:
@@ -100,6 +101,7 @@ def rounds(workload: Workload, memory: MemoryPlan, nodes: Ints, draft_s: Floats,
     parts = PartTimes(
         copy_s=layer_bytes / workload.link_bytes_per_s,
         read_s=layer_bytes / workload.disk_bytes_per_s,
+        move_s=layer_bytes / workload.move_bytes_per_s,
         before_s=draft_s,
         layer_s=workload.times.layer(nodes),
         after_s=after_s,

@@ -27,13 +27,6 @@ class Compute:
 Step = Fetch | Compute
 
 
-def spread_evenly(num_chosen: int, num_layers: int) -> frozenset[int]:
-    """`num_chosen` of `num_layers` layers, as far from each other as can be, so that the link never waits for a run of
-    resident layers to compute."""
-    assert 0 <= num_chosen <= num_layers
-    return frozenset([-(-part * num_layers // num_chosen) - 1 for part in range(1, num_chosen + 1)])  # the last of equal parts
-
-
 def first_fetches(streamed: tuple[int, ...], num_slots: int) -> tuple[Fetch, ...]:
     """Fill the slots before the first pass."""
     return tuple(Fetch(streamed[fetch % len(streamed)], fetch) for fetch in range(num_slots if streamed else 0))

@@ -4,6 +4,7 @@ Knows nothing of models or trees. A pass is a generator: asking for the next lay
 its slot and queues the slot's next copy. An abandoned or failed pass leaves the stream ready to start over.
 """
 
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -12,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ..device import CopyTicket, Device, Interval, Ticket
-from ..weights.disk import DiskRead
 from ..weights.placement import Placement
+from ..weights.ring import RingFill
 from ..weights.store import WeightStore
 from .schedule import Fetch, first_fetches, pass_steps
 
@@ -95,10 +96,14 @@ class LayerStream:
     def num_slots(self) -> int:
         return len(self._slots)
 
-    def take_disk_reads(self) -> list[DiskRead]:
-        """Reads finished since the last call, for the trace."""
-        reads = self._store.ring.reads if self._store.ring else deque[DiskRead]()
-        return [reads.popleft() for _ in range(len(reads))]
+    @property
+    def placement(self) -> Placement:
+        """Which layer lives where, as it came out."""
+        return self._store.placement
+
+    def take_ring_fills(self) -> list[RingFill]:
+        """Layers brought through the ring since the last call, for the trace."""
+        return self._store.take_fills()
 
     def progress(self) -> PassProgress:
         """Of the newest pass, under way or ended. Any thread may ask, as often as it likes: nothing waits for the device."""
@@ -119,11 +124,24 @@ class LayerStream:
         assert self._pass_number < 0
         rates: list[float] = []
         for _ in range(LINK_SAMPLES):
-            ticket = self._device.copy_async(self._slots[0], self._store.any_host_layer(), self._device.mark())
+            ticket = self._copy_any()
             self._device.drain(ticket)
             interval = self._device.interval(ticket)
             rates.append(self.layer_bytes / max(interval.end_s - interval.start_s, 1e-9))
         return max(rates)
+
+    def measure_move(self) -> float | None:
+        """Bytes per second at which layers that are not pinned get into the ring while the link is busy; None when there are
+        none. Before the first pass, or after `give_up`: it scribbles on a slot."""
+        if not self.placement.pageable:
+            return None
+        assert self._pass_number < 0
+        times_s: list[float] = []
+        for _ in range(LINK_SAMPLES):
+            ticket = self._copy_any()
+            times_s.append(self._store.time_move())
+            self._device.drain(ticket)
+        return self.layer_bytes / max(statistics.median(times_s), 1e-9)
 
     def give_up(self, placement: Placement, num_slots: int) -> None:
         """Go on with fewer resident layers; between passes. Their buffers become slots while there are fewer than `num_slots`,
@@ -143,9 +161,11 @@ class LayerStream:
         self.log = None
 
     def prefetch(self) -> None:
-        """Start the next pass's first copies, if they are not under way already, so that they hide what comes before it."""
+        """Start the next pass's first copies, as far as they are not under way, so that they hide what comes before it."""
         if self._pass_number < 0:
             self._start_over()
+        else:
+            self._send(None)  # what the ring has brought since the last pass
 
     def one_pass(self) -> Iterator[Weights]:
         """The weights of layers 0, 1, ...; each is valid until the next is asked for. Errors of a copy are raised here."""
@@ -175,7 +195,7 @@ class LayerStream:
                 log.uses.append(LayerUse(step.layer, copy, self._device.release(slot)))
 
     def _send(self, needed_slot: int | None) -> None:
-        """Queue copies whose source is at hand; block for the disk only while `needed_slot` is among the waiting."""
+        """Queue copies whose source is at hand; block for the ring only while `needed_slot` is among the waiting."""
         while self._queue:
             fetch = self._queue[0]
             urgent = needed_slot is not None and needed_slot not in self._flying
@@ -204,7 +224,11 @@ class LayerStream:
             self._device.drain(ticket)
         self._flying.clear()
         self._queue.clear()
+        self._store.start_over()
         self._pass_number = -1
+
+    def _copy_any(self) -> CopyTicket:
+        return self._device.copy_async(self._slots[0], self._store.any_direct_layer(), self._device.mark())
 
 
 def layer_timings(device: Device, log: PassLog) -> list[LayerTiming]:

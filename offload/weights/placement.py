@@ -1,4 +1,5 @@
-"""Which layer lives where: on the device, in host memory, or on disk behind a ring of host buffers. Numbers only."""
+"""Which layer lives where: on the device, in host memory, or on disk. What the device cannot copy at its full rate goes through
+a ring of host buffers. Numbers only."""
 
 from dataclasses import dataclass
 
@@ -7,15 +8,18 @@ RING_BUFFERS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Which of `num_layers` layers live where. The rest is in host memory."""
+    """Which of `num_layers` layers live where. The rest is in host memory, `pageable` those of it that the device would not
+    pin."""
 
     num_layers: int
     resident: frozenset[int]
     disk: frozenset[int] = frozenset()
+    pageable: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         layers = frozenset(range(self.num_layers))
         assert self.resident <= layers and self.disk <= layers and not self.resident & self.disk
+        assert self.pageable <= layers - self.resident - self.disk
 
     @property
     def streamed(self) -> tuple[int, ...]:
@@ -24,3 +28,15 @@ class Placement:
     @property
     def host(self) -> tuple[int, ...]:
         return tuple(layer for layer in self.streamed if layer not in self.disk)
+
+    @property
+    def through_ring(self) -> tuple[int, ...]:
+        """In the order in which a pass streams them."""
+        return tuple(sorted(self.disk | self.pageable))
+
+
+def spread_evenly(num_chosen: int, num_layers: int) -> frozenset[int]:
+    """`num_chosen` of `num_layers` layers, as far from each other as can be, so that neither the link waits for a run of
+    resident layers to compute, nor compute for a run of layers that take long to come."""
+    assert 0 <= num_chosen <= num_layers
+    return frozenset([-(-part * num_layers // num_chosen) - 1 for part in range(1, num_chosen + 1)])  # the last of equal parts

@@ -1,23 +1,34 @@
-"""Where the decoder layers live: on the device (resident), in one pinned host arena, or on disk behind a bounce ring."""
+"""Where the decoder layers live: on the device (resident), in host memory, or on disk; and the ring that brings what the device
+does not copy from where it lies."""
 
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import torch
 
-from ..device import Device, HostBuffer, Ticket
-from .disk import DiskRing
+from ..device import Device, Ticket
+from ..device.host import move_by_threads
+from .host_layers import HostLayers
 from .layout import LayerLayout
-from .placement import Placement
+from .placement import RING_BUFFERS, Placement
+from .ring import BounceRing, RingFill
 from .source import Destinations, TensorFeed, TensorSource
 
 Progress = Callable[[int], None]
 
 
 class WeightStore:
-    """Owns the memory of all decoder layers and fills it. Host memory held: one exact-size arena of the host layers, plus
-    the ring when some layers are on disk; peak while loading is that plus the reader's scratch (see TensorReader).
-    `shared` host layers, {borrower: owner}, have no memory of their own: the source says that their bytes are equal."""
+    """Owns the memory of all decoder layers and fills it. Host memory held: the host layers, exactly, plus a ring when some
+    layers are on disk or could not be pinned; peak while loading is that plus the reader's scratch (see TensorReader).
+
+    `placement` says where layers came to lie: which are pageable, and which went to disk as a ring for those would have taken
+    more than `most_host_bytes`. `shared` host layers, {borrower: owner}, have no memory of their own: the source says that
+    their bytes are equal. Layers are asked for in the order of passes.
+    """
 
     def __init__(
         self,
@@ -27,17 +38,21 @@ class WeightStore:
         prefix: str,
         placement: Placement,
         shared: Mapping[int, int] | None = None,
+        most_host_bytes: int | None = None,
     ) -> None:
-        self.layout, self.placement, self.shared = layout, placement, dict(shared or {})
-        self._device, self._source, self._prefix = device, source, prefix
+        self.layout, self.shared = layout, dict(shared or {})
+        self._device, self._source, self._prefix, self._most_host_bytes = device, source, prefix, most_host_bytes
         self._resident = {layer: device.alloc(layout.num_bytes) for layer in sorted(placement.resident)}
-        owners = [layer for layer in placement.host if layer not in self.shared]
-        cuts = [layout.num_bytes * (order + 1) for order in range(len(owners))]
-        self._arena = device.pin(layout.num_bytes * len(owners), cuts)
-        self._owned = {layer: self._arena.tensor[cut - layout.num_bytes : cut] for layer, cut in zip(owners, cuts, strict=True)}
-        self._host = {**self._owned, **{layer: self._owned[owner] for layer, owner in self.shared.items()}}
-        self._moved: list[HostBuffer] = []  # layers that were resident first, each in memory of its own
-        self._ring: DiskRing | None = None
+        self._memory = HostLayers(device, layout.num_bytes)
+        self._ring: BounceRing | None = None
+        self._files = ExitStack()  # what the ring reads from
+        try:
+            self._memory.add([layer for layer in placement.host if layer not in self.shared])
+            self._memory.share(self.shared)
+            self.placement = self._settled(placement)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def resident(self) -> dict[int, dict[str, torch.Tensor]]:
@@ -47,101 +62,109 @@ class WeightStore:
     @property
     def host_bytes(self) -> int:
         """Host memory held for weights, the ring included."""
-        return sum(buffer.tensor.numel() for buffer in self._host_buffers())
+        return self._memory.num_bytes
 
     @property
     def pinned_bytes(self) -> int:
-        return sum(buffer.pinned_bytes for buffer in self._host_buffers())
-
-    @property
-    def pageable_bytes_per_pass(self) -> int:
-        """Of the bytes that a pass copies, those from memory that the device was asked to pin and would not. None are where
-        the device's memory is the host's, which pins nothing."""
-        if self._device.host_addressable:
-            return 0
-        refused = sum(buffer.tensor.numel() - buffer.pinned_bytes for buffer in [self._arena, *self._moved])
-        if self._ring is not None:
-            ring, disk_bytes = self._ring.memory, len(self.placement.disk) * self.layout.num_bytes
-            refused += disk_bytes * (ring.tensor.numel() - ring.pinned_bytes) // ring.tensor.numel()
-        return refused
-
-    @property
-    def ring(self) -> DiskRing | None:
-        return self._ring
+        return self._memory.pinned_bytes
 
     def load(self, progress: Progress | None = None) -> None:
-        """Read every layer that has a place in memory; start reading ahead what has none. `progress` gets bytes read."""
+        """Read every layer that has a place in memory. `progress` gets bytes read."""
+        owned = {layer: self._memory.homes[layer].memory for layer in self.placement.host if layer not in self.shared}
         with self._source.open() as feed:
-            self._load_resident(feed, progress)
-            feed.fill(self._destinations(self._owned), progress)
-        self._open_ring()
+            self._load_resident(feed, self._memory.ring or list(owned.values())[:2], progress)
+            feed.fill(self._destinations(owned), progress)
 
     def give_up(self, placement: Placement) -> list[torch.Tensor]:
-        """Go over to `placement`, which keeps fewer layers on the device; those that leave go to host memory of their own, or
-        back to disk. Returns the device buffers that they leave. No copy may be under way. HostMemoryError when the host has
-        no room: then nothing has changed."""
+        """Go over to `placement`, which keeps fewer layers on the device; those that leave go to host memory, or back to disk.
+        Returns the device buffers that they leave. No copy may be under way. HostMemoryError when the host has no room: then
+        the layers are where they were."""
         leaving = sorted(self.placement.resident - placement.resident)
-        moved = {layer: self._host_copy(layer) for layer in leaving if layer not in placement.disk}
-        self._moved += moved.values()
-        self._host |= {layer: buffer.tensor for layer, buffer in moved.items()}
-        reads_others = placement.disk != self.placement.disk
-        self.placement = placement
-        if reads_others:
-            self._close_ring()
-            self._open_ring()
+        self.start_over()
+        self._memory.add([layer for layer in leaving if layer not in placement.disk])
+        for layer in leaving:
+            if layer not in placement.disk:
+                self._download(layer)
+        self.placement = self._settled(placement)
         return [self._resident.pop(layer) for layer in leaving]
 
     def ready(self, layer: int) -> bool:
         """Whether `source(layer)` would return at once."""
-        return layer in self._host or (self._ring is not None and self._ring.ready(layer))
+        return layer not in self._through_ring or self._open_ring().ready()
 
     def source(self, layer: int) -> torch.Tensor:
-        """[num_bytes] uint8 host memory holding `layer`; blocks while it is being read from disk."""
-        if layer in self._host:
-            return self._host[layer]
-        assert self._ring is not None, f"layer {layer} is resident"
-        return self._ring.source(layer)
+        """[num_bytes] uint8 host memory holding `layer`, from which the device copies at its full rate; blocks while the ring
+        is being filled with it, and raises what that raised, as DeviceError for the disk."""
+        return self._open_ring().source(layer) if layer in self._through_ring else self._memory.homes[layer].memory
 
     def sent(self, layer: int, ticket: Ticket) -> None:
         """The copy out of `source(layer)` is `ticket`."""
-        if self._ring is not None and layer not in self._host:
-            self._ring.sent(layer, ticket)
+        if layer in self._through_ring:
+            self._open_ring().sent(layer, ticket)
 
-    def any_host_layer(self) -> torch.Tensor:
-        """Some layer's worth of host memory to time copies from; its contents do not matter."""
-        if self._host:
-            return next(iter(self._host.values()))
-        assert self._ring is not None, "every layer is resident"
-        return self._ring.memory.tensor[: self.layout.num_bytes]
-
-    def close(self) -> None:
-        self._close_ring()
-        self._host.clear()
-        self._owned.clear()
-        self._resident.clear()
-        for buffer in [self._arena, *self._moved]:
-            buffer.close()
-
-    def _host_buffers(self) -> list[HostBuffer]:
-        return [self._arena, *self._moved, *([self._ring.memory] if self._ring is not None else [])]
-
-    def _open_ring(self) -> None:
-        if self.placement.disk:
-            order = tuple(sorted(self.placement.disk))
-            self._ring = DiskRing(self._device, self._source, self.layout, order, self._views)
-
-    def _close_ring(self) -> None:
+    def start_over(self) -> None:
+        """The next layer asked for is the first of a pass."""
         if self._ring is not None:
             self._ring.close()
             self._ring = None
+        self._files.close()
 
-    def _host_copy(self, layer: int) -> HostBuffer:
+    def take_fills(self) -> list[RingFill]:
+        """What the ring has brought since the last call, for the trace."""
+        fills = self._ring.fills if self._ring is not None else deque[RingFill]()
+        return [fills.popleft() for _ in range(len(fills))]
+
+    def any_direct_layer(self) -> torch.Tensor:
+        """Some layer's worth of host memory to time copies from; its contents do not matter."""
+        return self._memory.ring[0] if self._memory.ring else next(iter(self._memory.homes.values())).memory
+
+    def time_move(self) -> float:
+        """Seconds to move some pageable layer into the ring. Before the first pass, or after `start_over`."""
+        assert self._ring is None
+        start_s = time.monotonic()
+        move_by_threads(self._memory.ring[-1], self._memory.homes[min(self.placement.pageable)].memory)
+        return time.monotonic() - start_s
+
+    def close(self) -> None:
+        self.start_over()
+        self._resident.clear()
+        self._memory.close()
+
+    def _settled(self, placement: Placement) -> Placement:
+        """`placement` with what the device would not pin; and a ring, if one is needed. Nobody planned one for layers that
+        are not pinned: where there is no room for it, some of them stay on disk, and it has their memory."""
+        memory = self._memory
+        if not memory.ring and (placement.disk or memory.pageable):
+            planned = memory.num_bytes + RING_BUFFERS * self.layout.num_bytes
+            leaving: list[int] = []
+            if not placement.disk and self._most_host_bytes is not None and planned > self._most_host_bytes:
+                leaving = sorted(placement.host, key=lambda layer: layer not in memory.pageable)[:RING_BUFFERS]
+            memory.make_ring(leaving)
+            placement = replace(placement, disk=placement.disk.union(leaving))
+        placement = replace(placement, pageable=memory.pageable)
+        self._through_ring = frozenset(placement.through_ring)
+        return placement
+
+    def _open_ring(self) -> BounceRing:
+        """It begins when it is first asked for, so that it does not compete with what is measured before the first pass."""
+        if self._ring is None:
+            feed = self._files.enter_context(self._source.open()) if self.placement.disk else None
+            order, bring = self.placement.through_ring, partial(self._bring, feed)
+            self._ring = BounceRing(self._device, self._memory.ring, order, bring)
+        return self._ring
+
+    def _bring(self, feed: TensorFeed | None, layer: int, buffer: torch.Tensor) -> None:
+        if layer in self._memory.homes:
+            move_by_threads(buffer, self._memory.homes[layer].memory)
+        else:
+            assert feed is not None
+            feed.fill(self._views(layer, buffer))
+
+    def _download(self, layer: int) -> None:
         """Tensor by tensor: a device may need as much host memory again for what it downloads at once."""
-        copy = self._device.pin(self.layout.num_bytes, ())
-        places = self.layout.views(copy.tensor)
+        places = self.layout.views(self._memory.homes[layer].memory)
         for name, tensor in self.layout.views(self._resident[layer]).items():
             places[name].copy_(self._device.download(tensor))
-        return copy
 
     def _views(self, layer: int, buffer: torch.Tensor) -> Destinations:
         return {f"{self._prefix}.{layer}.{name}": view for name, view in self.layout.views(buffer).items()}
@@ -149,7 +172,7 @@ class WeightStore:
     def _destinations(self, buffers: Mapping[int, torch.Tensor]) -> Destinations:
         return {name: view for layer, buffer in buffers.items() for name, view in self._views(layer, buffer).items()}
 
-    def _load_resident(self, feed: TensorFeed, progress: Progress | None) -> None:
+    def _load_resident(self, feed: TensorFeed, staging: list[torch.Tensor], progress: Progress | None) -> None:
         if self._device.host_addressable:
             feed.fill(self._destinations(self._resident), progress)
             return
@@ -157,7 +180,7 @@ class WeightStore:
         made = {layer: buffer for layer, buffer in self._resident.items() if layer not in copies}
         if made:
             buffers = [(buffer, partial(self._views, layer)) for layer, buffer in made.items()]
-            load_through_host(self._device, buffers, list(self._owned.values())[:2], feed, progress)
+            load_through_host(self._device, buffers, staging, feed, progress)
         for layer in copies:  # which takes a thousandth of making the same bytes again
             self._resident[layer].copy_(self._resident[first])
             if progress is not None:
