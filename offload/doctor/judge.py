@@ -150,8 +150,9 @@ def _numa(gpu: GpuFacts, host: HostFacts) -> Finding:
 def _pinned(copies: CopyFacts, need: Need | None) -> Finding:
     tried, pinned = size_text(copies.tried_bytes), size_text(copies.pinned_bytes)
     if copies.pinned_bytes < copies.tried_bytes:
-        cure = "raise the limits below; under WSL, run on Linux itself; expect half the link's rate"
-        return _warns("pinned", f"the driver registered {pinned} of {tried} tried: the rest is pageable", cure)
+        cure = "raise the limits below; under WSL, run on Linux itself"
+        value = f"the driver registered {pinned} of {tried} tried: layers beyond are moved into pinned memory on their way"
+        return _warns("pinned", value, cure)
     wanted = f" of {size_text(need.host_bytes)} needed" if need is not None and need.host_bytes > copies.tried_bytes else ""
     return Finding(name="pinned", status="ok", value=f"registered {pinned}{wanted} in {copies.register_s:.1f} s (test)")
 
