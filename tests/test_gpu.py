@@ -21,7 +21,7 @@ from offload.device.base import CopyTicket, Ticket
 from offload.device.cuda import CudaDevice, RegisteredBuffer
 from offload.doctor.gather import gather_facts
 from offload.doctor.judge import judge
-from offload.engine import Engine
+from offload.engine import Engine, Step
 from offload.model.attention import tree_attention
 from planning import L40
 from tree.logprobs import Scoring
@@ -171,9 +171,13 @@ def test_what_the_driver_would_not_pin_is_copied_from_pinned_memory_and_changes_
     """Six streamed layers and a ring; the driver registers two to five of these. Logits are compared where a token was
     chosen."""
     folder = models(num_layers=7)
-    request: dict[str, Any] = {"max_new_tokens": 24, "ignore_eos": True, "scoring": Scoring(num_top=4)}
+
+    def scored_steps(engine: Engine) -> list[Step]:
+        request = engine.admission.request(PROMPT, max_new_tokens=24, ignore_eos=True, scoring=Scoring())
+        return list(engine.run(request))
+
     with open_tiny(folder, folder, resident_layers=7) as engine:
-        expected = list(engine.stream(PROMPT, **request))
+        expected = scored_steps(engine)
     with open_tiny(folder, None, resident_layers=1, slots=2) as engine:
         layer_bytes = engine.loop._stream.layer_bytes
     host = {"host_memory_bytes": (8 - disk) * layer_bytes} if disk else {}
@@ -188,7 +192,7 @@ def test_what_the_driver_would_not_pin_is_copied_from_pinned_memory_and_changes_
                 assert (len(placement.pageable), len(placement.disk)) == (6 - disk - (room_layers - 2), disk)
                 before = device.num_pageable_copies
                 for _ in range(2):
-                    steps = list(engine.stream(PROMPT, **request))
+                    steps = scored_steps(engine)
                     assert [step.token_ids for step in steps] == [step.token_ids for step in expected]
                     for step, other in zip(steps, expected, strict=True):
                         for score, right in zip(step.scores, other.scores, strict=True):
