@@ -161,11 +161,9 @@ class LayerStream:
         self.log = None
 
     def prefetch(self) -> None:
-        """Start the next pass's first copies, as far as they are not under way, so that they hide what comes before it."""
+        """Start the next pass's first copies, if they are not under way already, so that they hide what comes before it."""
         if self._pass_number < 0:
             self._start_over()
-        else:
-            self._send(None)  # what the ring has brought since the last pass
 
     def one_pass(self) -> Iterator[Weights]:
         """The weights of layers 0, 1, ...; each is valid until the next is asked for. Errors of a copy are raised here."""
