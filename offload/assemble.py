@@ -165,7 +165,7 @@ def _plan(
 def _see_placed(plan: Plan, fallbacks: Fallbacks, stream: LayerStream, store: WeightStore) -> tuple[Plan, Fallbacks]:
     """With what the device refused to pin, which takes another way."""
     placed, fallbacks = fallbacks.as_placed(plan, stream.placement, stream.measure_move())
-    if placed != plan:
+    if placed is not plan:
         sizes = store.pinned_bytes / GIB, store.host_bytes / GIB
         logger.warning("%.2f of %.2f GiB of host memory could be pinned: %s", *sizes, placed.notes[-1])
     return placed, fallbacks
