@@ -17,7 +17,7 @@ import torch
 from ..errors import HostMemoryError
 
 _MAX_TOUCH_THREADS = 16
-_MAX_MOVE_THREADS = 8  # more than memory needs that one link keeps busy; what else computes on the host keeps its cores
+_MAX_MOVE_THREADS = 8  # the other cores are left to those who compute meanwhile
 _UNLIMITED_BYTES = 2**60  # the first version of control groups says "no limit" with a number near 2**63
 _CGROUP_LIMITS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),

@@ -147,15 +147,13 @@ class LayerStream:
         """Go on with fewer resident layers; between passes. Their buffers become slots while there are fewer than `num_slots`,
         the others are free once nobody else holds them. HostMemoryError when the host has no room: then all stays as it is."""
         self._abandon()
-        self._device.drain(self._device.mark())  # copies that compute waits for are under way, too
         buffers = self._store.give_up(placement)
         self._slots += buffers[: num_slots - len(self._slots)]
         self._see_placement()
 
     def close(self) -> None:
-        """Let copies under way land, those that compute waits for, too, so that their memory may go; and let go of ours."""
+        """Let copies under way land, so that their memory may go; and let go of ours."""
         self._abandon()
-        self._device.drain(self._device.mark())
         for views in (self._slots, self._views, self._resident):
             views.clear()
         self.log = None
@@ -217,8 +215,8 @@ class LayerStream:
         self._views = [self._store.layout.views(slot) for slot in self._slots]
 
     def _abandon(self) -> None:
-        """Let copies under way land, forget the rest; the next pass begins with full slots again."""
-        for ticket in self._flying.values():
+        """Let copies under way land, those that compute waits for, too; forget the rest. The next pass begins with full slots."""
+        for ticket in [*self._flying.values(), self._device.mark()]:
             self._device.drain(ticket)
         self._flying.clear()
         self._queue.clear()
