@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.device import host
-from offload.device.host import HostMapping
+from offload.device.host import HostMapping, move_by_threads
 from offload.weights.layout import ALIGNMENT_BYTES, LayerLayout
 
 shapes = st.lists(st.lists(st.integers(1, 9), max_size=3).map(tuple), min_size=1, max_size=6)
@@ -43,6 +43,14 @@ def test_host_memory_is_of_exact_size_and_writable(num_bytes: int) -> None:
     assert mapping.tensor.numel() == num_bytes
     mapping.tensor.fill_(7)
     assert int(mapping.tensor.sum()) == 7 * num_bytes
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 7, 4096, 100_001])
+def test_threads_move_every_byte(num_bytes: int) -> None:
+    src = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8)
+    dst = torch.zeros_like(src)
+    move_by_threads(dst, src)
+    assert torch.equal(dst, src)
 
 
 def test_available_memory_is_the_lesser_of_machine_and_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch
 from fakes import REFUSING, EagerDevice, FailingDevice, LateDevice, RefusingDevice, RefusingLateDevice
 from offload.device import Device
 from offload.device.cpu import CpuDevice
-from offload.device.host import HostMapping, move_by_threads
+from offload.device.host import HostMapping
 from offload.errors import DeviceError, HostMemoryError
 from offload.streaming.stream import LayerStream, layer_timings
 from offload.weights.checkpoint import open_checkpoint
@@ -181,14 +181,6 @@ def test_layers_that_share_memory_go_through_the_ring_together(layered_checkpoin
     stream.close()
     store.close()
     device.close()
-
-
-@pytest.mark.parametrize("num_bytes", [0, 1, 7, 4096, 100_001])
-def test_threads_move_every_byte(num_bytes: int) -> None:
-    src = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8)
-    dst = torch.zeros_like(src)
-    move_by_threads(dst, src)
-    assert torch.equal(dst, src)
 
 
 def test_a_store_that_finds_no_memory_for_its_ring_leaves_none_pinned(

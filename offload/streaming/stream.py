@@ -215,7 +215,7 @@ class LayerStream:
         self._views = [self._store.layout.views(slot) for slot in self._slots]
 
     def _abandon(self) -> None:
-        """Let copies under way land, those that compute waits for, too; forget the rest. The next pass begins with full slots."""
+        """Let copies under way land, those that compute waits for, too; forget the rest. The next pass fills all slots anew."""
         for ticket in [*self._flying.values(), self._device.mark()]:
             self._device.drain(ticket)
         self._flying.clear()
