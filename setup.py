@@ -34,6 +34,7 @@ setup(
     packages=[
         "offload",
         "offload.bench",
+        "offload.calibrate",
         "offload.cli",
         "offload.demo",
         "offload.device",

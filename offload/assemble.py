@@ -7,12 +7,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from .admission import Admission
-from .calibrate import Subject, measure_hardware
+from .calibrate import QUICK, Subject, measure_hardware
 from .config import EngineSettings
 from .decode import DecodeLoop
 from .device import Device, open_device
 from .device.host import available_bytes
-from .effort import QUICK
 from .engine import Engine
 from .loading import HOST_RESERVE_BYTES, Progress, ReadCounter, bytes_to_read, load_draft, load_target, share_memory
 from .model.architecture import check_window

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fakes import DEVICES
+from offload.calibrate import QUICK
 from offload.device import Device
-from offload.effort import QUICK
 
 # Matrices this small gain nothing from a second thread, and threads that wait for each other lose a busy machine.
 torch.set_num_threads(1)

@@ -17,7 +17,7 @@ FLOOR = {"errors", "config", "version"}
 NUMBERS = {"stats", "trace", "text", "device.base"}  # records and words: they read no weights and move none
 MACHINE = {*FLOOR, "device", "weights", "streaming"}
 ENGINE = {*MACHINE, *NUMBERS, "model", "planner"}
-LOADED = {*ENGINE, "admission", "calibrate", "decode", "effort", "engine", "loading", "report", "scale", "source"}
+LOADED = {*ENGINE, "admission", "calibrate", "decode", "engine", "loading", "report", "scale", "source"}
 ALL = {*LOADED, "assemble", "conversation", "demo", "doctor", "sessions"}
 
 ALLOWED: dict[str, set[str]] = {
@@ -40,11 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "admission": {*FLOOR, *NUMBERS, "planner"},
     # a model looked at and not yet loaded: what calibrate measures and assemble loads
     "source": {*ENGINE, "scale"},
-    "effort": {"config", "device"},
-    "growing": {"config", "device", "effort"},
-    "short_model": {*ENGINE, "source", "effort", "growing"},
-    "law_times": {*ENGINE, "effort", "growing"},
-    "calibrate": {*ENGINE, "source", "short_model", "effort", "law_times"},
+    "calibrate": {*ENGINE, "source"},
     "sessions": {*FLOOR, "device", "model", "planner"},  # which rows a sequence may take over; caches are the model's
     "round_stats": {*FLOOR, *NUMBERS, "device", "streaming"},  # what the device and the stream know of a round that is over
     "decode": {*ENGINE, "sessions", "round_stats"},
@@ -69,9 +65,7 @@ ALLOWED: dict[str, set[str]] = {
 # Where offload may say `from tree.x import y`.
 TREE_IMPORTERS = (
     "offload/admission.py",
-    "offload/growing.py",  # grows trees to time a draft's levels in short_model.py, drawing and verification in law_times.py
-    "offload/law_times.py",
-    "offload/short_model.py",
+    "offload/calibrate/",  # times what is done with trees
     "offload/decode.py",
     "offload/engine.py",
     "offload/planner/",

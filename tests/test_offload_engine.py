@@ -15,12 +15,11 @@ from transformers import AutoModelForCausalLM
 from conftest import EOS, FAMILIES, VOCAB_SIZE, reference_model
 from fakes import DEVICES, CountingDevice
 from offload.assemble import open_engine
-from offload.calibrate import Subject, measure_hardware
+from offload.calibrate import QUICK, Subject, measure_hardware
 from offload.config import EngineSettings
 from offload.decode import DecodeLoop
 from offload.demo import DRAFT, TARGET
 from offload.device import Device
-from offload.effort import QUICK
 from offload.engine import Engine
 from offload.errors import UsageError
 from offload.model.drafter import ModelDrafter

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from command_line import INVALID, assert_error, assert_usage_error, run_command
-from offload.calibrate import Subject, measure_hardware
+from offload.calibrate import QUICK, Subject, measure_hardware
+from offload.calibrate.effort import LEAST_POINTS, Work, rising, table_of, typical_s
+from offload.calibrate.growing import BRANCHING, num_levels, tree_of_levels
+from offload.calibrate.law_times import measure_verification
 from offload.config import law_kind
 from offload.device import Ticket
 from offload.device.cpu import CpuDevice
-from offload.effort import LEAST_POINTS, QUICK, Work, rising, table_of, typical_s
-from offload.growing import BRANCHING, num_levels, tree_of_levels
-from offload.law_times import measure_verification
 from offload.planner.hardware import ROWS, HardwareProfile, LawTimes, ModelTimes, interpolate
 from offload.planner.hardware_file import PRESETS, find_hardware, from_json, read_hardware, to_json
 from offload.planner.shapes import find_shape
@@ -157,7 +157,7 @@ def test_a_profile_that_is_missing_names_those_there_are(capsys: pytest.CaptureF
 def test_profile_hardware_writes_what_plan_reads(
     models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offload.effort.FULL", BRIEF)
+    monkeypatch.setattr("offload.calibrate.FULL", BRIEF)
     monkeypatch.setattr("offload.cli.profile_hardware.COPY_SIZES", (2**16, 2**20))
     path = tmp_path / "here.json"
     finished = run_command(capsys, "profile", "hardware", "--model", models(), "--device", "cpu", "--output", path)
@@ -184,7 +184,7 @@ def test_a_table_of_laws_ends_where_the_device_has_no_memory_for_more(monkeypatc
             raise torch.OutOfMemoryError
         return [1e-3]
 
-    monkeypatch.setattr("offload.law_times.typical_s", short_of_memory)
+    monkeypatch.setattr("offload.calibrate.law_times.typical_s", short_of_memory)
     assert measure_verification(device, 97, BRIEF, "nucleus").rows == BRIEF.rows[:3]
     with pytest.raises(torch.OutOfMemoryError):
         measure_verification(device, 97, BRIEF, "nucleus")

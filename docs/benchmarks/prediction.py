@@ -22,11 +22,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from offload.assemble import open_engine
-from offload.calibrate import Subject, measure_hardware
+from offload.calibrate import QUICK, Subject, measure_hardware
 from offload.config import EngineSettings
 from offload.demo import DRAFT, PROMPTS, TARGET, acceptance_at
 from offload.device import open_device
-from offload.effort import QUICK
 from offload.engine import Engine
 from offload.planner.hardware import HardwareProfile
 from offload.report import environment

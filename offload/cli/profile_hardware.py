@@ -67,9 +67,8 @@ def file_name(device_name: str) -> str:
 
 
 def _measure(settings: EngineSettings, device: "Device", *, quiet: bool) -> "HardwareProfile":
-    from ..calibrate import Subject, measure_copies, measure_hardware
+    from ..calibrate import FULL, Subject, measure_copies, measure_hardware
     from ..device.host import available_bytes
-    from ..effort import FULL
 
     target, disk = _typed(settings.model, "--model", settings, device)
     subjects = [Subject(role="target", model=target)]

@@ -1,6 +1,6 @@
 """What a machine can do: its rates, and seconds of real work measured on it.
 
-Measures nothing (offload/calibrate.py does) and needs no torch. A model that was not measured is estimated from the rates.
+Measures nothing (offload/calibrate does) and needs no torch. A model that was not measured is estimated from the rates.
 """
 
 import itertools

@@ -9,8 +9,8 @@ from tree.draft import TreeModel, grow
 from tree.sampling import SamplingParams
 from tree.shape import TreeShape
 
-from .config import LawKind
-from .device import Device, Ticket
+from ..config import LawKind
+from ..device import Device, Ticket
 from .effort import Work
 
 PARAMS: Mapping[LawKind, SamplingParams] = {

@@ -9,11 +9,11 @@ from tree.draft import grow
 from tree.shape import TreeShape
 from tree.verify import verify
 
-from .config import LawKind
-from .device import Device
+from ..config import LawKind
+from ..device import Device
+from ..planner.hardware import LawTimes, Task
 from .effort import Effort, Work, rising, table_of, typical_s
 from .growing import BRANCHING, PARAMS, growth, peaked_logits
-from .planner.hardware import LawTimes, Task
 
 
 class _Ready:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import LawKind
-from .device import Device, Ticket
+from ..config import LawKind
+from ..device import Device, Ticket
 
 LEAST_POINTS = 5
 

@@ -7,17 +7,17 @@ import torch
 
 from tree.shape import TreeShape
 
-from .config import LawKind
-from .device import Device, Ticket
+from ..config import LawKind
+from ..device import Device, Ticket
+from ..model.architecture import shortened
+from ..model.attention import pass_mask
+from ..model.causal_lm import CausalLM
+from ..model.drafter import ModelDrafter
+from ..model.kv_cache import KVCache
+from ..planner.hardware import Role
+from ..source import TypedModel
 from .effort import Effort, Work
 from .growing import growth, num_levels, peaked_logits
-from .model.architecture import shortened
-from .model.attention import pass_mask
-from .model.causal_lm import CausalLM
-from .model.drafter import ModelDrafter
-from .model.kv_cache import KVCache
-from .planner.hardware import Role
-from .source import TypedModel
 
 # Layers share weights, from several buffers in turn, so that those of a small model do not stay in a cache.
 FEW_LAYERS, MORE_LAYERS = 1, 3

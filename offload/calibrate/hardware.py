@@ -1,0 +1,68 @@
+"""Measures what a machine does with real work: copies over the link, reads from disk, forward passes of the very layers that
+will run, drawing and verifying.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+from ..device import Device
+from ..planner.cost import layer_flops
+from ..planner.hardware import HardwareProfile
+from ..weights.checkpoint import Checkpoint
+from ..weights.disk_speed import measure_disk
+from .effort import Effort
+from .law_times import measure_drawing, measure_verification
+from .link import busy_link, measure_link
+from .models import Subject, measure_model
+
+DISK_BYTES = 8 * 2**30
+
+
+def measure_hardware(
+    device: Device,
+    subjects: Sequence[Subject],
+    effort: Effort,
+    *,
+    link_bytes_per_s: float | None = None,
+    disk: Checkpoint | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> HardwareProfile:
+    """Measure `device` with `subjects`, the target first. `link_bytes_per_s` is taken as it is where it is known, as that
+    of an emulated link; `disk` is a checkpoint to read from. `progress` is told what is measured next."""
+    # Without a link to emulate, a CPU copies with the cores that compute, whenever they have time.
+    beside_copies = not device.host_addressable or link_bytes_per_s is not None
+    if link_bytes_per_s is None:
+        progress("link")
+        link_bytes_per_s = measure_link(device, effort.copy_bytes, effort.repeats)
+    cost = subjects[0].model.cost
+    models = []
+    with busy_link(device, effort.copy_bytes, link_bytes_per_s) if beside_copies else nullcontext():
+        progress("drawing and verification")
+        laws = [
+            measure(device, cost.vocab_size, effort, law_kind)
+            for measure in (measure_drawing, measure_verification)
+            for law_kind in effort.laws
+        ]
+        for subject in subjects:
+            progress(f"{subject.role} layers")
+            models.append(measure_model(device, subject, effort, laws[0]))
+    if disk is not None:
+        progress("disk")
+    times = models[0].times[0]
+    return HardwareProfile(
+        device_name=device.name,
+        device_type=device.torch_device.type,
+        source="measured",
+        device_memory_bytes=device.free_bytes(),
+        link_bytes_per_s=link_bytes_per_s,
+        disk_bytes_per_s=_disk_bytes_per_s(disk, effort) if disk is not None else None,
+        flops_per_s=max(layer_flops(cost, rows) / s for rows, s in zip(times.rows, times.layer_s, strict=True)),
+        device_memory_bytes_per_s=cost.layer_bytes / times.layer_s[0],
+        models=tuple(models),
+        laws=tuple(laws),
+    )
+
+
+def _disk_bytes_per_s(disk: Checkpoint, effort: Effort) -> float:
+    speed = measure_disk(disk, effort.disk_s, DISK_BYTES)
+    return speed.read_bytes / speed.read_s
