@@ -32,9 +32,9 @@ from offload.report import environment
 from offload.source import check_source
 
 CASES = ((50e6, "4x6:kary"), (100e6, "64x10"), (200e6, "16x8"), (400e6, "64x10"))
-SWEEP = ("none", "1x4:kary", "8x6", "16x8", "32x8", "48x8", "64x10", "96x10", "128x10", "160x13", "256x12")
+SWEEP = ("none", "4x6:kary", "16x8", "32x8", "64x10", "96x10", "128x10", "160x13", "256x12")
 SWEEP_LINK = 200e6
-TOKENS = 64
+TOKENS = 96
 MEASURED = ("pass_s", "round_s", "s_per_token")
 
 
