@@ -183,11 +183,7 @@ def test_layers_that_share_memory_go_through_the_ring_together(layered_checkpoin
     device.close()
 
 
-def test_a_store_that_finds_no_memory_for_its_ring_leaves_none_pinned(
-    layered_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    device = RefusingDevice()
-    device.room_bytes = 2 * LAYOUT.num_bytes
+def without_memory_for_rings(device: RefusingDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     pin = device.pin
 
     def refuse_two(num_bytes: int, cuts: Sequence[int]) -> HostMapping:
@@ -196,9 +192,38 @@ def test_a_store_that_finds_no_memory_for_its_ring_leaves_none_pinned(
         return pin(num_bytes, cuts)
 
     monkeypatch.setattr(device, "pin", refuse_two)
+
+
+def test_a_store_that_finds_no_memory_for_its_ring_leaves_none_pinned(
+    layered_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = RefusingDevice()
+    device.room_bytes = 2 * LAYOUT.num_bytes
+    without_memory_for_rings(device, monkeypatch)
     with pytest.raises(HostMemoryError), open_stream(device, layered_checkpoint(5), 5, 0, 2):
         pass
     assert device.pinned == [] and device.room_bytes == 2 * LAYOUT.num_bytes
+
+
+def test_a_layer_that_cannot_leave_the_device_for_want_of_a_ring_stays_and_may_leave_later(
+    layered_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = RefusingDevice()
+    device.room_bytes = 3 * LAYOUT.num_bytes
+    with open_stream(device, layered_checkpoint(5), 5, 2, 2) as (stream, store):
+        first, last = (replace(store.placement, resident=frozenset({layer})) for layer in sorted(store.placement.resident))
+        with monkeypatch.context() as patch:
+            without_memory_for_rings(device, patch)
+            for placement in (first, last):
+                before = stream.placement
+                with pytest.raises(HostMemoryError):
+                    stream.give_up(placement, 2)
+                assert stream.placement == before and store.host_bytes == 3 * LAYOUT.num_bytes
+                check_pass(stream, 5)
+        stream.give_up(last, 2)
+        check_pass(stream, 5)
+        assert store.host_bytes == (4 + RING_BUFFERS) * LAYOUT.num_bytes
+    assert device.pinned == []
 
 
 def test_a_buffer_is_filled_again_only_when_its_copy_has_landed() -> None:

@@ -50,6 +50,12 @@ class HostLayers:
         for order, layer in enumerate(layers):
             self.homes[layer] = (others if order in places else direct).pop()
 
+    def take_back(self, layers: Sequence[int]) -> None:
+        """Undo the last `add`, which was of `layers`."""
+        for layer in layers:
+            del self.homes[layer]
+        self._buffers.pop().close()
+
     def share(self, shared: Mapping[int, int]) -> None:
         """{borrower: owner}: the borrower's home is its owner's."""
         self.homes |= {borrower: self.homes[owner] for borrower, owner in shared.items()}

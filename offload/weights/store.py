@@ -12,6 +12,7 @@ import torch
 
 from ..device import Device, Ticket
 from ..device.host import move_by_threads
+from ..errors import HostMemoryError
 from .host_layers import HostLayers
 from .layout import LayerLayout
 from .placement import RING_BUFFERS, Placement
@@ -80,12 +81,16 @@ class WeightStore:
         Returns the device buffers that they leave. No copy may be under way. HostMemoryError when the host has no room: then
         the layers are where they were."""
         leaving = sorted(self.placement.resident - placement.resident)
+        to_host = [layer for layer in leaving if layer not in placement.disk]
         self.start_over()
-        self._memory.add([layer for layer in leaving if layer not in placement.disk])
-        for layer in leaving:
-            if layer not in placement.disk:
-                self._download(layer)
-        self.placement = self._settled(placement)
+        self._memory.add(to_host)
+        for layer in to_host:
+            self._download(layer)
+        try:
+            self.placement = self._settled(placement)
+        except HostMemoryError:  # of a ring, before anything else has changed
+            self._memory.take_back(to_host)
+            raise
         return [self._resident.pop(layer) for layer in leaving]
 
     def ready(self, layer: int) -> bool:
