@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fakes import DEVICES
-from offload.calibrate import QUICK
+from offload.calibrate import QUICK, Effort, Subject, measure_hardware
 from offload.device import Device
+from offload.planner.hardware import HardwareProfile
 
 # Matrices this small gain nothing from a second thread, and threads that wait for each other lose a busy machine.
 torch.set_num_threads(1)
@@ -79,11 +81,21 @@ def heeded_interrupts() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_measurement() -> Iterator[None]:
-    """Engines that are opened without a profile look at this machine for milliseconds: what they plan with is real, and
-    coarse. Whoever tests the measurement itself calls it. For the session, as engines of module fixtures measure, too."""
+    """Engines that are opened without a profile look at this machine for milliseconds, and once for models of the same
+    sizes: what they plan with is real, and coarse. Whoever tests the measurement itself calls it. For the session, as engines
+    of module fixtures measure, too."""
     brief = replace(QUICK, rows=(1, 64), contexts=(64,), repeats=1, point_s=0.0, copy_bytes=2**16, disk_s=0.01)
+    measured: dict[tuple[object, ...], HardwareProfile] = {}
+
+    def measure_once(device: Device, subjects: list[Subject], effort: Effort, **options: Any) -> HardwareProfile:
+        sizes = tuple((subject.role, subject.model.cost, subject.model.dtype) for subject in subjects)
+        key = (type(device), sizes, effort.laws, options["link_bytes_per_s"], options["disk"] is None)
+        if key not in measured:
+            measured[key] = measure_hardware(device, subjects, replace(brief, laws=effort.laws), **options)
+        return measured[key]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("offload.assemble.QUICK", brief)
+        patch.setattr("offload.assemble.measure_hardware", measure_once)
         yield
 
 

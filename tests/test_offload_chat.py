@@ -450,8 +450,8 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_a_second_one_leaves(
     terminal: Callable[..., Terminal], model: Path, tmp_path: Path
 ) -> None:
     """The link is so slow that an answer would take minutes; progress is drawn meanwhile, and passes are coloured."""
-    flags = ("--model", model, "--device", "cpu", "--ignore-eos", "--tree", "none", "--emulate-link", "150KB/s")
-    one = terminal(*flags, "--max-new-tokens", "300", "--show-passes")
+    flags = ("--model", model, "--device", "cpu", "--profile", "l40", "--emulate-link", "150KB/s", "--tree", "none")
+    one = terminal(*flags, "--ignore-eos", "--max-new-tokens", "300", "--show-passes")
     one.wait_for("> ")
     one.type("hello\r")
     one.wait_for(r"layer [123]/3 \| ")
@@ -471,7 +471,8 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_a_second_one_leaves(
 def test_on_a_terminal_the_end_of_input_leaves_with_0_and_no_color_is_honoured(
     terminal: Callable[..., Terminal], model: Path
 ) -> None:
-    one = terminal("--model", model, "--device", "cpu", "--max-new-tokens", 4, "--ignore-eos", "--show-passes", NO_COLOR="1")
+    flags = ("--model", model, "--device", "cpu", "--profile", "l40", "--max-new-tokens", 4, "--ignore-eos", "--show-passes")
+    one = terminal(*flags, NO_COLOR="1")
     one.wait_for("NO_COLOR is set")
     one.wait_for("> ")
     one.type("hello\r")
