@@ -113,7 +113,8 @@ def _budgets(settings: EngineSettings, device: Device) -> Budgets:
         device_bytes = max(device.free_bytes() - (HOST_RESERVE_BYTES if is_cpu else CUDA_RESERVE_BYTES), 0)
     if host_bytes is None:
         host_bytes = max(available_bytes() - HOST_RESERVE_BYTES, 0)
-    return Budgets(device_bytes=device_bytes, host_bytes=host_bytes, shared=is_cpu and settings.host_memory_bytes is None)
+    shared = is_cpu and settings.host_memory_bytes is None
+    return Budgets(device_bytes=device_bytes, host_bytes=host_bytes, shared=shared, replays=device.replays)
 
 
 def _left_for_layers(budgets: Budgets, plan: Plan) -> int:

@@ -191,7 +191,7 @@ class DecodeLoop:
             plan, self._fallbacks = self._fallbacks.as_placed(plan, self._stream.placement, self._stream.measure_move())
             self.sessions.limit(host_limit_bytes(plan))
         if self._drafter is not None:
-            self._drafter.chunk_tokens = min(self._drafter.chunk_tokens, plan.pass_rows)
+            self._drafter.limit(plan.pass_rows, plan.tree.num_nodes)
         self._plan = plan
         logger.warning("%s (%s)", "; ".join(note for note in plan.notes if note not in old.notes), reason)
 

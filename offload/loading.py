@@ -138,7 +138,8 @@ def load_draft(
     stack.callback(weights.close)
     cache = _cache(device, source, plan.context_rows)
     model = CausalLM(source.architecture, device, source.model.dtype, outside, weights, cache)
-    drafter = ModelDrafter(model, device, vocab_size, chunk_tokens=min(PROMPT_CHUNK_TOKENS, plan.pass_rows))
+    chunk_tokens = min(PROMPT_CHUNK_TOKENS, plan.pass_rows)
+    drafter = ModelDrafter(model, device, vocab_size, chunk_tokens=chunk_tokens, max_nodes=plan.tree.num_nodes)
     stack.callback(drafter.close)
     return drafter
 

@@ -27,10 +27,10 @@ def open_tiny(folder: Path, device: Device, *, max_context: int = 128, tree: str
 
 @contextmanager
 def open_drafters(
-    devices: Sequence[Callable[[], Device]], folder: Path, max_context: int = 128
+    devices: Sequence[Callable[[], Device]], folder: Path, max_context: int = 128, tree: str = "3x3:kary"
 ) -> Iterator[list[ModelDrafter]]:
-    """One on each device; each knows PROMPT."""
-    engines = [open_tiny(folder, device(), max_context=max_context) for device in devices]
+    """One on each device; each knows PROMPT. They have the memory that they need for `tree`."""
+    engines = [open_tiny(folder, device(), max_context=max_context, tree=tree) for device in devices]
     try:
         drafters = [engine.loop._drafter for engine in engines if engine.loop._drafter is not None]
         assert len(drafters) == len(devices)

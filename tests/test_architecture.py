@@ -34,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "text": {*FLOOR, *NUMBERS, "template"},
     "conversation": {*FLOOR, "text"},
     "model": MACHINE,
-    "planner": {*FLOOR, "device", "weights", "model.locate"},  # shapes come from where models are found, without building any
+    # shapes come from where models are found, without building any; buckets say what recordings of the draft will take
+    "planner": {*FLOOR, "device", "weights", "model.locate", "model.buckets"},
     "deviation": {"planner", "stats"},
     "report": {*FLOOR, *NUMBERS, "deviation", "planner"},
     "admission": {*FLOOR, *NUMBERS, "planner"},

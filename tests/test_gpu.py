@@ -116,6 +116,22 @@ def test_a_round_syncs_the_host_once(models: Models) -> None:
             assert len(syncs) <= 1, syncs
 
 
+def test_recordings_take_what_the_plan_has_for_them(models: Models) -> None:
+    """With a vocabulary as large as that of real drafts, whose logits are most of what a pass allocates."""
+    wide = {"vocab_size": 128_000, "hidden_size": 256, "num_attention_heads": 8, "head_dim": 32, "max_position_embeddings": 2048}
+    folder = models(num_layers=1, **wide)
+    with open_tiny(folder, folder, tree="12x3:kary", max_context=2048, resident_layers=1) as engine:
+        planned_bytes = engine.plan.device_ledger["draft recordings"]
+        torch.cuda.empty_cache()
+        before_bytes = torch.cuda.memory_reserved()
+        for length in (5, 600, 1100):  # every level at three lengths of the cache
+            engine.generate([7] * length, max_new_tokens=40, ignore_eos=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        grown_bytes = torch.cuda.memory_reserved() - before_bytes
+    assert grown_bytes <= planned_bytes + 64 * 2**20, "beyond the plan: a library's workspace, and the allocator's rounding"
+
+
 def test_host_memory_is_registered_exactly_and_given_back() -> None:
     num_bytes = 5 * 2**20 + 4096
     for _ in range(3):
@@ -231,7 +247,7 @@ class EagerCudaDevice(CudaDevice):
 def test_replayed_drafts_have_the_logits_of_eager_ones(models: Models, family: str) -> None:
     """Captured when first needed and replayed in any order, over commits and a growing cache."""
     generator = torch.Generator().manual_seed(1)
-    with open_drafters((EagerCudaDevice, CudaDevice), models(family), max_context=1500) as drafters:
+    with open_drafters((EagerCudaDevice, CudaDevice), models(family), max_context=1500, tree="64x4:kary") as drafters:
         for width in (1, 2, 3, 4, 64, 65, 9, 3, 128, 1, 200, 5):
             run_round(drafters, TreeShape.from_widths((width, 1, 1)), generator, tolerance=1e-4)
         for drafter in drafters:

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import FAMILIES
+from conftest import FAMILIES, VOCAB_SIZE
 from drafters import PROMPT, open_drafters, open_tiny, run_round
-from fakes import RecordingDevice
+from fakes import CountingDevice, RecordingDevice
 from offload.device.cpu import CpuDevice
 from offload.errors import FitError
-from offload.model.fixed_pass import LEAST_CACHED_ROWS, MAX_ROWS, rows_bucket, width_bucket
+from offload.model.buckets import LEAST_CACHED_ROWS, MAX_ROWS, rows_bucket, widest_pass, width_bucket
 from tree.draft import grow
 from tree.sampling import SamplingParams
 from tree.shape import TreeShape
@@ -26,6 +26,7 @@ class FixedDevice(CpuDevice):
 
 
 DEVICES = (CpuDevice, FixedDevice, RecordingDevice)
+LARGE = "64x4:kary"  # of whose nodes as many as MAX_ROWS may be in a level
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -33,7 +34,7 @@ def test_levels_of_every_width_have_the_logits_of_plain_passes(models: Models, f
     """Widths at, below and above every edge of a bucket; several rounds and commits, the cache longer each time."""
     generator = torch.Generator().manual_seed(1)
     widths = (1, 2, 3, 4, 5, 8, 9, 16, 17, 33) if family != "llama" else (1, 63, 64, 65, 127, 128, 129, 192, 193)
-    with open_drafters(DEVICES, models(family, num_layers=2), max_context=1500) as drafters:
+    with open_drafters(DEVICES, models(family, num_layers=2), max_context=1500, tree=LARGE) as drafters:
         for width in widths:
             run_round(drafters, TreeShape.from_widths((width, 1, 1)), generator)
         run_round(drafters, TreeShape.from_widths((2, 3, 1, 2)), generator)
@@ -41,7 +42,7 @@ def test_levels_of_every_width_have_the_logits_of_plain_passes(models: Models, f
 
 @pytest.mark.parametrize("width", [MAX_ROWS - 1, MAX_ROWS, MAX_ROWS + 1])
 def test_the_widest_levels_are_computed_either_way(models: Models, width: int) -> None:
-    with open_drafters(DEVICES, models(num_layers=1), max_context=2400) as drafters:
+    with open_drafters(DEVICES, models(num_layers=1), max_context=2400, tree=LARGE) as drafters:
         for _ in range(2):
             run_round(drafters, TreeShape.from_widths((width, 1, 1)), torch.Generator().manual_seed(2))
 
@@ -99,6 +100,33 @@ def test_each_shape_is_recorded_once(models: Models) -> None:
         assert 1 <= device.num_recordings <= 5  # rows 1, 2, 4, 8, 16
 
 
+def test_recordings_keep_the_memory_of_the_widest_however_many_there_are(models: Models) -> None:
+    device, plain = CountingDevice(), CountingDevice()
+    plain.replays = False
+    folder = models(max_position_embeddings=1500)
+    with open_tiny(folder, plain, max_context=1400, tree="9x3:kary") as engine:
+        assert engine.plan.device_ledger["draft recordings"] == 0
+        least_bytes = plain.held_bytes
+    with open_tiny(folder, device, max_context=1400, tree="9x3:kary") as engine:
+        kept_bytes, rows = device.held_bytes - least_bytes, widest_pass(engine.plan.tree.num_nodes)
+        for length in (5, 600, 1100):
+            engine.generate([3] * length, max_new_tokens=30, ignore_eos=True)
+        assert device.num_recordings > 6 and device.held_bytes == kept_bytes + least_bytes
+        assert kept_bytes == rows * (3 * 8 + 1400 + VOCAB_SIZE * 4) < engine.plan.device_ledger["draft recordings"]
+
+
+def test_a_drafter_that_takes_less_memory_has_the_same_logits(models: Models) -> None:
+    """As when a tree has become smaller for want of memory. Wider levels are computed as they come."""
+    device = CountingDevice()
+    with open_drafters((CpuDevice, lambda: device), models(), max_context=600, tree=LARGE) as drafters:
+        before_bytes, generator = device.held_bytes, torch.Generator().manual_seed(6)
+        run_round(drafters, TreeShape.from_widths((70, 1)), generator)
+        for drafter in drafters:
+            drafter.limit(1024, 8)
+        assert device.held_bytes < before_bytes
+        run_round(drafters, TreeShape.from_widths((70, 2, 1)), generator)
+
+
 def test_prompts_are_not_recorded(models: Models) -> None:
     """A pass for one logit out of a hundred would keep the memory of a hundred."""
     device = RecordingDevice()
@@ -132,7 +160,7 @@ def test_a_model_that_waits_in_a_pass_is_not_recorded(models: Models) -> None:
 
 def test_buckets_are_few_and_near() -> None:
     widths = [width_bucket(num_rows) for num_rows in range(1, MAX_ROWS + 1)]
-    assert widths == sorted(widths) and len(set(widths)) == 14
+    assert widths == sorted(widths) and len(set(widths)) == 10
     assert all(num_rows <= width < max(2 * num_rows, num_rows + 64) for num_rows, width in enumerate(widths, start=1))
     for capacity in (100, 512, 1000, 4096):
         rows = [rows_bucket(num_rows, capacity) for num_rows in range(1, capacity + 1)]

@@ -8,8 +8,11 @@ import pytest
 from torch.profiler import ProfilerActivity, profile
 
 from conftest import VOCAB_SIZE
+from fakes import RecordingDevice
 from offload.assemble import open_engine
 from offload.config import EngineSettings
+from offload.planner.cost import activation_bytes
+from offload.source import check_source
 from planning import L40
 
 Models = Callable[..., Path]
@@ -72,3 +75,19 @@ def test_the_ledger_fills_the_budget_and_the_peak_is_within_5_percent_of_it(
     ledger = plan.device_ledger
     assert 0.85 < most / (ledger["activations"] + ledger["logits and laws"]) <= 1, "weights must not hide what is wrong here"
     assert measured_bytes == pytest.approx(ledger_bytes, rel=0.05), (ledger, most)
+
+
+def test_a_pass_that_is_recorded_works_in_the_memory_planned_for_it(models: Models) -> None:
+    folder = models(**{**HEAVY, "num_layers": 2, "vocab_size": 4096, "max_position_embeddings": 700})
+    settings = EngineSettings(
+        model=str(folder), draft_models=(str(folder),), dtype="float32", tree="8x3:kary", device="cpu", max_context=600
+    )
+    cost = check_source(str(folder), "--model", "float32", "cpu").model.cost
+    device = RecordingDevice()
+    with open_engine(settings, hardware=L40, device=device) as engine:
+        assert engine.loop._drafter is not None and (passes := engine.loop._drafter._fixed) is not None
+        for num_attended in (512, 600):
+            most = working_bytes(passes._work(passes.max_rows, num_attended))
+            parts = activation_bytes(cost, passes.max_rows, num_attended), passes.max_rows * cost.vocab_size * 4
+            assert 0.85 < most / max(parts) <= 1
+        assert 2 * sum(parts) < engine.plan.device_ledger["draft recordings"]

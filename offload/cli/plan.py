@@ -160,7 +160,7 @@ def _question(arguments: argparse.Namespace) -> Question:
         drafts=drafts,
         hardware=hardware,
         tree=tree,
-        budgets=Budgets(device_bytes=device_bytes, host_bytes=host_bytes),
+        budgets=Budgets(device_bytes=device_bytes, host_bytes=host_bytes, replays=hardware.device_type != "cpu"),
         dtype_bytes=DTYPE_BYTES[target.dtype if settings.dtype == "auto" else settings.dtype],
     )
 

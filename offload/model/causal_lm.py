@@ -51,7 +51,7 @@ class CausalLM:
         weights: WeightSource,
         cache: KVCache,
     ) -> None:
-        self.architecture, self.cache = architecture, cache
+        self.architecture, self.dtype, self.cache = architecture, dtype, cache
         self._weights = weights
         self._pass = under_way = _Pass()
         self._model = architecture.model

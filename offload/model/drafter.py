@@ -9,6 +9,7 @@ from tree.shape import TreeShape
 
 from ..device import Device
 from .attention import pass_mask
+from .buckets import MAX_ROWS, widest_pass
 from .causal_lm import CausalLM
 from .fixed_pass import FixedPasses, waits_in_a_pass
 from .kv_cache import KVCache
@@ -22,14 +23,22 @@ class ModelDrafter:
     `vocab_size` is the target's: draft logits are cut or padded (never proposed) to it, for families whose sizes pad one
     vocabulary differently. Small passes have fixed shapes where the device replays recordings; elsewhere each is as large
     as it must be, which is the same but for rounding. A prompt is read in chunks of at most `chunk_tokens`: only its last
-    token's logits are wanted.
+    token's logits are wanted. No level of a tree has more than `max_nodes`.
     """
 
-    def __init__(self, model: CausalLM, device: Device, vocab_size: int, *, chunk_tokens: int = PROMPT_CHUNK_TOKENS) -> None:
-        self.chunk_tokens = chunk_tokens
+    def __init__(
+        self,
+        model: CausalLM,
+        device: Device,
+        vocab_size: int,
+        *,
+        chunk_tokens: int = PROMPT_CHUNK_TOKENS,
+        max_nodes: int = MAX_ROWS,
+    ) -> None:
+        self._chunk_tokens = chunk_tokens
         self._model, self._device, self._vocab_size = model, device, vocab_size
         fixed = device.replays and not waits_in_a_pass(model.architecture.config)
-        self._fixed = FixedPasses(model, device) if fixed else None
+        self._fixed = FixedPasses(model, device, widest_pass(max_nodes)) if fixed else None
         self._context: list[int] = []
         self._shape = TreeShape.root_only()
         self._ancestors = self._mask_of(self._shape)
@@ -44,6 +53,13 @@ class ModelDrafter:
         self._fixed = None
         self._ancestors = self._ancestors.new_empty(0)
         self._model.close()
+
+    def limit(self, chunk_tokens: int, max_nodes: int) -> None:
+        """Take less memory from here on: the one or the other may be less than before."""
+        self._chunk_tokens = min(self._chunk_tokens, chunk_tokens)
+        if self._fixed is not None and (max_rows := widest_pass(max_nodes)) < self._fixed.max_rows:
+            self._fixed = None  # its memory goes before the smaller one's comes
+            self._fixed = FixedPasses(self._model, self._device, max_rows)
 
     def restart(self, token_ids: Sequence[int]) -> None:
         """Another sequence. The cache, which is the caller's to cut, holds rows of a beginning of it, not all."""
@@ -64,7 +80,7 @@ class ModelDrafter:
         self._nodes = []
         no_nodes = torch.zeros(0, 0, dtype=torch.bool, device=self._device.torch_device)
         logits = None
-        while missing := self._context[cache.length :][: self.chunk_tokens]:
+        while missing := self._context[cache.length :][: self._chunk_tokens]:
             positions = torch.arange(cache.length, cache.length + len(missing))
             mask = pass_mask(cache.length, len(missing), no_nodes)
             logits = self._forward(torch.tensor(missing), positions, mask, 1)

@@ -3,7 +3,8 @@ than Python takes to launch its kernels.
 
 A pass of n rows over a cache of m is padded to the next bucket of both. Padding repeats the last row, its position, mask and
 slot included: it writes what that row writes anyway, is seen by nobody, and needs no rows of its own. All that varies between
-passes of one shape lies in buffers which stay where they are.
+passes of one shape lies in buffers which stay where they are, and those of all shapes are the beginnings of the same ones: what
+recordings keep does not grow with their number.
 """
 
 from collections.abc import Callable
@@ -11,20 +12,21 @@ from collections.abc import Callable
 import torch
 
 from ..device import Device
+from .buckets import MAX_UNWANTED, rows_bucket, width_bucket
 from .causal_lm import CausalLM
-
-MAX_ROWS = 512  # of one pass; beyond, computing takes longer than launching, and padding would cost more than it saves
-MAX_UNWANTED = 64  # logits that are computed for rows whose logits nobody asked for; reading a prompt is not worth recording
-POWERS_UP_TO = 64  # buckets of new rows: powers of two, then multiples of this
-LEAST_CACHED_ROWS = 512  # buckets of attended rows: powers of two from here to the cache's capacity
 
 
 class FixedPasses:
-    """The passes of `model`, whose layers are resident: recorded when a shape is first needed, then replayed."""
+    """The passes of `model`, whose layers are resident, of at most `max_rows` rows: recorded when a shape is first needed, then
+    replayed. Keeps the bytes of `planner.cost.recording_bytes`."""
 
-    def __init__(self, model: CausalLM, device: Device) -> None:
-        self._model, self._device = model, device
-        self._passes: dict[tuple[int, int], _Pass] = {}  # by new rows and attended rows
+    def __init__(self, model: CausalLM, device: Device, max_rows: int) -> None:
+        self._model, self._device, self.max_rows = model, device, max_rows
+        self._token_ids, self._positions, self._slots = device.alloc(3 * max_rows * 8).view(torch.int64).view(3, max_rows)
+        self._mask = device.alloc(max_rows * model.cache.capacity).view(torch.bool)
+        vocab_size = model.architecture.vocab_size
+        self._logits = device.alloc(max_rows * vocab_size * model.dtype.itemsize).view(model.dtype).view(max_rows, vocab_size)
+        self._replays: dict[tuple[int, int], Callable[[], None]] = {}  # by new rows and attended rows
         self.restart()
 
     def restart(self) -> None:
@@ -33,49 +35,41 @@ class FixedPasses:
 
     def suit(self, num_rows: int, num_logits: int) -> bool:
         """Whether a pass like this is worth recording."""
-        return num_rows <= MAX_ROWS and num_rows - num_logits <= MAX_UNWANTED
+        return num_rows <= self.max_rows and num_rows - num_logits < MAX_UNWANTED
 
     def run(self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """As CausalLM.forward, but float32 logits of all rows; those of later passes do not overwrite them."""
-        cache = self._model.cache
-        cache.check_room(len(token_ids))
-        shape = width_bucket(len(token_ids)), rows_bucket(cache.rows + len(token_ids), cache.capacity)
-        fixed = self._passes.get(shape)
-        if fixed is None:
-            fixed = self._passes[shape] = _Pass(self._model, self._device, *shape)
-        logits = fixed.run(token_ids, positions, cache.rows, mask)
-        cache.appended(len(token_ids))
-        return logits
-
-
-class _Pass:
-    """The pass of one shape: its inputs, its output, and the recording that leads from one to the other."""
-
-    def __init__(self, model: CausalLM, device: Device, width: int, num_rows: int) -> None:
-        self._model, self._device, self._width = model, device, width
-        self._token_ids, self._positions, self._slots = torch.zeros(3, width, dtype=torch.int64, device=device.torch_device)
-        self._mask = torch.zeros(1, 1, width, num_rows, dtype=torch.bool, device=device.torch_device)
-        self._rows = model.cache.fixed_rows(self._slots, num_rows)
-        self._logits: torch.Tensor | None = None
-        self._replay: Callable[[], None] | None = None
-
-    def run(self, token_ids: torch.Tensor, positions: torch.Tensor, first_slot: int, mask: torch.Tensor) -> torch.Tensor:
-        num_rows = len(token_ids)
-        slots = torch.arange(first_slot, first_slot + num_rows, device=self._slots.device)
+        cache, num_rows = self._model.cache, len(token_ids)
+        cache.check_room(num_rows)
+        width, num_attended = width_bucket(num_rows), rows_bucket(cache.rows + num_rows, cache.capacity)
+        slots = torch.arange(cache.rows, cache.rows + num_rows, device=self._slots.device)
         for buffer, values in ((self._token_ids, token_ids), (self._positions, positions), (self._slots, slots)):
             buffer[:num_rows] = values
-            buffer[num_rows:] = values[-1]
-        self._mask[..., mask.shape[-1] :] = False
-        self._mask[:, :, :num_rows, : mask.shape[-1]] = mask
-        self._mask[:, :, num_rows:] = self._mask[:, :, num_rows - 1 : num_rows]
-        if self._replay is None:  # only now, since recording computes, and with these inputs it may
-            self._replay = self._device.record(self._compute)
-        self._replay()
-        assert self._logits is not None
+            buffer[num_rows:width] = values[-1]
+        fixed_mask = self._mask_of(width, num_attended)
+        fixed_mask[..., mask.shape[-1] :] = False
+        fixed_mask[:, :, :num_rows, : mask.shape[-1]] = mask
+        fixed_mask[:, :, num_rows:] = fixed_mask[:, :, num_rows - 1 : num_rows]
+        replay = self._replays.get((width, num_attended))
+        if replay is None:  # only now, since recording computes, and with these inputs it may
+            replay = self._replays[width, num_attended] = self._device.record(self._work(width, num_attended))
+        replay()
+        cache.appended(num_rows)
         return self._logits[:num_rows].to(torch.float32, copy=True)
 
-    def _compute(self) -> None:
-        self._logits = self._model.compute(self._token_ids, self._positions, self._mask, self._width, self._rows)
+    def _work(self, width: int, num_attended: int) -> Callable[[], None]:
+        """The pass of this shape, from the buffers to the buffers. It does not know this object, which holds it."""
+        model, mask, logits = self._model, self._mask_of(width, num_attended), self._logits[:width]
+        token_ids, positions, slots = self._token_ids[:width], self._positions[:width], self._slots[:width]
+        rows = model.cache.fixed_rows(slots, num_attended)
+
+        def work() -> None:
+            logits.copy_(model.compute(token_ids, positions, mask, width, rows))
+
+        return work
+
+    def _mask_of(self, width: int, num_attended: int) -> torch.Tensor:
+        return self._mask[: width * num_attended].view(1, 1, width, num_attended)
 
 
 def waits_in_a_pass(config: object) -> bool:
@@ -83,19 +77,3 @@ def waits_in_a_pass(config: object) -> bool:
     embeddings that change with the length of the text do."""
     parameters = str(getattr(config, "rope_parameters", ""))  # which some families nest by kind of layer
     return any(kind in parameters for kind in ("dynamic", "longrope"))
-
-
-def width_bucket(num_rows: int) -> int:
-    """The rows that a pass of `num_rows` is padded to."""
-    if num_rows <= POWERS_UP_TO:
-        return _power_of_two(num_rows)
-    return -(-num_rows // POWERS_UP_TO) * POWERS_UP_TO
-
-
-def rows_bucket(num_rows: int, capacity: int) -> int:
-    """How many cached rows a pass attends to that needs the first `num_rows` of them."""
-    return min(max(_power_of_two(num_rows), LEAST_CACHED_ROWS), capacity)
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()

@@ -58,6 +58,15 @@ def logits_bytes(model: ModelCost, tree_nodes: int) -> int:
     return tree_nodes * model.vocab_size * (model.dtype_bytes + 8)
 
 
+def recording_bytes(model: ModelCost, rows: int, context_rows: int) -> int:
+    """Of passes of fixed shapes of at most `rows` rows: mask and logits of the widest, and the working memory of recordings,
+    which is theirs alone. It comes in pieces that a later, larger need cannot join: those of activations and of logits, and as
+    much again for narrower passes that were recorded before."""
+    logits = rows * model.vocab_size * model.dtype_bytes
+    inputs = rows * (3 * 8 + context_rows)
+    return inputs + logits + 2 * (activation_bytes(model, rows, context_rows) + logits)
+
+
 def ledger_lines(ledger: Mapping[str, int], budget_bytes: int) -> str:
     """The sum that shows why something does not fit: `embedding and head 1.00 + 2 slots 3.19 + ... = 7.30 GiB > 6.00 GiB`.
     In one unit, in which the sum is not all zeros."""

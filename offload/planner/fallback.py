@@ -143,6 +143,7 @@ class Fallbacks:
             tree_nodes=plan.tree.num_nodes,
             context_rows=plan.context_rows,
             pass_rows=plan.pass_rows,
+            replays=self.budgets.replays,
         )
         memory = MemoryPlan(
             placement=placement,

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from ..config import EngineSettings
 from ..errors import FitError
+from ..model.buckets import widest_pass
 from ..weights.placement import RING_BUFFERS, Placement, spread_evenly
-from .cost import ModelCost, activation_bytes, ledger_lines, logits_bytes, size_text
+from .cost import ModelCost, activation_bytes, ledger_lines, logits_bytes, recording_bytes, size_text
 
 DEFAULT_TEXT_TOKENS = 4096
 # A prompt pass costs a whole stream of the weights, so chunks are as large as activations in this share of memory allow.
@@ -21,11 +22,12 @@ MIN_SLOTS, MAX_AUTO_SLOTS = 2, 3
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budgets:
     """Bytes that a run may take; None is unbounded. `shared`: the device's memory is the host's (a CPU), so what lies on
-    the device counts against host_bytes, too."""
+    the device counts against host_bytes, too. `replays`: the device records passes of the draft, which takes memory."""
 
     device_bytes: int | None
     host_bytes: int | None
     shared: bool = False
+    replays: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +63,10 @@ def plan_memory(
             where="--max-context, --tree",
             cure="raise --max-context or take a smaller tree",
         )
-    others = device_ledger(target, draft, tree_nodes=tree_nodes, context_rows=context_rows, pass_rows=0)
+    rows = {"tree_nodes": tree_nodes, "context_rows": context_rows}
+    others = device_ledger(target, draft, **rows, pass_rows=0, replays=budgets.replays)
     pass_rows = _pass_rows(settings, target, tree_nodes, context_rows, others, budgets.device_bytes)
-    fixed = device_ledger(target, draft, tree_nodes=tree_nodes, context_rows=context_rows, pass_rows=pass_rows)
+    fixed = device_ledger(target, draft, **rows, pass_rows=pass_rows, replays=budgets.replays)
     num_resident, num_slots = _residency(settings, target, fixed, num_slots, budgets)
     ledger = {**fixed, **layers_ledger(target, num_resident, num_slots)}
     _check_device(ledger, budgets.device_bytes)
@@ -82,7 +85,7 @@ def plan_memory(
 
 
 def device_ledger(
-    target: ModelCost, draft: ModelCost | None, *, tree_nodes: int, context_rows: int, pass_rows: int
+    target: ModelCost, draft: ModelCost | None, *, tree_nodes: int, context_rows: int, pass_rows: int, replays: bool
 ) -> dict[str, int]:
     """Bytes by named part of all that a run keeps on the device but the target's layers."""
     return {
@@ -90,6 +93,7 @@ def device_ledger(
         "key/value cache": target.kv_bytes_per_row * context_rows,
         "draft model": draft.shared_bytes + draft.num_layers * draft.layer_bytes if draft else 0,
         "draft key/value cache": draft.kv_bytes_per_row * context_rows if draft else 0,
+        "draft recordings": recording_bytes(draft, widest_pass(tree_nodes), context_rows) if draft and replays else 0,
         "logits and laws": logits_bytes(target, tree_nodes),
         "activations": activation_bytes(target, pass_rows, context_rows) if pass_rows else 0,
     }

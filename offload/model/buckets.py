@@ -1,0 +1,28 @@
+"""Pure: the few shapes that passes of a fixed shape have, and so how many rows the widest of a run has."""
+
+MAX_ROWS = 256  # of one pass; beyond, computing takes longer than launching, and padding would cost more than it saves
+MAX_UNWANTED = 64  # logits that are computed for rows whose logits nobody asked for; reading a prompt is not worth recording
+POWERS_UP_TO = 64  # buckets of new rows: powers of two, then multiples of this
+LEAST_CACHED_ROWS = 512  # buckets of attended rows: powers of two from here to the cache's capacity
+
+
+def width_bucket(num_rows: int) -> int:
+    """The rows that a pass of `num_rows` is padded to."""
+    if num_rows <= POWERS_UP_TO:
+        return _power_of_two(num_rows)
+    return -(-num_rows // POWERS_UP_TO) * POWERS_UP_TO
+
+
+def rows_bucket(num_rows: int, capacity: int) -> int:
+    """How many cached rows a pass attends to that needs the first `num_rows` of them."""
+    return min(max(_power_of_two(num_rows), LEAST_CACHED_ROWS), capacity)
+
+
+def widest_pass(tree_nodes: int) -> int:
+    """Rows of the widest pass that is worth recording where no level has more than `tree_nodes`. One that catches up with
+    what was accepted is recorded, however small the tree."""
+    return width_bucket(max(min(tree_nodes, MAX_ROWS), MAX_UNWANTED))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
