@@ -118,7 +118,13 @@ def test_a_round_syncs_the_host_once(models: Models) -> None:
 
 def test_recordings_take_what_the_plan_has_for_them(models: Models) -> None:
     """With a vocabulary as large as that of real drafts, whose logits are most of what a pass allocates."""
-    wide = {"vocab_size": 128_000, "hidden_size": 256, "num_attention_heads": 8, "head_dim": 32, "max_position_embeddings": 2048}
+    wide = {
+        "vocab_size": 128_000,
+        "hidden_size": 256,
+        "num_attention_heads": 8,
+        "head_dim": 32,
+        "max_position_embeddings": 2048,
+    }
     folder = models(num_layers=1, **wide)
     with open_tiny(folder, folder, tree="12x3:kary", max_context=2048, resident_layers=1) as engine:
         planned_bytes = engine.plan.device_ledger["draft recordings"]
