@@ -85,7 +85,8 @@ def test_a_pass_that_is_recorded_works_in_the_memory_planned_for_it(models: Mode
     cost = check_source(str(folder), "--model", "float32", "cpu").model.cost
     device = RecordingDevice()
     with open_engine(settings, hardware=L40, device=device) as engine:
-        assert engine.loop._drafter is not None and (passes := engine.loop._drafter._fixed) is not None
+        assert engine.loop._drafter is not None and engine.loop._drafter._fixed is not None
+        passes = engine.loop._drafter._fixed
         for num_attended in (512, 600):
             most = working_bytes(passes._work(passes.max_rows, num_attended))
             parts = activation_bytes(cost, passes.max_rows, num_attended), passes.max_rows * cost.vocab_size * 4
