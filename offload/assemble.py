@@ -2,13 +2,13 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
 from .admission import Admission
 from .calibrate import QUICK, Subject, measure_hardware
-from .config import EngineSettings
+from .config import EngineSettings, LawKind
 from .decode import DecodeLoop
 from .device import Device, open_device
 from .device.host import available_bytes
@@ -28,6 +28,7 @@ from .source import ModelSource, check_source
 from .streaming.stream import LayerStream
 from .text import TextCodec, check_same_vocabulary
 from .trace import Trace
+from .weights.checkpoint import Checkpoint
 from .weights.source import CheckpointSource
 from .weights.store import WeightStore
 
@@ -64,7 +65,7 @@ def open_engine(
         budgets = host = _budgets(settings, device)
         if target.tensors.equal_layers:  # what exceeds the host's memory shares it, see share_memory
             budgets = replace(budgets, host_bytes=None)
-        hardware = hardware or _measure(settings, budgets, device, target, drafts)
+        hardware = hardware or _hardware(settings, budgets, target, drafts)
         plan, fallbacks = _plan(settings, hardware, budgets, target, drafts)
         draft = drafts[plan.draft] if plan.draft is not None else None
         check_window(target.architecture, plan.text_tokens, str(target.folder / "config.json"))
@@ -124,27 +125,33 @@ def _left_for_layers(budgets: Budgets, plan: Plan) -> int:
     return max(budgets.host_bytes - taken, 0)
 
 
-def _measure(
-    settings: EngineSettings, budgets: Budgets, device: Device, target: ModelSource, drafts: list[ModelSource]
+def measure_machine(
+    settings: EngineSettings,
+    target: ModelSource,
+    drafts: Sequence[ModelSource],
+    *,
+    laws: tuple[LawKind, ...],
+    disk: Checkpoint | None = None,
 ) -> HardwareProfile:
-    """The profile that the settings name, or a quick look at this machine, on a device of its own: what measuring
-    allocates is gone before the run begins."""
+    """A quick look at this machine with the layers that `settings` will run, on a device of its own: what measuring allocates
+    is gone before the run begins. `disk` is a checkpoint to read from."""
+    subjects = [Subject(role="target", model=target.model), *(Subject(role="draft", model=draft.model) for draft in drafts)]
+    effort = replace(QUICK, contexts=(context_tokens(settings),), laws=laws)
+    own = open_device(settings.device, settings.emulate_link_bytes_per_s)
+    try:
+        return measure_hardware(own, subjects, effort, link_bytes_per_s=settings.emulate_link_bytes_per_s, disk=disk)
+    finally:
+        own.close()
+
+
+def _hardware(settings: EngineSettings, budgets: Budgets, target: ModelSource, drafts: list[ModelSource]) -> HardwareProfile:
+    """The profile that the settings name, or a quick look."""
     if settings.profile is not None:
         return find_hardware(settings.profile)
     layers_bytes = target.model.cost.num_layers * target.model.cost.layer_bytes
     may_need_disk = budgets.host_bytes is not None and layers_bytes > budgets.host_bytes
-    subjects = [Subject(role="target", model=target.model), *(Subject(role="draft", model=draft.model) for draft in drafts)]
-    own = open_device(settings.device, settings.emulate_link_bytes_per_s)
-    try:
-        return measure_hardware(
-            own,
-            subjects,
-            replace(QUICK, contexts=(context_tokens(settings),), laws=(settings.law,)),
-            link_bytes_per_s=settings.emulate_link_bytes_per_s,
-            disk=target.tensors.checkpoint if may_need_disk and isinstance(target.tensors, CheckpointSource) else None,
-        )
-    finally:
-        own.close()
+    disk = target.tensors.checkpoint if may_need_disk and isinstance(target.tensors, CheckpointSource) else None
+    return measure_machine(settings, target, drafts, laws=(settings.law,), disk=disk)
 
 
 def _plan(

@@ -13,6 +13,7 @@ from offload.bench.extent import Extent, cpu_extent, gpu_extent
 from offload.bench.launch import run_isolated
 from offload.bench.steps import STEPS, Step, fit_line
 from offload.bench.suite import run_suite
+from offload.planner.hardware_file import find_hardware
 from test_offload_bench import run_here
 
 
@@ -43,6 +44,7 @@ def test_every_step_runs_at_small_scale_and_the_report_leads_with_the_floor(
     manifest = json.loads((tmp_path / "new/manifest.json").read_text())
     assert {name: step["status"] for name, step in manifest["steps"].items()} == dict.fromkeys(STEPS, "done"), manifest
     records = {name: json.loads((tmp_path / f"new/{name}.json").read_text()) for name in STEPS}
+    assert find_hardware(str(tmp_path / "new/hardware.json")).source == "measured"
     rows = records["table"]["rows"]
     assert [(row["engine"], row["temperature"]) for row in rows] == [("ours", 0), ("ours", 0.6), ("plain", 0)] * 2
     assert all(row["s_per_token_p50"] > 0 and row["floor_s_per_token"] > 0 for row in rows)
@@ -59,6 +61,23 @@ def test_every_step_runs_at_small_scale_and_the_report_leads_with_the_floor(
     assert pictures == {"timeline.png", "pass_time.png", "s_per_token_by_nodes.png", "s_per_token_by_memory.png"}
     again = suite("--out", tmp_path / "new")
     assert again.code == 0 and again.stderr.count("done before") == len(STEPS)
+
+
+def test_steps_plan_with_the_profile_given_or_with_the_measured_one(tmp_path: Path) -> None:
+    planned_with: list[str | None] = []
+
+    def look(extent: Extent, max_seconds: float) -> dict[str, Any]:
+        planned_with.append(extent.settings.profile)
+        return {}
+
+    steps = {"a": (look, 1), "hardware": (look, 1), "b": (look, 1)}
+    run_suite(tmp_path / "measured", "cpu", 1e3, lambda text: None, steps)
+    run_suite(tmp_path / "given", "cpu", 1e3, lambda text: None, steps, profile="l40")
+    assert planned_with == [None, None, str(tmp_path / "measured/hardware.json"), "l40", "l40"]
+
+
+def test_a_profile_that_is_none_is_refused(suite: Callable[..., Finished], tmp_path: Path) -> None:
+    assert_error(suite("--out", tmp_path, "--profile", "no-such-card"), INVALID, "no hardware profile", "l40")
 
 
 def fake(answers: dict[str, Any], ran: list[str], name: str) -> tuple[Step, int]:

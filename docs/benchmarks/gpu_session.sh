@@ -66,7 +66,11 @@ profile() {
 
 # The suite keeps its records: called again, it goes on with what is missing. It is given more time than it has, as the steps
 # that matter come first: link, table and baselines should end, the step after them is cut off and begins anew another time.
-table() { run bench suite --device "$DEVICE" --out "$WORK/suite" --max-seconds 900; }
+table() {
+    local measured=()
+    [ -f "$WORK/hardware.json" ] && measured=(--profile "$WORK/hardware.json")
+    run bench suite --device "$DEVICE" --out "$WORK/suite" --max-seconds 900 "${measured[@]}"
+}
 
 trace() {
     run generate "${PROMPT[@]}" --model "scale:$SCALE:${LAYERS##* }" --device "$DEVICE" --dtype "$DTYPE" \

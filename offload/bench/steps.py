@@ -14,10 +14,12 @@ from tree.optimizer import best_tree
 from tree.sampling import SamplingParams
 from tree.verify import Method, verify
 
-from ..assemble import open_engine
+from ..assemble import measure_machine, open_engine
 from ..config import EngineSettings
 from ..demo import ACCEPTANCE, PROMPTS, TARGET
 from ..device import open_device
+from ..planner.hardware_file import to_json
+from ..source import check_source
 from ..text import open_codec
 from ..trace import Trace
 from .case import Case, Event, Outcome, outcome_of
@@ -36,6 +38,7 @@ LINK_COPIES = 5
 VERIFY_RUNS = 5
 KNEE = 1.05
 TIMELINE_ROUNDS = 2
+HARDWARE = "hardware"  # the step whose record is a profile for all others
 
 
 def link(extent: Extent, max_seconds: float) -> Row:
@@ -62,6 +65,15 @@ def link(extent: Extent, max_seconds: float) -> Row:
         return {**result, "registration_bytes": largest, "registration_s": registered_s}
     finally:
         device.close()
+
+
+def hardware(extent: Extent, max_seconds: float) -> Row:
+    """A quick look at the machine, as a profile: with it all engines of later steps plan, instead of looking for themselves."""
+    settings = extent.settings
+    device_type = "cuda" if extent.on_gpu else "cpu"
+    target = check_source(settings.model, "--model", settings.dtype, device_type)
+    drafts = [check_source(name, "--draft-model", settings.dtype, device_type) for name in settings.draft_models]
+    return to_json(measure_machine(settings, target, drafts, laws=("greedy", "sampled")))
 
 
 def utilisation(extent: Extent, max_seconds: float) -> Row:
@@ -165,6 +177,7 @@ def verification(extent: Extent, max_seconds: float) -> Row:
 
 # In order of what matters most, with their shares of the time.
 STEPS: Mapping[str, tuple[Step, int]] = {
+    HARDWARE: (hardware, 1),
     "link": (link, 1),
     "table": (table, 8),
     "baselines": (baselines, 4),

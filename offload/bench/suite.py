@@ -8,6 +8,7 @@ DIR/report.md, *.png  made anew from the records at every run
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..errors import ModelError, UsageError
 from ..report import git_commit
 from .extent import Extent, cpu_extent, gpu_extent
 from .machine import describe_gpu, describe_host
-from .steps import STEPS, Step
+from .steps import HARDWARE, STEPS, Step
 from .suite_report import write_report
 
 SCHEMA_VERSION = 1
@@ -25,13 +26,22 @@ MANIFEST = "manifest.json"
 
 
 def run_suite(
-    out: Path, device: str, max_seconds: float, say: Callable[[str], None], steps: Mapping[str, tuple[Step, int]] = STEPS
+    out: Path,
+    device: str,
+    max_seconds: float,
+    say: Callable[[str], None],
+    steps: Mapping[str, tuple[Step, int]] = STEPS,
+    *,
+    profile: str | None = None,
 ) -> Path:
-    """The report. A step that is done is not run again; one that failed, or had no time or not enough, is. UsageError when
-    `out` holds the records of another machine or extent."""
+    """The report. A step that is done is not run again; one that failed, or had no time or not enough, is. Engines plan with
+    `profile`, or with what the first step has measured. UsageError when `out` holds the records of another machine or
+    extent."""
     end_s = time.monotonic() + max_seconds
     on_gpu = device.startswith("cuda") or (device == "auto" and cuda.is_available())
     extent = gpu_extent("cuda" if device == "auto" else device) if on_gpu else cpu_extent()
+    if profile is not None:
+        steps = {name: step for name, step in steps.items() if name != HARDWARE}
     out.mkdir(parents=True, exist_ok=True)
     manifest = _open_manifest(out, extent)
     ended = [name for name, step in manifest["steps"].items() if step["status"] == "done"]
@@ -42,7 +52,10 @@ def run_suite(
         left = sum(other for key, (_, other) in steps.items() if key not in ended)
         share_s = (end_s - time.monotonic()) * weight / left
         ended.append(name)
-        manifest["steps"][name] = _run_step(out, name, step, extent, share_s)
+        if profile is None and (measured := out / f"{HARDWARE}.json").exists():
+            profile = str(measured.absolute())
+        planning = replace(extent, settings=replace(extent.settings, profile=profile))
+        manifest["steps"][name] = _run_step(out, name, step, planning, share_s)
         _write(out / MANIFEST, manifest)
         say(f"{name}: {_words(manifest['steps'][name])}")
     records = {name: _read(out / f"{name}.json") for name in steps if (out / f"{name}.json").exists()}

@@ -12,6 +12,7 @@ from ..bench.table import render
 from ..config import EngineSettings
 from ..demo import TARGET
 from ..errors import DeviceError, UsageError, reason
+from ..planner.hardware_file import find_hardware
 from ..planner.shapes import is_preset
 from ..scale.preset import PREFIX as SCALE_PREFIX
 from ..scale.preset import parse_scale_name, read_preset
@@ -118,8 +119,10 @@ def _run_spec(arguments: argparse.Namespace) -> int:
 def _run_suite(arguments: argparse.Namespace) -> int:
     from ..bench.suite import run_suite
 
+    if arguments.profile is not None:
+        find_hardware(arguments.profile)  # that it can be read
     budget_s = arguments.max_seconds or SUITE_SECONDS
-    report = run_suite(Path(arguments.out), arguments.device, budget_s, _teller(arguments))
+    report = run_suite(Path(arguments.out), arguments.device, budget_s, _teller(arguments), profile=arguments.profile)
     print(report.read_text(encoding="utf-8"), end="", flush=True)
     return 0
 
