@@ -23,7 +23,7 @@ class ModelDrafter:
     `vocab_size` is the target's: draft logits are cut or padded (never proposed) to it, for families whose sizes pad one
     vocabulary differently. Small passes have fixed shapes where the device replays recordings; elsewhere each is as large
     as it must be, which is the same but for rounding. A prompt is read in chunks of at most `chunk_tokens`: only its last
-    token's logits are wanted. No level of a tree has more than `max_nodes`.
+    token's logits are wanted. Recordings have memory for levels of `max_nodes`; wider ones are computed as they come.
     """
 
     def __init__(
