@@ -123,7 +123,7 @@ class DecodeLoop:
         run again with less, as `fallbacks` has it. FitError when that comes to an end; NumericError for NaN or Inf logits."""
         start_s = time.monotonic()
         first, self._first = self._first, False
-        relief: Iterator[Plan] | None = None
+        turn = 0
         while True:
             begun = _Begun(self._generator.get_state(), self._drafter.cache.length if self._drafter else 0)
             try:
@@ -132,8 +132,7 @@ class DecodeLoop:
                 # The error itself would keep all that the pass has computed: its traceback holds the frames.
                 reason = str(error).partition("\n")[0]
             self._take_back(begun)
-            relief = relief or (self._fallbacks.relief(self._plan, self._prompt_rows) if self._fallbacks else iter(()))
-            self._give_up(next(relief, None), reason)
+            turn = self._give_up(turn, reason)
 
     def _try_round(self, max_tokens: int, start_s: float, first: bool) -> StepResult:
         self._stream.prefetch()
@@ -179,11 +178,13 @@ class DecodeLoop:
         if self._drafter is not None:
             self._drafter.cache.truncate(begun.draft_rows)
 
-    def _give_up(self, plan: Plan | None, reason: str) -> None:
-        """Go on with `plan`, in which there is less on the device; FitError when there is none."""
+    def _give_up(self, turn: int, reason: str) -> int:
+        """Go on with less, as `fallbacks` has it from `turn` on; returns the turn after it. FitError when nothing is left."""
         old = self._plan
-        if plan is None or self._fallbacks is None:
+        found = self._fallbacks.relief(old, self._prompt_rows, turn) if self._fallbacks is not None else None
+        if found is None or self._fallbacks is None:
             raise out_of_memory(old, reason, self._device.name, self._device.free_bytes())
+        plan, turn = found
         self._masks.clear()
         if plan.placement != old.placement:
             self._target.let_go()
@@ -194,6 +195,7 @@ class DecodeLoop:
             self._drafter.limit(plan.pass_rows, plan.tree.num_nodes)
         self._plan = plan
         logger.warning("%s (%s)", "; ".join(note for note in plan.notes if note not in old.notes), reason)
+        return turn
 
     def progress(self) -> PassProgress:
         """How far the pass under way, or the last one, has come; any thread may ask."""

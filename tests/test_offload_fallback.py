@@ -302,7 +302,10 @@ def test_every_plan_that_follows_another_takes_less_and_they_come_to_an_end(
     workload = make_workload(SETTINGS, LLAMA_2_70B, L40, limits, max_positions=4096)
     planned = plan_run(SETTINGS, CHAINS, workload, [draft], max_positions=4096, budgets=limits)
     fallbacks = Fallbacks(settings=SETTINGS, workload=workload, draft=draft, budgets=limits)
-    plans = [planned, *fallbacks.relief(planned, prompt_rows)]
+    plans, turn = [planned], 0
+    while (found := fallbacks.relief(plans[-1], prompt_rows, turn)) is not None:
+        smaller, turn = found
+        plans.append(smaller)
     assert len(plans) <= 1 + 3 * MAX_TURNS
     for before, after in itertools.pairwise(plans):
         assert sum(after.device_ledger.values()) < sum(before.device_ledger.values())
@@ -390,6 +393,21 @@ def test_a_layer_that_leaves_the_device_and_is_not_pinned_is_told_in_the_plan(mo
         assert plan.notes[-2].startswith("out of device memory: 1 resident layers, not 2")
         assert plan.notes[-1].startswith("3 of 4 streamed layers could not be pinned and are moved into a ring at ")
         assert engine.generate(PROMPT, **SAMPLED).token_ids == expected
+
+
+def test_layers_that_went_to_disk_for_a_ring_stay_there_when_the_pass_fails_once_more(models: Models) -> None:
+    """In one round, one layer leaves and takes a ring, for which two more go to disk; so the next one goes there, too."""
+    changes: dict[str, Any] = {"draft_models": (), "tree": "none", "resident_layers": 2}
+    expected = text(models, PROMPT, SAMPLED, **changes)
+    with open_tiny(models, **changes) as engine:
+        layer_bytes = engine.loop._stream.layer_bytes
+    with open_refusing(models, "late", 3, **changes, host_memory_bytes=5 * layer_bytes) as engine:
+        with layer_fault(engine, 2, lambda: bool(engine.plan.placement.resident)) as failed:
+            assert engine.generate(PROMPT, **SAMPLED).token_ids == expected
+        plan = engine.plan
+        assert len(failed) == 2 and len(plan.placement.disk) == 3 and plan.placement == engine.loop._stream.placement
+        assert engine.memory().host_weights_bytes == sum(plan.host_ledger.values()) == 4 * layer_bytes
+        assert "2 more stay on disk" in plan.notes[-2] and plan.notes[-1].startswith("out of device memory: 0 resident layers")
 
 
 def test_a_ring_takes_no_more_host_memory_than_the_budget(models: Models) -> None:

@@ -5,7 +5,6 @@ given up and what that costs.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -33,15 +32,16 @@ class Fallbacks:
     draft: DraftOption | None
     budgets: Budgets
 
-    def relief(self, plan: Plan, prompt_rows: int) -> Iterator[Plan]:
-        """Plans for a pass that the device had no memory for, each smaller than the last, what costs least first: fewer of the
-        `prompt_rows` rows that are still to be read, a smaller tree, fewer resident layers, and again. They come to an end."""
+    def relief(self, plan: Plan, prompt_rows: int, turn: int) -> tuple[Plan, int] | None:
+        """A smaller plan for a pass that the device had no memory for, what costs least first: fewer of the `prompt_rows` rows that
+        are still to be read, a smaller tree, fewer resident layers, and again. With it comes the `turn` (0 at first) to go on with
+        if the pass fails once more. None when nothing is left to give up, or after MAX_TURNS of each."""
         remedies = (partial(self.fewer_rows, prompt_rows=prompt_rows), self.smaller_tree, self.fewer_resident)
-        for remedy in remedies * MAX_TURNS:
-            smaller = remedy(plan)
+        for number in range(turn, MAX_TURNS * len(remedies)):
+            smaller = remedies[number % len(remedies)](plan)
             if smaller is not None:
-                plan = smaller
-                yield plan
+                return smaller, number + 1
+        return None
 
     def fewer_rows(self, plan: Plan, prompt_rows: int) -> Plan | None:
         """Half of the rows that the next pass would have, if most of them are the prompt's."""
