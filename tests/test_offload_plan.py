@@ -11,7 +11,7 @@ from offload.config import EngineSettings, parse_size
 from offload.errors import FitError, ModelError, UsageError
 from offload.planner.tree_choice import read_tree, resolve_method
 from offload.weights.placement import RING_BUFFERS
-from planning import CHAINS, GIB, LLAMA_2_70B, PUBLISHED, SETTINGS, plan
+from planning import CHAINS, GIB, LLAMA_2_70B, PUBLISHED, SETTINGS, draft_option, plan
 from tree.optimizer import best_tree, expected_tokens
 from tree.shape import TreeShape
 from tree.spec import OptimalTree
@@ -92,6 +92,18 @@ def test_a_requested_tree_is_the_best_one_for_the_draft_that_is_used() -> None:
     made = plan(tree=OptimalTree(64, 8), device_gib=48)
     assert made.tree == best_tree(PUBLISHED, 64, 8) and made.draft == 0
     assert made.prediction.expected_tokens == pytest.approx(expected_tokens(made.tree, PUBLISHED))
+
+
+@pytest.mark.parametrize("tree", [CHAINS, OptimalTree(64, 8), None], ids=["shape", "request", "auto"])
+def test_a_draft_that_does_not_fit_is_passed_over(tree: TreeShape | OptimalTree | None) -> None:
+    """Wherever it stands among those offered. Where it is the only one, a tree that was asked for is refused."""
+    large, small = draft_option(cost=LLAMA_2_70B), draft_option()
+    assert plan(tree=tree, device_gib=30, drafts=(large, small)) == replace(
+        plan(tree=tree, device_gib=30, drafts=(small, large)), draft=1
+    )
+    if tree is not None:
+        with pytest.raises(FitError, match=r"draft model 128\.479 .* > 30\.000 GiB"):
+            plan(tree=tree, device_gib=30, drafts=(large,))
 
 
 def test_chosen_trees_respect_the_vocabulary_and_auto_the_context() -> None:

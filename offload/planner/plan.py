@@ -190,15 +190,22 @@ def tree_of(choice: Choice, vocab_size: int) -> TreeShape:
 
 
 def _fixed(tree: TreeShape | OptimalTree, workload: Workload, drafts: Sequence[DraftOption], slots: Sequence[int]) -> Point:
-    """The tree that was asked for, with the draft and the slots that suit it best. The root alone needs no draft."""
-    points: list[Point] = []
-    for place, draft in enumerate(drafts) if tree.num_nodes > 1 else ():
-        shape = shape_for(tree, draft.acceptance, workload.target.vocab_size)
-        for memory in _memories(workload, draft, shape.num_nodes, slots):
-            points.append((place, shape, memory, predict_tree(workload, memory, shape, draft)))
+    """The tree that was asked for, with the draft, of those that fit beside it, and the slots that suit it best. The root alone
+    needs no draft. FitError when nothing fits."""
+    candidates: list[tuple[int | None, DraftOption | None, TreeShape]] = [
+        (place, draft, shape_for(tree, draft.acceptance, workload.target.vocab_size))
+        for place, draft in enumerate(drafts)
+        if tree.num_nodes > 1
+    ] or [(None, None, ROOT)]
+    points = [
+        (place, shape, memory, predict_tree(workload, memory, shape, draft))
+        for place, draft, shape in candidates
+        for memory in _memories(workload, draft, shape.num_nodes, slots)
+    ]
     if not points:
-        for memory in _memories(workload, None, 1, slots):
-            points.append((None, ROOT, memory, predict_tree(workload, memory, ROOT, None)))
+        _, draft, shape = candidates[0]
+        workload.memory(draft, shape.num_nodes, slots[0])  # raises, and says by how much
+        raise AssertionError("no plan, and yet the first draft fits")
     return min(points, key=lambda point: point[3].s_per_token)
 
 
@@ -217,9 +224,9 @@ def shape_for(tree: TreeShape | OptimalTree, acceptance: Acceptance, vocab_size:
 
 
 def _memories(workload: Workload, draft: DraftOption | None, num_nodes: int, slots: Sequence[int]) -> list[MemoryPlan]:
-    """One for every number of slots that fits; FitError when none does."""
-    found = [workload.memory(draft, num_nodes, slots[0])]
-    for num_slots in slots[1:]:
+    """One for every number of slots that fits."""
+    found: list[MemoryPlan] = []
+    for num_slots in slots:
         try:
             found.append(workload.memory(draft, num_nodes, num_slots))
         except FitError:
