@@ -466,10 +466,11 @@ def test_a_tree_file_that_cannot_be_read_is_named(run: Run, models: Models, tmp_
         ([[0.5], 0.5], "must be numbers, or lists of numbers: entry 0 is [0.5]"),
         ([0.5, [0.5]], "must be numbers, or lists of numbers: entry 1 is [0.5]"),
         ([True], "entry 0 is True"),
+        ([10**400], "a number of 401 digits is too large"),
         ("0.5", "must be a list, not str"),
         (None, "must be a list, not NoneType"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_an_acceptance_file_that_is_none_is_refused(
     run: Run, models: Models, tmp_path: Path, acceptance: object, expected: str

@@ -1,6 +1,7 @@
 """Small files that people write or that travel: read whole, bounded in size, with errors that name the file."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -25,7 +26,14 @@ def read_file(path: Path, parse: Callable[[object], T], what: str, cure: str) ->
 
 def _json(text: str) -> object:
     try:
-        document: object = json.loads(text)
+        document: object = json.loads(text, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it must be JSON: {error}") from error
     return document
+
+
+def _whole(digits: str) -> int:
+    number = int(digits)
+    if abs(number) > sys.float_info.max:  # sums with floats would raise OverflowError, wherever they are made
+        raise ValueError(f"a number of {len(digits)} digits is too large")
+    return number
