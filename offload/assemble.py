@@ -134,7 +134,7 @@ def measure_machine(
     disk: Checkpoint | None = None,
 ) -> HardwareProfile:
     """A quick look at this machine with the layers that `settings` will run, on a device of its own: what measuring allocates
-    is gone before the run begins. `disk` is a checkpoint to read from."""
+    is gone before the run begins. `laws` begin with the one that drafts draw from; `disk` is a checkpoint to read from."""
     subjects = [Subject(role="target", model=target.model), *(Subject(role="draft", model=draft.model) for draft in drafts)]
     effort = replace(QUICK, contexts=(context_tokens(settings),), laws=laws)
     own = open_device(settings.device, settings.emulate_link_bytes_per_s)
@@ -151,7 +151,8 @@ def _hardware(settings: EngineSettings, budgets: Budgets, target: ModelSource, d
     layers_bytes = target.model.cost.num_layers * target.model.cost.layer_bytes
     may_need_disk = budgets.host_bytes is not None and layers_bytes > budgets.host_bytes
     disk = target.tensors.checkpoint if may_need_disk and isinstance(target.tensors, CheckpointSource) else None
-    return measure_machine(settings, target, drafts, laws=(settings.law,), disk=disk)
+    laws = tuple(dict.fromkeys((settings.draft_law, settings.law)))
+    return measure_machine(settings, target, drafts, laws=laws, disk=disk)
 
 
 def _plan(

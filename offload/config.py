@@ -92,6 +92,11 @@ class EngineSettings:
     text_tokens: int | None = None
     context_tokens: int | None = None
 
+    @property
+    def draft_law(self) -> LawKind:
+        """What the children of a tree are drawn from: where the verifier samples, they are the draft's most probable tokens."""
+        return "greedy" if self.verifier == "sample" else self.law
+
     @classmethod
     def parse(
         cls,

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from command_line import INVALID, assert_error, assert_usage_error, run_command
+from offload import assemble
 from offload.calibrate import QUICK, Subject, measure_hardware
 from offload.calibrate.effort import LEAST_POINTS, Work, rising, table_of, typical_s
 from offload.calibrate.growing import BRANCHING, num_levels, tree_of_levels
 from offload.calibrate.law_times import measure_verification
-from offload.config import law_kind
+from offload.config import EngineSettings, law_kind
 from offload.device import Ticket
 from offload.device.cpu import CpuDevice
 from offload.planner.hardware import ROWS, HardwareProfile, LawTimes, ModelTimes, interpolate
@@ -115,6 +117,27 @@ def test_this_machine_measures_itself_and_the_file_says_the_same(models: Models,
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(to_json(measured)))
     assert read_hardware(path) == measured
+
+
+@pytest.mark.parametrize(("verifier", "drawn"), [("traversal", "sampled"), ("sample", "greedy")])
+def test_what_drafts_will_draw_from_is_measured(
+    models: Models, monkeypatch: pytest.MonkeyPatch, verifier: str, drawn: str
+) -> None:
+    """First, as the levels of a draft are timed with it; and the law that is verified."""
+    profiles: list[HardwareProfile] = []
+
+    def measure(*arguments: Any, **options: Any) -> HardwareProfile:
+        profiles.append(measure_once(*arguments, **options))
+        return profiles[-1]
+
+    measure_once = assemble.measure_hardware
+    monkeypatch.setattr(assemble, "measure_hardware", measure)
+    folder = str(models())
+    settings = EngineSettings(model=folder, draft_models=(folder,), device="cpu", verifier=verifier, law="sampled")
+    assemble.open_engine(settings).close()
+    laws = profiles[0].laws
+    assert (laws[0].task, laws[0].law) == ("draw", drawn)
+    assert ("verify", "sampled") in [(known.task, known.law) for known in laws]
 
 
 def test_presets_are_found_by_name_and_plan_every_model() -> None:

@@ -33,9 +33,9 @@ class Fallbacks:
     budgets: Budgets
 
     def relief(self, plan: Plan, prompt_rows: int, turn: int) -> tuple[Plan, int] | None:
-        """A smaller plan for a pass that the device had no memory for, what costs least first: fewer of the `prompt_rows` rows that
-        are still to be read, a smaller tree, fewer resident layers, and again. With it comes the `turn` (0 at first) to go on with
-        if the pass fails once more. None when nothing is left to give up, or after MAX_TURNS of each."""
+        """A smaller plan for a pass that the device had no memory for, what costs least first: fewer of the `prompt_rows` rows
+        that are still to be read, a smaller tree, fewer resident layers, and again. With it comes the `turn` (0 at first) to go
+        on with if the pass fails once more. None when nothing is left to give up, or after MAX_TURNS of each."""
         remedies = (partial(self.fewer_rows, prompt_rows=prompt_rows), self.smaller_tree, self.fewer_resident)
         for number in range(turn, MAX_TURNS * len(remedies)):
             smaller = remedies[number % len(remedies)](plan)

@@ -14,7 +14,7 @@ from tree.optimizer import best_tree, expected_tokens
 from tree.shape import TreeShape
 from tree.spec import OptimalTree
 
-from ..config import EngineSettings, LawKind
+from ..config import EngineSettings
 from ..errors import FitError, UsageError
 from ..weights.placement import Placement
 from .cost import ModelCost
@@ -113,8 +113,7 @@ def make_option(
     settings: EngineSettings, hardware: HardwareProfile, name: str, cost: ModelCost, acceptance: Acceptance
 ) -> DraftOption:
     """The same of a draft that is offered."""
-    law: LawKind = "greedy" if settings.verifier == "sample" else settings.law  # its children are the most probable tokens
-    times = hardware.times(cost, "draft", context_tokens(settings), law)
+    times = hardware.times(cost, "draft", context_tokens(settings), settings.draft_law)
     return DraftOption(name=name, cost=cost, times=times, acceptance=acceptance)
 
 
