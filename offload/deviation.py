@@ -45,17 +45,9 @@ def deviation(
     compute_s = _mean([max(one.pass_s - one.stall_s, 0.0) for one in rounds])
     draft_s = _mean([one.draft_s for one in rounds])
     terms = {
-        "acceptance (tokens a pass)": (
-            prediction.expected_tokens,
-            tokens,
-            round_s / tokens - round_s / prediction.expected_tokens,
-        ),
-        "compute (s a pass)": (
-            prediction.compute_s,
-            compute_s,
-            (compute_s - prediction.compute_s) / prediction.expected_tokens,
-        ),
-        "draft (s a pass)": (prediction.draft_s, draft_s, (draft_s - prediction.draft_s) / prediction.expected_tokens),
+        "acceptance (tokens a pass)": (expected, tokens, round_s / tokens - round_s / expected),
+        "compute (s a pass)": (prediction.compute_s, compute_s, (compute_s - prediction.compute_s) / expected),
+        "draft (s a pass)": (prediction.draft_s, draft_s, (draft_s - prediction.draft_s) / expected),
     }
     copied_s = _mean([one.copied_s for one in rounds])
     if link and bytes_per_pass and copied_s:

@@ -28,7 +28,6 @@ class RunStats:
     load_s: float = 0.0
     first_token_s: float = 0.0
     decode_s: float = 0.0
-    prompt_passes: int = 0
     reused_tokens: int = 0
     first_tokens: int = 0
     num_tokens: int = 0

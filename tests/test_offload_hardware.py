@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from command_line import INVALID, assert_error, assert_usage_error, run_command
 from offload import assemble
-from offload.calibrate import QUICK, Subject, measure_hardware
+from offload.calibrate import QUICK, Subject, measure_copies, measure_hardware
 from offload.calibrate.effort import LEAST_POINTS, Work, rising, table_of, typical_s
 from offload.calibrate.growing import BRANCHING, num_levels, tree_of_levels
 from offload.calibrate.law_times import measure_verification
@@ -117,6 +117,15 @@ def test_this_machine_measures_itself_and_the_file_says_the_same(models: Models,
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(to_json(measured)))
     assert read_hardware(path) == measured
+
+
+def test_measuring_draws_none_of_the_callers_random_numbers(models: Models) -> None:
+    source, device, state = check_source(str(models()), "--model", "float32", "cpu"), CpuDevice(), torch.get_rng_state()
+    subjects = [Subject(role="target", model=source.model), Subject(role="draft", model=source.model)]
+    measure_hardware(device, subjects, replace(BRIEF, rows=(1, 2), contexts=(8,)))
+    measure_copies(device, [2**16], 1)
+    device.close()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(("verifier", "drawn"), [("traversal", "sampled"), ("sample", "greedy")])

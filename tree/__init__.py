@@ -4,4 +4,4 @@ Mathematics on values: knows nothing of devices, streams, checkpoints or models.
 `from tree.shape import TreeShape`. This file imports nothing: shape, spec, acceptance and optimizer work without torch.
 """
 
-__all__ = ["acceptance", "draft", "draw", "optimizer", "residual", "sampling", "shape", "spec", "verify"]
+__all__ = ["acceptance", "draft", "draw", "logprobs", "optimizer", "residual", "sampling", "shape", "spec", "verify"]

@@ -20,8 +20,7 @@ class Weights:
     """What a verifier needs to decide, given a tree and the target's logits.
 
     accept: float64 [N]. Traversal: the weight with which a node accepts when its turn comes in post-order. Rejection:
-    the
-        probability that a node is accepted, given that its parent is and that its earlier siblings are not. Root: 1.
+        the probability that a node is accepted, given that its parent is and that its earlier siblings are not. Root: 1.
     residuals: [E, V]: for every node with children, the law of the token that follows if the path ends there.
     rows: row of each node in `residuals`; -1 for nodes without children, where that law is the target's own.
     """

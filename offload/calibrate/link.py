@@ -60,7 +60,8 @@ def measure_copies(device: Device, sizes: Sequence[int], repeats: int) -> dict[s
     device multiplies matrices."""
     pinned, slot = device.pin(max(sizes), ()), device.alloc(max(sizes))
     pageable = torch.zeros(max(sizes), dtype=torch.uint8)
-    square = torch.randn(1024, 1024, device=device.torch_device)
+    generator = torch.Generator(device.torch_device).manual_seed(0)
+    square = torch.randn(1024, 1024, device=device.torch_device, generator=generator)
 
     def rate(source: torch.Tensor, num_bytes: int, *, busy: bool) -> float:
         seconds = []

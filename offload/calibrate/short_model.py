@@ -138,7 +138,8 @@ def _noise(device: Device, num_bytes: int, dtype: torch.dtype) -> torch.Tensor:
     """Device memory full of small random numbers: zeros would multiply faster than weights do on some devices."""
     buffer = device.alloc(num_bytes)
     numbers = buffer[: num_bytes // dtype.itemsize * dtype.itemsize].view(dtype)
-    block = device.upload((torch.randn(NOISE_NUMBERS) * 0.02).to(dtype))
+    noise = torch.randn(NOISE_NUMBERS, generator=torch.Generator().manual_seed(0))
+    block = device.upload((noise * 0.02).to(dtype))
     for part in numbers.split(NOISE_NUMBERS):
         part.copy_(block[: len(part)])
     return buffer

@@ -36,7 +36,8 @@ WIDTHS = (4, 8, 16, 32, 64, 128, 256)  # tried as bounds on a level's nodes, whe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """One point of the search. `max_level_width` None: unbounded."""
+    """One point of the search. `max_level_width` None: unbounded. `s_per_token` is by the smoothed acceptance, as trees are
+    grown for it."""
 
     draft: DraftOption | None
     memory: MemoryPlan
