@@ -97,14 +97,15 @@ class Sessions:
         return best
 
     def _keep(self, token_ids: tuple[int, ...]) -> None:
-        """Copy the caches to the host, unless a copy has it all, or nothing could make room. Copies of its beginnings go."""
+        """Copy the caches to the host, unless a copy has it all, or nothing could make room. Copies of its beginnings go for
+        it, then the oldest."""
         if any(num_common(kept.token_ids, token_ids) == len(token_ids) for kept in self._kept):
             return
-        self._kept = [kept for kept in self._kept if num_common(kept.token_ids, token_ids) < len(kept.token_ids)]
         num_rows = [min(cache.length, len(token_ids)) for cache in self._caches]
         num_bytes = sum(cache.bytes_per_row * rows for cache, rows in zip(self._caches, num_rows, strict=True))
         if self._max_kept < 1 or num_bytes > min(self._max_bytes, available_bytes() // 2):
             return
+        self._kept = [kept for kept in self._kept if num_common(kept.token_ids, token_ids) < len(kept.token_ids)]
         while len(self._kept) >= self._max_kept or self.host_bytes + num_bytes > self._max_bytes:
             self._kept.pop(0)
         try:

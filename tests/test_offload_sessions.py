@@ -310,6 +310,9 @@ def test_bytes_are_bounded_and_counted(device: Device) -> None:
     rig.ask(text(5, 150))
     rig.ask(text(6))  # 150 rows exceed the bound: not kept, and nothing had to go for it
     assert [one.token_ids[0] for one in rig.sessions._kept] == [3000, 4000]
+    assert rig.ask(text(4, 150)) == 49
+    rig.ask(text(7))  # nor does the beginning of what has grown beyond the bound: it serves the next turn
+    assert rig.ask(text(4, 150)) == 49
     rig.sessions.forget()
     assert rig.sessions.host_bytes == 0 and [cache.length for cache in rig.caches] == [0, 0]
 
