@@ -226,6 +226,27 @@ def test_a_layer_that_cannot_leave_the_device_for_want_of_a_ring_stays_and_may_l
     assert device.pinned == []
 
 
+def test_a_layer_whose_way_to_the_host_is_interrupted_stays_and_may_leave_later(
+    layered_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(tensor: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    device = RefusingDevice()
+    device.room_bytes = 5 * LAYOUT.num_bytes
+    with open_stream(device, layered_checkpoint(5), 5, 2, 2) as (stream, store):
+        placement = replace(store.placement, resident=frozenset({min(store.placement.resident)}))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(device, "download", interrupted)
+            stream.give_up(placement, 2)
+        assert store.host_bytes == 3 * LAYOUT.num_bytes
+        check_pass(stream, 5)
+        stream.give_up(placement, 2)
+        assert store.host_bytes == 4 * LAYOUT.num_bytes
+        check_pass(stream, 5)
+    assert device.pinned == []
+
+
 def test_a_buffer_is_filled_again_only_when_its_copy_has_landed() -> None:
     """On a device where copies land as late as they may: the ring has to ask for it."""
     device = LateDevice()

@@ -79,13 +79,17 @@ class WeightStore:
     def give_up(self, placement: Placement) -> list[torch.Tensor]:
         """Go over to `placement`, which keeps fewer layers on the device; those that leave go to host memory, or back to disk.
         Returns the device buffers that they leave. No copy may be under way. HostMemoryError when the host has no room: then
-        the layers are where they were."""
+        the layers are where they were, as after an interruption while they are on their way."""
         leaving = sorted(self.placement.resident - placement.resident)
         to_host = [layer for layer in leaving if layer not in placement.disk]
         self.start_over()
         self._memory.add(to_host)
-        for layer in to_host:
-            self._download(layer)
+        try:
+            for layer in to_host:
+                self._download(layer)
+        except BaseException:  # Ctrl-C above all, as it takes a while
+            self._memory.take_back(to_host)
+            raise
         try:
             self.placement = self._settled(placement)
         except HostMemoryError:  # of a ring, before anything else has changed
