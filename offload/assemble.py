@@ -115,6 +115,8 @@ def _budgets(settings: EngineSettings, device: Device) -> Budgets:
     if host_bytes is None:
         host_bytes = max(available_bytes() - HOST_RESERVE_BYTES, 0)
     shared = is_cpu and settings.host_memory_bytes is None
+    if shared and device_bytes is not None:
+        device_bytes = min(device_bytes, host_bytes)  # a CPU's device has no memory that the host has not
     return Budgets(device_bytes=device_bytes, host_bytes=host_bytes, shared=shared, replays=device.replays)
 
 

@@ -273,6 +273,18 @@ def test_what_measuring_takes_is_gone_before_the_run(models: Models, role: Role)
         assert device.held_bytes == 0
 
 
+def test_a_cpu_has_no_more_device_memory_than_the_host_has(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the flag says, or layers would be planned for memory that is not there."""
+    folder = models(num_layers=8)
+    with open_tiny(folder, None, gpu_memory_bytes=2**40) as engine:
+        ledger = engine.plan.device_ledger
+        host_bytes = sum(ledger.values()) - ledger["activations"] - ledger["8 resident layers"] // 8
+    monkeypatch.setattr("offload.assemble.HOST_RESERVE_BYTES", 0)
+    monkeypatch.setattr("offload.assemble.available_bytes", lambda: host_bytes)
+    with open_tiny(folder, None, gpu_memory_bytes=2**40) as engine:
+        assert engine.plan.placement.disk and sum(engine.plan.device_ledger.values()) <= host_bytes
+
+
 @contextmanager
 def no_garbage_collector() -> Iterator[None]:
     gc.disable()
