@@ -84,8 +84,8 @@ def check_source(name: str, flag: str, dtype: str, device_type: str) -> ModelSou
 
 def _open_folder(name: str, flag: str) -> tuple[Path, Architecture, TensorSource]:
     folder = locate_model(name, flag)
+    checkpoint = open_checkpoint(folder)  # first: a damaged config is told from one of another architecture here
     architecture = read_architecture(folder)
-    checkpoint = open_checkpoint(folder)
     check_weights(architecture, checkpoint)
     return folder, architecture, CheckpointSource(checkpoint)
 

@@ -213,23 +213,34 @@ def test_a_hub_id_that_cannot_be_fetched_says_what_the_hub_said(run: Run, monkey
 @pytest.mark.parametrize(
     "content",
     [
-        "",
-        "{",
-        "[]",
-        "3",
         "{}",
         '{"model_type": "unheard-of"}',
         '{"model_type": 5}',
-        "\0" * 100,
-        "[" * 100_000,
         '{"model_type": "llama", "hidden_size": "many"}',
         '{"model_type": "llama", "num_attention_heads": 0}',
     ],
     ids=lambda content: content[:40],
 )
-def test_a_config_with_rubbish_is_refused(run: Run, model: Path, content: str) -> None:
+def test_a_config_of_no_model_that_we_know_is_refused_with_the_families(run: Run, model: Path, content: str) -> None:
     (model / "config.json").write_text(content)
-    assert_error(run(model), INVALID, str(model / "config.json"))
+    assert_error(run(model), INVALID, str(model / "config.json"), "a dense decoder such as Llama")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"3", b"\0" * 100, b"[" * 100_000, b"{\x80}"], ids=lambda content: content[:9]
+)
+def test_a_config_that_is_damaged_is_to_be_downloaded_again(run: Run, model: Path, content: bytes) -> None:
+    """Once it was called another architecture, and the cure was another model."""
+    (model / "config.json").write_bytes(content)
+    assert_error(run(model), INVALID, "config.json: is not", str(model / "config.json"), "copy the files again")
+
+
+def test_a_download_that_broke_off_is_one_error(run: Run, model: Path) -> None:
+    (model / "config.json").write_text("{")
+    shards_of(model)[0].unlink()
+    assert_error(
+        run(model), INVALID, "2 problems", "config.json: is not JSON", "1 of 4 files are missing", "copy the files again"
+    )
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,7 @@ def test_a_file_that_is_no_config_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         find_shape(str(tmp_path), "--model")
     assert caught.value.where == str(tmp_path / "config.json")
+    assert "again" in caught.value.cure  # not another architecture
 
 
 @pytest.mark.parametrize("name", ["llama-2-71b", "nobody/never-downloaded", "../models/llama-2-7b", "", "x" * 5000])

@@ -159,7 +159,7 @@ def read_preset_config(name: str) -> tuple[dict[str, object], str]:
 
 
 def _read_json(path: Path) -> dict[str, object]:
-    return read_file(path, _object, "the JSON of a model", CURE)
+    return read_file(path, _object, "the JSON of a model", "download or copy this file again")
 
 
 def _object(document: object) -> dict[str, object]:

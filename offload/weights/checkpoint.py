@@ -4,6 +4,7 @@ Every check of every file runs before the first weight byte is read, and one err
 waits an hour for each of five missing shards would rather know about them together.
 """
 
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,9 @@ logger = logging.getLogger(__name__)
 
 SINGLE_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
+CONFIG_NAME: Final = "config.json"
 MAX_INDEX_BYTES: Final = 64 * 2**20  # Llama-2-70B's index has 66,725 bytes
+MAX_CONFIG_BYTES: Final = 16 * 2**20
 MAX_MISSING_LISTED: Final = 64
 FOREIGN_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
@@ -41,7 +44,8 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads `model.safetensors`, or the shards that `model.safetensors.index.json` names, as transformers would.
 
-    Reads headers only and holds no file open afterwards. Raises CheckpointError, which names all problems of all files.
+    Reads headers only and holds no file open afterwards. A `config.json` must be a JSON object; what it says is the model's
+    business. Raises CheckpointError, which names all problems of all files.
     """
     if os.path.lexists(folder / SINGLE_NAME):
         if os.path.lexists(folder / INDEX_NAME):
@@ -53,8 +57,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     else:
         _refuse_folder(folder)
     tensors, problems = _scan_shards(folder, shards, weight_map)
-    if problems:
-        raise problems_error(problems, where=str(folder), cure=_download_again(folder))
+    damaged_config = _config_problems(folder)
+    if damaged_config or problems:
+        where = folder if problems else folder / CONFIG_NAME
+        raise problems_error(damaged_config + problems, where=str(where), cure=_download_again(folder))
     return Checkpoint(folder=folder, tensors=MappingProxyType(tensors), files=tuple(folder / shard for shard in shards))
 
 
@@ -113,6 +119,23 @@ def _is_safe_name(shard: str) -> bool:
         and ".." not in shard
         and not any(separator in shard for separator in "/\\:")
     )
+
+
+def _config_problems(folder: Path) -> list[str]:
+    """What the download that broke off in a shard may have done to the config as well. Read as leniently as transformers does."""
+    if not os.path.lexists(folder / CONFIG_NAME):
+        return []
+    try:
+        config = json.loads(read_small_file(folder / CONFIG_NAME, MAX_CONFIG_BYTES).decode("utf-8"))
+    except OSError as error:
+        return [f"{CONFIG_NAME}: cannot be read: {error.strerror}"]
+    except UnicodeDecodeError as error:
+        return [f"{CONFIG_NAME}: is not UTF-8 at byte {error.start:,}"]
+    except (json.JSONDecodeError, RecursionError) as error:
+        return [f"{CONFIG_NAME}: is not JSON: {error}"]
+    except ValueError as error:
+        return [f"{CONFIG_NAME}: {error}"]
+    return [] if isinstance(config, dict) else [f"{CONFIG_NAME}: is not a JSON object"]
 
 
 def _scan_shards(
