@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from .admission import Admission
 from .calibrate import QUICK, Subject, measure_hardware
-from .config import EngineSettings, LawKind
+from .config import EngineSettings, LawKind, bytes_text
 from .decode import DecodeLoop
 from .device import Device, open_device
 from .device.host import available_bytes
@@ -16,7 +16,6 @@ from .engine import Engine
 from .loading import HOST_RESERVE_BYTES, Progress, ReadCounter, bytes_to_read, load_draft, load_target, share_memory
 from .model.architecture import check_window
 from .model.locate import read_eos_token_ids
-from .planner.cost import GIB
 from .planner.fallback import Fallbacks
 from .planner.hardware import HardwareProfile
 from .planner.hardware_file import find_hardware
@@ -176,8 +175,8 @@ def _see_placed(plan: Plan, fallbacks: Fallbacks, stream: LayerStream, store: We
     """With what the device refused to pin, which takes another way."""
     placed, fallbacks = fallbacks.as_placed(plan, stream.placement, stream.measure_move())
     if placed is not plan:
-        sizes = store.pinned_bytes / GIB, store.host_bytes / GIB
-        logger.warning("%.2f of %.2f GiB of host memory could be pinned: %s", *sizes, placed.notes[-1])
+        sizes = bytes_text(store.pinned_bytes), bytes_text(store.host_bytes)
+        logger.warning("%s of %s of host memory could be pinned: %s", *sizes, placed.notes[-1])
     return placed, fallbacks
 
 

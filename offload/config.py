@@ -56,6 +56,20 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}"
 
 
+def bytes_text(num_bytes: float) -> str:
+    """`22.1 GiB`, `0.98 GiB`, `16.6 MiB`, `48.0 KiB`, `0 bytes`: for reading, in a unit in which it is not all zeros."""
+    for unit, unit_bytes in (("GiB", 2**30), ("MiB", 2**20)):
+        value = num_bytes / unit_bytes
+        if value >= 0.1:
+            return f"{value:.1f} {unit}" if value >= 9.995 else f"{value:.2f} {unit}"
+    return f"{num_bytes / 2**10:.1f} KiB" if num_bytes >= 2**10 else f"{num_bytes:.0f} bytes"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 pass`, `2 passes`, `3 nodes`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def rate_text(bytes_per_s: float) -> str:
     if bytes_per_s < 1e6:
         return f"{bytes_per_s / 1e3:.0f} kB/s"

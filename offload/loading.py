@@ -3,14 +3,16 @@
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 
+from .config import bytes_text
 from .device import Device
 from .device.host import available_bytes
 from .errors import FitError, HostMemoryError
 from .model.causal_lm import CausalLM
 from .model.drafter import PROMPT_CHUNK_TOKENS, ModelDrafter
 from .model.kv_cache import KVCache
-from .planner.cost import GIB, ledger_lines, size_text
+from .planner.cost import ledger_lines, size_text
 from .planner.fallback import Fallbacks
 from .planner.plan import Plan
 from .source import ModelSource
@@ -35,7 +37,12 @@ class ReadCounter:
 
     def begin(self, plan: Plan) -> None:
         """Count what loading under `plan` reads."""
-        self._total_bytes, self._read_bytes = self._total_bytes_of(plan), 0
+        self._read_bytes = 0
+        self.expect(plan)
+
+    def expect(self, plan: Plan) -> None:
+        """Go on counting, for `plan`."""
+        self._total_bytes = self._total_bytes_of(plan)
 
     def __call__(self, num_bytes: int) -> None:
         self._read_bytes += num_bytes
@@ -99,7 +106,7 @@ def _check_host(needed_bytes: int) -> None:
     left_bytes = available_bytes()
     if needed_bytes > left_bytes:
         raise HostMemoryError(
-            f"{needed_bytes / GIB:.2f} GiB of host memory are needed, {left_bytes / GIB:.2f} GiB are left",
+            f"{bytes_text(needed_bytes)} of host memory are needed, {bytes_text(left_bytes)} are left",
             where="host memory",
             cure="lower --host-memory or --max-context, or free memory",
         )
@@ -115,6 +122,7 @@ def _load_streamed(
         prefix, most_bytes = source.architecture.prefix, plan.host_budget_bytes
         store = WeightStore(device, source.tensors, source.model.layout, prefix, plan.placement, shared, most_bytes)
         own.callback(store.close)
+        counter.expect(replace(plan, placement=store.placement))  # a ring may have sent layers to disk
         store.load(counter)
         stream = LayerStream(device, store, plan.num_slots)
         own.callback(stream.close)

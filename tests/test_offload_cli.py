@@ -107,7 +107,7 @@ def test_full_statistics_have_a_line_per_pass(run: Run) -> None:
     assert finished.stdout == run("--prompt", PROMPT).stdout
     lines = [line for line in finished.stderr.splitlines() if line[:5].strip().isdecimal()]
     assert len(lines) == NUM_TOKENS
-    assert_holds(finished.stderr, "GiB  key/value cache", "12 tokens in ")
+    assert_holds(finished.stderr, "KiB  key/value cache", "12 tokens in ")
 
 
 def test_no_json_and_no_text_follow_each_other_on_stdout(run: Run) -> None:

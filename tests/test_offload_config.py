@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from offload.config import DTYPES, VERIFIERS, EngineSettings, parse_rate, parse_size
+from offload.config import DTYPES, VERIFIERS, EngineSettings, bytes_text, counted, parse_rate, parse_size
 from offload.errors import OffloadError, UsageError
 from tree.verify import METHODS
 
@@ -42,6 +42,30 @@ def test_what_is_no_size_is_refused_with_its_flag(text: str | int) -> None:
     with pytest.raises(UsageError) as caught:
         parse_size(text, flag="--gpu-memory")
     assert_refused(caught.value, "not a size", repr(text)[1:-1], "--gpu-memory", "24GiB")
+
+
+def test_one_of_a_kind_is_singular() -> None:
+    assert [counted(number, "pass") for number in range(3)] == ["0 passes", "1 pass", "2 passes"]
+    assert (counted(1, "node"), counted(128, "node")) == ("1 node", "128 nodes")
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 bytes"),
+        (2**10, "1.0 KiB"),
+        (80 * 1024, "80.0 KiB"),
+        (2**20 // 4, "0.25 MiB"),
+        (17_415_680, "16.6 MiB"),
+        (2**30 - 1, "1.00 GiB"),
+        (0.98 * 2**30, "0.98 GiB"),
+        (9.999 * 2**30, "10.0 GiB"),
+        (22.1 * 2**30, "22.1 GiB"),
+        (127.5 * 2**30, "127.5 GiB"),
+    ],
+)
+def test_sizes_are_written_in_a_unit_that_shows_them(num_bytes: float, text: str) -> None:
+    assert bytes_text(num_bytes) == text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`plan` as people and programs use it: presets, other machines, pictures, sweeps, and what it refuses."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,15 @@ def test_the_screen_tells_what_goes_where_and_how_fast(capsys: Capsys) -> None:
     ):
         assert part in finished.stdout
     assert len(finished.stdout.splitlines()) < 24
+
+
+def test_a_small_model_is_shown_in_units_that_are_not_all_zeros(tmp_path: Path, capsys: Capsys) -> None:
+    """Once all of it was `0.00` of `0.0 GiB`."""
+    tiny = ("plan", "--model", save_tiny_model(tmp_path / "model"), "--profile", "l40")
+    finished = run_command(capsys, *tiny, "--gpu-memory", "1MiB", "--host-memory", "1MiB", "--link", "20MB/s")
+    assert finished.code == 0 and not re.search(r"\b0\.0+ ", finished.stdout)
+    swept = run_command(capsys, *tiny, "--sweep", "gpu-memory=1MiB..2MiB")
+    assert "MiB" in swept.stdout.splitlines()[0] and swept.stdout.splitlines()[1].split()[0] == "1.00"
 
 
 def test_what_does_not_fit_says_by_how_much(capsys: Capsys) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from ..config import bytes_text
 from ..device import Device, cuda, open_device
 from ..device.host import available_bytes
 from ..source import ModelSource, check_source
@@ -63,7 +64,7 @@ def open_baseline(case: Case) -> Iterator[ForwardDecoder]:
 def _resident(source: ModelSource, device: Device, case: Case) -> Any:
     needed, room = _weight_bytes(source), round(_device_bytes(device, case) * SPARE)
     if needed > room:
-        raise CannotRun(f"does not fit: {needed / 2**30:.1f} GiB of weights, room for {room / 2**30:.1f}")
+        raise CannotRun(f"does not fit: {bytes_text(needed)} of weights, room for {bytes_text(room)}")
     return build_model(source).to(device.torch_device)
 
 

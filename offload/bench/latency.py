@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..config import EngineSettings
+from ..config import EngineSettings, counted
 from ..demo import TARGET
 from ..errors import UsageError
 from ..report import environment
@@ -161,5 +161,5 @@ SCALE_NOTE = "real work of this shape, an easy language: the bundled demo target
 
 def _progress(outcome: Outcome) -> str:
     times = [sample.s_per_token for sample in outcome.samples if sample.s_per_token is not None]
-    measured = f"{sorted(times)[len(times) // 2]:.3g} s/token in {len(times)} samples" if times else "no figure"
+    measured = f"{sorted(times)[len(times) // 2]:.3g} s/token in {counted(len(times), 'sample')}" if times else "no figure"
     return f"{measured} ({outcome.reason})" if outcome.reason else measured

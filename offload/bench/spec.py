@@ -13,7 +13,7 @@ from typing import Any
 from tree.acceptance import AcceptanceCounter
 
 from ..assemble import open_engine
-from ..config import EngineSettings
+from ..config import EngineSettings, counted
 from ..engine import Engine
 from ..errors import UsageError
 from ..report import environment
@@ -160,7 +160,8 @@ def _mean(values: list[int] | list[float]) -> float | None:
 def spec_table(document: dict[str, Any]) -> list[str]:
     """Tokens per pass, and the acceptance of the first ranks; below, what the first children of each level got."""
     model, request = document["model"], document["request"]
-    title = f"{model['target']}, draft {model['draft']}: {request['prompts']} prompts of {request['max_new_tokens']} tokens"
+    prompts, length = counted(request["prompts"], "prompt"), counted(request["max_new_tokens"], "token")
+    title = f"{model['target']}, draft {model['draft']}: {prompts} of {length}"
     columns = (
         "tree",
         "nodes",

@@ -5,6 +5,7 @@ import io
 import json
 from typing import Any
 
+from ..config import bytes_text, counted
 from .engines import LABELS
 
 Document = dict[str, Any]
@@ -19,8 +20,8 @@ _COLUMNS = (
     "tokens",
     "link busy",
     "over floor",
-    "device GiB",
-    "host GiB",
+    "device",
+    "host",
 )
 FORMATS = ("md", "json", "jsonl", "csv")
 
@@ -68,7 +69,8 @@ def heading(document: Document) -> list[str]:
         f"{machine}, {host['cores']} cores, load {host['busy']:.1f} at the start; commit {document['environment']['commit']}"
     )
     sampling = "greedy" if asked["temperature"] == 0 else f"temperature {asked['temperature']:g} (baselines greedy)"
-    lines.append(f"{asked['prompts']} prompts x {asked['runs']} runs x {asked['max_new_tokens']} tokens, {sampling}; medians")
+    counts = (asked["prompts"], "prompt"), (asked["runs"], "run"), (asked["max_new_tokens"], "token")
+    lines.append(" x ".join(counted(*count) for count in counts) + f", {sampling}; medians")
     return [f"{line}  " for line in lines]
 
 
@@ -90,8 +92,8 @@ def latency_table(rows: list[dict[str, Any]]) -> list[str]:
             {True: "identical", False: "DIFFERENT", None: "-"}[row["identical_tokens"]],
             f"{row['link_utilisation'] * 100:.0f} %" if row["link_utilisation"] else "-",
             f"{row['over_floor']:.3f}" if row["over_floor"] else "-",
-            _gib(row["device_peak_bytes"]),
-            _gib(row["host_peak_bytes"]),
+            _size(row["device_peak_bytes"]),
+            _size(row["host_peak_bytes"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -115,5 +117,5 @@ def _ratio(value: float | None, interval: tuple[float, float] | None) -> str:
     return f"{value:.3g} x" + (f" ({interval[0]:.3g} - {interval[1]:.3g})" if interval else "")
 
 
-def _gib(num_bytes: int | None) -> str:
-    return f"{num_bytes / 2**30:.2f}" if num_bytes is not None else "-"
+def _size(num_bytes: int | None) -> str:
+    return bytes_text(num_bytes) if num_bytes is not None else "-"

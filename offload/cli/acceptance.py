@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tree.acceptance import AcceptanceCounter
 
-from ..config import EngineSettings
+from ..config import EngineSettings, counted
 from ..errors import UsageError
 from ..report import git_commit
 
@@ -32,7 +32,7 @@ class AcceptanceRecorder:
 
     def document(self, provenance: dict[str, object], *, per_level: bool = False) -> dict[str, object]:
         """The acceptance file of docs/cli.md. UsageError when no pass had a tree."""
-        source = f"measured over {self._num_passes} passes"
+        source = f"measured over {counted(self._num_passes, 'pass')}"
         try:
             acceptance = self._counter.to_acceptance(source, per_level=per_level)
         except ValueError:

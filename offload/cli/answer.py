@@ -5,6 +5,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from ..config import counted
 from ..conversation import Message, render
 from ..errors import FitError, UsageError
 from .dialogue import Dialogue
@@ -76,7 +77,7 @@ class Answerer:
         if report.finish_reason == "interrupted":
             self.remark("stopped; the answer up to here is kept")
         elif report.finish_reason == "length":
-            self.remark(f"cut after {len(report.token_ids)} tokens; /set max-new-tokens N allows more")
+            self.remark(f"cut after {counted(len(report.token_ids), 'token')}; /set max-new-tokens N allows more")
         if self._arguments.stats != "none":
             self.remark(full_statistics(report) if self._arguments.stats == "full" else report.line())
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config import counted
 from ..conversation import check_message, render
 from ..errors import DeviceError, OffloadError, UsageError
 from .answer import Answerer
@@ -145,12 +146,12 @@ def _file(name: str, command: str) -> Path:
 def _save(answerer: Answerer, name: str, model: str) -> None:
     path = _file(name, "/save")
     answerer.dialogue.save(path, Path(model).name)
-    answerer.remark(f"saved {len(answerer.dialogue.messages)} messages to {path}")
+    answerer.remark(f"saved {counted(len(answerer.dialogue.messages), 'message')} to {path}")
 
 
 def _load(answerer: Answerer, name: str) -> None:
     answerer.dialogue.load(_file(name, "/load"))
-    answerer.remark(f"loaded {len(answerer.dialogue.messages)} messages")
+    answerer.remark(f"loaded {counted(len(answerer.dialogue.messages), 'message')}")
 
 
 def _undo(answerer: Answerer) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from ..config import EngineSettings
+from ..config import EngineSettings, counted
 from ..doctor.judge import exit_code, judge, worst_status
 from .signals import leaving_at_once
 from .terminal import say
@@ -23,5 +23,5 @@ def run(arguments: argparse.Namespace) -> int:
         print("\n".join(finding.line() for finding in findings))
     if not arguments.quiet:
         counts = [sum(finding.status == status for finding in findings) for status in ("fail", "warn")]
-        say(f"{counts[0]} failed, {counts[1]} warnings, {len(findings) - sum(counts)} ok")
+        say(f"{counts[0]} failed, {counted(counts[1], 'warning')}, {len(findings) - sum(counts)} ok")
     return exit_code(findings)

@@ -9,10 +9,11 @@ from tree.draw import draw_svg, place_nodes
 from tree.optimizer import node_values
 from tree.shape import TreeShape
 
+from ..config import counted
 from ..errors import UsageError
-from ..planner.cost import GIB
 from ..planner.plan import Plan
 from ..planner.rounds import DraftOption
+from .plan_screen import sweep_unit
 
 
 def draw_tree(path: Path, made: Plan, drafts: Sequence[DraftOption]) -> None:
@@ -37,7 +38,7 @@ def _draw_png(path: Path, shape: TreeShape, values: Sequence[float]) -> None:
         )
     opacities = [max(value**0.5, 0.15) for value in values]
     axes.scatter(layout.xs, layout.ys, s=3 * layout.radius**2, c="#1f2d3d", alpha=opacities, zorder=2)
-    axes.set_title(f"{shape.num_nodes} nodes, {shape.num_levels} levels", loc="left")
+    axes.set_title(f"{counted(shape.num_nodes, 'node')}, {counted(shape.num_levels, 'level')}", loc="left")
     axes.invert_yaxis()
     axes.axis("off")
     figure.savefig(path, bbox_inches="tight")
@@ -47,7 +48,7 @@ def _draw_png(path: Path, shape: TreeShape, values: Sequence[float]) -> None:
 def plot_sweep(path: Path, name: str, points: Sequence[tuple[float, float]]) -> None:
     """Predicted seconds per token against the resource that was swept."""
     plt = _pyplot("--plot")
-    unit, scale = ("GB/s", 1e9) if name == "link" else ("GiB", GIB)
+    unit, scale = sweep_unit(name, points[-1][0])
     figure, axes = plt.subplots(figsize=(7, 4))
     axes.plot([value / scale for value, _ in points], [s_per_token for _, s_per_token in points], marker="o", ms=3)
     axes.set_xlabel(f"{name} ({unit})")

@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..config import rate_text, seconds_text
+from ..config import bytes_text, counted, rate_text, seconds_text
 from ..errors import OffloadError
-from ..planner.cost import GIB
 
 if TYPE_CHECKING:
     from ..planner.advice import DraftVerdict, Win
@@ -66,7 +65,7 @@ def screen(
 ) -> str:
     draft = drafts[made.draft].name if made.draft is not None else "no draft"
     lines = [
-        f"{target.name}, {target.num_layers} layers x {target.layer_parameters / 1e6:.0f} M parameters | {draft} | "
+        f"{target.name}, {counted(target.num_layers, 'layer')} x {target.layer_parameters / 1e6:.3g} M parameters | {draft} | "
         f"{hardware.device_name}" + (" (published figures)" if hardware.published else ""),
         "",
         *_ledgers(made),
@@ -91,20 +90,20 @@ def _ledgers(made: "Plan") -> list[str]:
 
 
 def _column(title: str, ledger: Mapping[str, int], budget_bytes: int | None) -> list[str]:
-    of_budget = f" of {budget_bytes / GIB:.1f}" if budget_bytes is not None else ""
-    total = f"{title} {sum(ledger.values()) / GIB:.1f}{of_budget} GiB"
-    return [total, *(f"  {name:<26}{num_bytes / GIB:7.2f}" for name, num_bytes in ledger.items() if num_bytes)]
+    of_budget = f" of {bytes_text(budget_bytes)}" if budget_bytes is not None else ""
+    total = f"{title} {bytes_text(sum(ledger.values()))}{of_budget}"
+    return [total, *(f"  {name:<26}{bytes_text(num_bytes):>11}" for name, num_bytes in ledger.items() if num_bytes)]
 
 
 def _verdict(made: "Plan") -> list[str]:
     prediction, placement = made.prediction, made.placement
     if placement.streamed:
         rate = rate_text(made.link_bytes_per_s or 0.0)
-        disk_gib = made.bytes_per_pass / GIB * len(placement.disk) / len(placement.streamed)
-        from_disk = f", {disk_gib:.1f} of it from disk" if placement.disk else ""
+        disk_bytes = made.bytes_per_pass * len(placement.disk) // len(placement.streamed)
+        from_disk = f", {bytes_text(disk_bytes)} of it from disk" if placement.disk else ""
         bound = "" if prediction.compute_s < prediction.pass_s else ", which is more than the link needs"
         first = (
-            f"FITS. One pass streams {made.bytes_per_pass / GIB:.1f} GiB{from_disk}: {seconds_text(prediction.pass_s)} s "
+            f"FITS. One pass streams {bytes_text(made.bytes_per_pass)}{from_disk}: {seconds_text(prediction.pass_s)} s "
             f"at {rate} (compute {seconds_text(prediction.compute_s)} s{bound})"
         )
     else:
@@ -131,8 +130,15 @@ def verdict_lines(verdicts: Sequence["DraftVerdict"], plain_s: float) -> list[st
     return [head, *rows, f"{'none':<20}{'1x1':>10}{1.0:>13.2f}{'':>10}{'':>10}{plain_s:>10.3f}"]
 
 
+def sweep_unit(name: str, most: float) -> tuple[str, float]:
+    """(its name, its size) of the unit for a sweep of resource `name` that ends at `most`."""
+    if name == "link":
+        return ("GB/s", 1e9) if most >= 1e9 else ("MB/s", 1e6)
+    return ("GiB", 2**30) if most >= 2**30 else ("MiB", 2**20)
+
+
 def sweep_lines(name: str, points: Sequence[tuple[float, "Plan"]]) -> list[str]:
-    unit, scale = ("GB/s", 1e9) if name == "link" else ("GiB", GIB)
+    unit, scale = sweep_unit(name, points[-1][0])
     lines = [f"{f'{name} {unit}':>18}{'resident':>10}{'disk':>6}{'nodes':>7}{'levels':>8}{'s/token':>10}"]
     for value, made in points:
         lines.append(

@@ -5,7 +5,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ..planner.cost import GIB
+from ..config import bytes_text, counted
 
 if TYPE_CHECKING:
     from ..planner.plan import Plan
@@ -114,11 +114,13 @@ def full_statistics(report: "Report") -> str:
 def plan_summary(plan: "Plan") -> str:
     """What is about to run, for --verbose: where the layers are, the tree, the prediction, and where the memory goes."""
     placement, tree = plan.placement, plan.tree
-    layers = (len(placement.resident), len(placement.streamed), len(placement.disk))
+    resident, streamed = counted(len(placement.resident), "layer"), len(placement.streamed)
+    places = f"{streamed} streamed through {counted(plan.num_slots, 'slot')}, {len(placement.disk)} of them from disk"
     return "\n".join(
         [
-            f"{layers[0]} layers resident, {layers[1]} streamed through {plan.num_slots} slots, {layers[2]} of them from disk",
-            f"tree of {tree.num_nodes} nodes in {tree.num_levels} levels, predicted {plan.prediction.s_per_token:.3g} s/token",
+            f"{resident} resident" + (f", {places}" if streamed else ", nothing streamed"),
+            f"tree of {counted(tree.num_nodes, 'node')} in {counted(tree.num_levels, 'level')}, "
+            f"predicted {plan.prediction.s_per_token:.3g} s/token",
             *(f"note: {note}" for note in plan.notes),
             *ledgers(plan),
         ]
@@ -126,5 +128,10 @@ def plan_summary(plan: "Plan") -> str:
 
 
 def ledgers(plan: "Plan") -> list[str]:
-    lines = [f"device {num_bytes / GIB:9.3f} GiB  {name}" for name, num_bytes in plan.device_ledger.items() if num_bytes]
-    return lines + [f"host   {num_bytes / GIB:9.3f} GiB  {name}" for name, num_bytes in plan.host_ledger.items() if num_bytes]
+    ledgers = (("device", plan.device_ledger), ("host", plan.host_ledger))
+    return [
+        f"{place:6} {bytes_text(num_bytes):>11}  {name}"
+        for place, ledger in ledgers
+        for name, num_bytes in ledger.items()
+        if num_bytes
+    ]

@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from ..config import bytes_text, counted
 from ..model.architecture import check_weights, read_architecture
 from ..model.locate import locate_model
 from ..weights.checkpoint import open_checkpoint
@@ -45,8 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(document))
     else:
+        layers, tensors = counted(architecture.num_layers, "layer"), counted(len(checkpoint.tensors), "tensor")
         print(
-            f"ok: {document['architecture']} with {document['layers']} layers, {document['tensors']} tensors of "
-            f"{checkpoint.num_bytes / 2**30:.3f} GiB in {document['files']} files; structure sound, contents {contents}{wrote}"
+            f"ok: {document['architecture']} with {layers}, {tensors} of {bytes_text(checkpoint.num_bytes)} in "
+            f"{counted(len(checkpoint.files), 'file')}; structure sound, contents {contents}{wrote}"
         )
     return 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..config import bytes_text
 from ..errors import DeviceError, FitError
 from .base import CopyTicket, Interval, Ticket
 from .host import HostMapping
@@ -145,7 +146,7 @@ class CudaDevice:
             return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
         except torch.cuda.OutOfMemoryError as error:
             raise FitError(
-                f"the GPU has no room for {num_bytes / 2**30:.2f} GiB more, {self.free_bytes() / 2**30:.2f} GiB are free",
+                f"the GPU has no room for {bytes_text(num_bytes)} more, {bytes_text(self.free_bytes())} are free",
                 where=f"{self.name}, memory",
                 cure="lower --gpu-memory, --resident-layers or --max-context",
             ) from error

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from ..config import bytes_text
 from ..errors import HostMemoryError
 
 _MAX_TOUCH_THREADS = 16
@@ -37,8 +38,8 @@ class HostMapping:
                 mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             except (OSError, OverflowError) as error:
                 raise HostMemoryError(
-                    f"the system refused {num_bytes / 2**30:.2f} GiB of host memory: {error}",
-                    where=f"host memory, {available_bytes() / 2**30:.2f} GiB available",
+                    f"the system refused {bytes_text(num_bytes)} of host memory: {error}",
+                    where=f"host memory, {bytes_text(available_bytes())} available",
                     cure="lower --host-memory or --max-context, or free memory",
                 ) from error
             if hasattr(mmap, "MADV_HUGEPAGE"):

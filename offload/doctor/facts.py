@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..planner.cost import GIB, ModelCost
+from ..planner.cost import ModelCost
 
 MIN_LAYERS = 2  # two slots on the device, two buffers to read from disk: the least that streams
 
@@ -131,7 +131,3 @@ def need_of(target: ModelCost, draft: ModelCost | None, *, on_gpu: bool) -> Need
         least_host_bytes=min(layers, buffers) + on_host,
         least_device_bytes=device_bytes,
     )
-
-
-def size_text(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB // 10 else f"{num_bytes / 2**20:.1f} MiB"

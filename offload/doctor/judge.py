@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ..config import bytes_text
 from ..errors import FitError, ModelError
 from ..planner.cost import GIB
-from .facts import Check, CopyFacts, DiskFacts, Facts, GpuFacts, HostFacts, Need, size_text
+from .facts import Check, CopyFacts, DiskFacts, Facts, GpuFacts, HostFacts, Need
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -75,7 +76,7 @@ def _gpu(facts: Facts) -> Finding:
     if facts.device == "cpu":
         return Finding(name="GPU", status="ok", value="not asked for: --device cpu")
     if gpu is not None and facts.gpu_usable:
-        return Finding(name="GPU", status="ok", value=f"{gpu.name} {size_text(gpu.total_bytes)}, driver {gpu.driver}")
+        return Finding(name="GPU", status="ok", value=f"{gpu.name} {bytes_text(gpu.total_bytes)}, driver {gpu.driver}")
     if gpu is None:
         value, cure = "none found: CPU device", "if there is one, see whether nvidia-smi and torch find it"
     elif facts.cuda_version is None:
@@ -120,14 +121,14 @@ def _clocks(gpu: GpuFacts) -> Finding:
 
 
 def _device_memory(gpu: GpuFacts, need: Need | None) -> Finding:
-    value = f"{size_text(gpu.free_bytes)} of {size_text(gpu.total_bytes)} free"
+    value = f"{bytes_text(gpu.free_bytes)} of {bytes_text(gpu.total_bytes)} free"
     held = ", ".join(
-        f"{holder.name} (pid {holder.pid}{'' if holder.num_bytes is None else ', ' + size_text(holder.num_bytes)})"
+        f"{holder.name} (pid {holder.pid}{'' if holder.num_bytes is None else ', ' + bytes_text(holder.num_bytes)})"
         for holder in gpu.holders
     )
     value += f"; held by {held}" if held else ""
     if need is not None and need.least_device_bytes > gpu.free_bytes:
-        value += f", and {size_text(need.least_device_bytes)} is the least for this model"
+        value += f", and {bytes_text(need.least_device_bytes)} is the least for this model"
         can_be_freed = need.least_device_bytes <= gpu.total_bytes
         cure = "end the processes that hold it" if can_be_freed else "take a smaller draft model, or a larger GPU"
         return _fails("VRAM", value, cure)
@@ -148,12 +149,12 @@ def _numa(gpu: GpuFacts, host: HostFacts) -> Finding:
 
 
 def _pinned(copies: CopyFacts, need: Need | None) -> Finding:
-    tried, pinned = size_text(copies.tried_bytes), size_text(copies.pinned_bytes)
+    tried, pinned = bytes_text(copies.tried_bytes), bytes_text(copies.pinned_bytes)
     if copies.pinned_bytes < copies.tried_bytes:
         cure = "raise the limits below; under WSL, run on Linux itself"
         value = f"the driver registered {pinned} of {tried} tried: layers beyond are moved into pinned memory on their way"
         return _warns("pinned", value, cure)
-    wanted = f" of {size_text(need.host_bytes)} needed" if need is not None and need.host_bytes > copies.tried_bytes else ""
+    wanted = f" of {bytes_text(need.host_bytes)} needed" if need is not None and need.host_bytes > copies.tried_bytes else ""
     return Finding(name="pinned", status="ok", value=f"registered {pinned}{wanted} in {copies.register_s:.1f} s (test)")
 
 
@@ -165,17 +166,17 @@ def _system(host: HostFacts) -> Finding:
 
 
 def _host_memory(host: HostFacts, need: Need | None) -> Finding:
-    value = f"{size_text(host.available_bytes)} available"
+    value = f"{bytes_text(host.available_bytes)} available"
     if need is None:
         return Finding(name="host memory", status="ok", value=value)
     if need.least_host_bytes > host.available_bytes:
-        value += f", and {size_text(need.least_host_bytes)} is the least for this model"
+        value += f", and {bytes_text(need.least_host_bytes)} is the least for this model"
         return _fails("host memory", value, "free memory, or take a smaller model")
     if need.host_bytes > host.available_bytes:
         short = need.host_bytes - host.available_bytes
-        cure = f"free {size_text(short)} more, or see what --host-memory costs with plan"
-        return _warns("host memory", f"{value}, {size_text(need.host_bytes)} needed: the rest streams from disk", cure)
-    return Finding(name="host memory", status="ok", value=f"{value}, {size_text(need.host_bytes)} needed")
+        cure = f"free {bytes_text(short)} more, or see what --host-memory costs with plan"
+        return _warns("host memory", f"{value}, {bytes_text(need.host_bytes)} needed: the rest streams from disk", cure)
+    return Finding(name="host memory", status="ok", value=f"{value}, {bytes_text(need.host_bytes)} needed")
 
 
 def _cgroup(host: HostFacts, need: Need | None) -> Finding:
@@ -184,8 +185,8 @@ def _cgroup(host: HostFacts, need: Need | None) -> Finding:
         return Finding(name="cgroup", status="ok", value="no memory limit")
     if need is not None and need.host_bytes > limit:
         cure = f"raise it: docker run --memory {-(-need.host_bytes // GIB) + 2}g, or MemoryMax= of the service"
-        return _warns("cgroup", f"memory limit {size_text(limit)} < {size_text(need.host_bytes)} needed", cure)
-    return Finding(name="cgroup", status="ok", value=f"memory limit {size_text(limit)}")
+        return _warns("cgroup", f"memory limit {bytes_text(limit)} < {bytes_text(need.host_bytes)} needed", cure)
+    return Finding(name="cgroup", status="ok", value=f"memory limit {bytes_text(limit)}")
 
 
 def _memlock(host: HostFacts, copies: CopyFacts | None) -> Finding:
@@ -194,17 +195,17 @@ def _memlock(host: HostFacts, copies: CopyFacts | None) -> Finding:
     if limit is None:
         return Finding(name="memlock", status="ok", value="unlimited")
     if copies is not None and copies.pinned_bytes < copies.tried_bytes and limit < copies.tried_bytes:
-        return _warns("memlock", f"limit {size_text(limit)}, and a registration was refused", "ulimit -l unlimited")
-    return Finding(name="memlock", status="ok", value=f"limit {size_text(limit)}; registering with CUDA seldom minds")
+        return _warns("memlock", f"limit {bytes_text(limit)}, and a registration was refused", "ulimit -l unlimited")
+    return Finding(name="memlock", status="ok", value=f"limit {bytes_text(limit)}; registering with CUDA seldom minds")
 
 
 def _disk(disk: DiskFacts) -> Finding:
     rate = disk.read_bytes / max(disk.read_s, 1e-9)
     load_s = disk.total_bytes / rate
     way = "direct" if disk.is_direct else "through the page cache"
-    value = f"{_rate(rate)} {way}; loading {size_text(disk.total_bytes)} takes {load_s:.0f} s"
+    value = f"{_rate(rate)} {way}; loading {bytes_text(disk.total_bytes)} takes {load_s:.0f} s"
     if disk.read_bytes < MIN_TIMED_BYTES:
-        return Finding(name="disk", status="ok", value=f"{size_text(disk.total_bytes)}: too little to time")
+        return Finding(name="disk", status="ok", value=f"{bytes_text(disk.total_bytes)}: too little to time")
     if load_s > SLOW_LOAD_S:
         return _warns("disk", value, "copy the model to a local NVMe disk")
     return Finding(name="disk", status="ok", value=value)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..config import bytes_text, counted
 from ..errors import ModelError, OffloadError
 from ..model.architecture import check_weights, read_architecture
 from ..model.locate import find_config
@@ -11,7 +12,7 @@ from ..planner.shapes import ModelShape, find_shape, is_preset
 from ..text import TextCodec, check_same_vocabulary, open_codec
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.disk_speed import measure_disk
-from .facts import Check, DiskFacts, size_text
+from .facts import Check, DiskFacts
 
 SCALE = "scale:"  # bench's model of a preset's shape, made in memory: scale:PRESET[:LAYERS]
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -74,8 +75,9 @@ def _inspect_folder(folder: Path, flag: str, label: str, on_gpu: bool) -> Inspec
     checkpoint = open_checkpoint(folder)
     architecture = read_architecture(folder)
     check_weights(architecture, checkpoint)
-    size, files = size_text(checkpoint.num_bytes), f"{len(checkpoint.files)} file{'s' * (len(checkpoint.files) > 1)}"
-    value = f"{architecture.config.model_type}, {architecture.num_layers} layers, {size} in {files}, headers and index sound"
+    size, files = bytes_text(checkpoint.num_bytes), f"{counted(len(checkpoint.files), 'file')}"
+    layers = counted(architecture.num_layers, "layer")
+    value = f"{architecture.config.model_type}, {layers}, {size} in {files}, headers and index sound"
     codec, tokenizer = _inspect_tokenizer(folder, label, architecture.vocab_size)
     return Inspected(
         checks=(Check(name=label, value=value), tokenizer),

@@ -10,10 +10,9 @@ from functools import partial
 
 from tree.optimizer import best_part
 
-from ..config import EngineSettings
+from ..config import EngineSettings, bytes_text, counted
 from ..errors import FitError
 from ..weights.placement import RING_BUFFERS, Placement, spread_evenly
-from .cost import GIB
 from .memory import CHUNK_ROWS, MIN_SLOTS, Budgets, MemoryPlan, device_ledger, host_ledger, layers_ledger, plan_memory
 from .plan import NOTHING_STREAMED, Plan, predict_tree
 from .rounds import DraftOption, Workload
@@ -58,7 +57,7 @@ class Fallbacks:
         if self.draft is None or plan.tree.num_nodes == 1:
             return None
         tree = best_part(plan.tree, self.draft.acceptance, plan.tree.num_nodes // 2)
-        what = f"out of device memory: a tree of {tree.num_nodes} nodes, not {plan.tree.num_nodes}"
+        what = f"out of device memory: a tree of {counted(tree.num_nodes, 'node')}, not {plan.tree.num_nodes}"
         return self._completed(replace(plan, tree=tree), plan, what)
 
     def fewer_resident(self, plan: Plan) -> Plan | None:
@@ -77,7 +76,7 @@ class Fallbacks:
             resident=placement.resident - leaving,
             disk=placement.disk | leaving if placement.disk else placement.disk,
         )
-        what = f"out of device memory: {len(left.resident)} resident layers, not {len(resident)}"
+        what = f"out of device memory: {counted(len(left.resident), 'resident layer')}, not {len(resident)}"
         return self._completed(replace(plan, placement=left, num_slots=num_slots), plan, what)
 
     def less_host(self, plan: Plan, available_bytes: int) -> Plan:
@@ -170,8 +169,9 @@ class Fallbacks:
 def out_of_memory(plan: Plan, reason: str, device_name: str, free_bytes: int) -> FitError:
     """What is said when `plan` has nothing left to give up."""
     return FitError(
-        f"out of device memory in a pass: {reason}; {sum(plan.device_ledger.values()) / GIB:.2f} GiB were planned, "
-        f"{free_bytes / GIB:.2f} GiB are free",
-        where=f"{device_name}, with a tree of {plan.tree.num_nodes} nodes and {len(plan.placement.resident)} resident layers",
+        f"out of device memory in a pass: {reason}; {bytes_text(sum(plan.device_ledger.values()))} were planned, "
+        f"{bytes_text(free_bytes)} are free",
+        where=f"{device_name}, with a tree of {counted(plan.tree.num_nodes, 'node')} and "
+        + counted(len(plan.placement.resident), "resident layer"),
         cure="lower --gpu-memory, --max-context or --slots, or end what else uses the device",
     )

@@ -14,7 +14,7 @@ from tree.optimizer import best_tree, expected_tokens
 from tree.shape import TreeShape
 from tree.spec import OptimalTree
 
-from ..config import EngineSettings
+from ..config import EngineSettings, counted
 from ..errors import FitError, UsageError
 from ..weights.placement import Placement
 from .cost import ModelCost
@@ -272,6 +272,6 @@ def _notes(
     if placement.disk:
         disk_s = len(placement.disk) * workload.target.layer_bytes / workload.disk_bytes_per_s
         if disk_s > len(placement.streamed) * workload.target.layer_bytes / workload.link_bytes_per_s:
-            yield f"the disk sets the pace: {len(placement.disk)} layers are read from it in every pass"
+            yield f"the disk sets the pace: every pass reads {counted(len(placement.disk), 'layer')} from it"
         if workload.disk_is_assumed:
             yield f"the disk is taken to read {workload.disk_bytes_per_s / 1e9:g} GB/s, as nobody said: --disk names its rate"

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NoReturn
 
+from ..config import counted
 from ..errors import CheckpointError
 from .header import TensorInfo, parse_json_object, problems_error, quoted, read_small_file, scan_header
 
@@ -122,7 +123,7 @@ def _is_safe_name(shard: str) -> bool:
 
 
 def _config_problems(folder: Path) -> list[str]:
-    """What the download that broke off in a shard may have done to the config as well. Read as leniently as transformers does."""
+    """What the download that broke off in a shard may have done to the config as well. As lenient as transformers."""
     if not os.path.lexists(folder / CONFIG_NAME):
         return []
     try:
@@ -207,7 +208,7 @@ def _refuse_folder(folder: Path) -> NoReturn:
     shards = [name for name in names if name.endswith(".safetensors")]
     foreign = [name for name in names if name.endswith(FOREIGN_SUFFIXES)]
     if shards:
-        what = f"{len(shards)} safetensors files such as {quoted(shards[0])} but no {INDEX_NAME}"
+        what = f"{counted(len(shards), 'safetensors file')} such as {quoted(shards[0])} but no {INDEX_NAME}"
         cure = _download_again(folder)
     elif foreign:
         what = f"only safetensors files are read, and here are files such as {quoted(foreign[0])}"
