@@ -11,7 +11,8 @@ from .model.architecture import Architecture, architecture_of, check_weights, re
 from .model.locate import locate_model
 from .planner.cost import ModelCost, kv_bytes_per_row
 from .planner.shapes import read_preset_config
-from .scale.model import is_scale_model, open_scale_model
+from .scale.model import open_scale_model
+from .scale.preset import is_scale_model
 from .text import TextCodec, open_codec
 from .weights.checkpoint import open_checkpoint
 from .weights.layout import LayerLayout

@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {*ENGINE, "admission", "decode", "report"},
     "loading": {*ENGINE, "source"},
     "assemble": LOADED,
-    "doctor": ENGINE,  # looks at files, devices and sizes as a run would, and runs nothing
+    "doctor": {*ENGINE, "scale.preset"},  # looks at files, devices and sizes as a run would, and runs nothing
     # HTTP around one engine; `loading` for the type of a callback only: whoever starts a server says how its engine is opened
     "serve": {*FLOOR, *NUMBERS, "conversation", "admission", "engine", "loading"},
     "demo": FLOOR,  # data, and the script that made it

@@ -27,6 +27,8 @@ from offload.loading import Progress
 from offload.model.architecture import Architecture
 from offload.scale.geometry import Geometry, Sizes
 from offload.scale.model import open_scale_model, widen
+from offload.scale.preset import scale_shape
+from offload.source import check_source
 from offload.weights.source import TensorSource, share_layers
 from planning import L40
 
@@ -232,6 +234,26 @@ def preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_name_that_cannot_be_built_is_refused(preset: None, name: str, error: type[OffloadError], words: str) -> None:
     with pytest.raises(error, match=words):
         engine_of(name, "none")
+
+
+@pytest.mark.parametrize("name", ["scale:small", "scale:small:2", "scale:small:12"])
+def test_the_shape_by_which_it_is_planned_is_that_of_what_is_made(preset: None, name: str) -> None:
+    """The vocabulary is not the preset's, and there may be more layers."""
+    made = check_source(name, "--model", "float32", "cpu").model
+    assert scale_shape(name, "--model").cost(4) == made.cost
+
+
+@pytest.mark.parametrize(
+    "name", ["scale:small:0", "scale:nothing", "scale:narrow", "scale:heads", "scale:qwen3", "scale:damaged"]
+)
+def test_a_name_that_cannot_be_built_has_no_shape(preset: None, name: str) -> None:
+    """In the words in which it is refused where it would be made."""
+    refusals = []
+    for ask in (scale_shape, open_scale_model):
+        with pytest.raises(OffloadError) as caught:
+            ask(name, "--model")
+        refusals.append(str(caught.value))
+    assert refusals[0] == refusals[1]
 
 
 def test_a_preset_that_is_shipped_is_the_shape_it_is_named_after() -> None:

@@ -1,6 +1,6 @@
 """Is a model fit to be run: its files, its tokenizer, and whether a draft speaks the same tokens. Fetches nothing."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import bytes_text, counted
@@ -9,12 +9,12 @@ from ..model.architecture import check_weights, read_architecture
 from ..model.locate import find_config
 from ..planner.cost import GIB, ModelCost
 from ..planner.shapes import ModelShape, find_shape, is_preset
+from ..scale.preset import is_scale_model, scale_shape
 from ..text import TextCodec, check_same_vocabulary, open_codec
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.disk_speed import measure_disk
 from .facts import Check, DiskFacts
 
-SCALE = "scale:"  # bench's model of a preset's shape, made in memory: scale:PRESET[:LAYERS]
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 CPU_DTYPE = "float32"  # what --dtype auto is there
 DISK_TEST_S = 2.0
@@ -34,12 +34,12 @@ class Inspected:
 
 def inspect_model(name: str, flag: str, label: str, *, on_gpu: bool) -> Inspected:
     """Everything about the model that `flag` names; faults are among the checks, of which the first is called `label`."""
-    is_scaled = name.startswith(SCALE)
+    is_scaled = is_scale_model(name)
     try:
         config = None if is_scaled or is_preset(name) else find_config(name, flag)
         if config is not None:
             return _inspect_folder(config.parent, flag, label, on_gpu)
-        shape = _scaled(name, flag) if is_scaled else find_shape(name, flag)  # which refuses a name that is nowhere
+        shape = scale_shape(name, flag) if is_scaled else find_shape(name, flag)  # which refuses a name that is nowhere
     except OffloadError as error:
         return Inspected(checks=(_fault(label, error),))
     value = f"{name}: {shape.num_parameters / 1e9:.2f} B parameters by its shape, no files looked at"
@@ -75,7 +75,7 @@ def _inspect_folder(folder: Path, flag: str, label: str, on_gpu: bool) -> Inspec
     checkpoint = open_checkpoint(folder)
     architecture = read_architecture(folder)
     check_weights(architecture, checkpoint)
-    size, files = bytes_text(checkpoint.num_bytes), f"{counted(len(checkpoint.files), 'file')}"
+    size, files = bytes_text(checkpoint.num_bytes), counted(len(checkpoint.files), "file")
     layers = counted(architecture.num_layers, "layer")
     value = f"{architecture.config.model_type}, {layers}, {size} in {files}, headers and index sound"
     codec, tokenizer = _inspect_tokenizer(folder, label, architecture.vocab_size)
@@ -102,20 +102,6 @@ def _inspect_tokenizer(folder: Path, label: str, vocab_size: int) -> tuple[TextC
         cure = "use the tokenizer files that belong to this model"
         return codec, Check(name=name, value=value, cure=cure, exit_code=ModelError.exit_code)
     return codec, Check(name=name, value=f"{codec.num_tokens} tokens")
-
-
-def _scaled(name: str, flag: str) -> ModelShape:
-    preset, _, layers = name.removeprefix(SCALE).partition(":")
-    shape = find_shape(preset, flag)
-    if not layers:
-        return shape
-    if not (layers.isdecimal() and 1 <= int(layers) <= shape.num_layers):
-        raise ModelError(
-            f"{layers!r} is not a number of layers of {preset}",
-            where=flag,
-            cure=f"give 1 to {shape.num_layers}: {SCALE}PRESET:N",
-        )
-    return replace(shape, num_layers=int(layers))
 
 
 def _cost_of_folder(folder: Path, flag: str, on_gpu: bool) -> ModelCost | None:
