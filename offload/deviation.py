@@ -10,6 +10,17 @@ if TYPE_CHECKING:  # numpy, which commands that only name a commit need not wait
     from .planner.rounds import Prediction
 
 TOLERANCE = 0.10  # of the predicted seconds per token
+ACCEPTANCE, COMPUTE, DRAFT, LINK = "acceptance", "compute (s a pass)", "draft (s a pass)", "link (GB/s)"
+_MACHINE = (
+    "the machine was looked at for seconds, or had other work: `profile hardware` takes longer, --profile FILE plans with it"
+)
+ADVICE = {
+    ACCEPTANCE: "which changes how fast a text comes, and not the text: --record-acceptance FILE with texts like this one, "
+    "then --acceptance FILE, plans for them",
+    COMPUTE: _MACHINE,
+    DRAFT: _MACHINE,
+    LINK: f"{_MACHINE}; `doctor` looks at the link",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +37,18 @@ class Deviation:
         text = f"{abs(self.share) * 100:.0f} % {'slower' if self.share > 0 else 'quicker'} than predicted"
         if self.term is None:
             return text
+        if self.term == ACCEPTANCE:
+            how = "less well" if self.measured < self.predicted else "better"
+            return (
+                f"{text}, mostly as the draft guessed {how} than where its acceptance was measured: "
+                f"{self.measured:.3g} tokens a pass, expected {self.predicted:.3g}"
+            )
         return f"{text}, mostly by {self.term}: {self.measured:.3g}, expected {self.predicted:.3g}"
+
+    @property
+    def advice(self) -> str | None:
+        """What it means for who reads it, and what would predict better."""
+        return ADVICE[self.term] if self.term is not None else None
 
 
 def deviation(
@@ -45,14 +67,15 @@ def deviation(
     compute_s = _mean([max(one.pass_s - one.stall_s, 0.0) for one in rounds])
     draft_s = _mean([one.draft_s for one in rounds])
     terms = {
-        "acceptance (tokens a pass)": (expected, tokens, round_s / tokens - round_s / expected),
-        "compute (s a pass)": (prediction.compute_s, compute_s, (compute_s - prediction.compute_s) / expected),
-        "draft (s a pass)": (prediction.draft_s, draft_s, (draft_s - prediction.draft_s) / expected),
+        ACCEPTANCE: (expected, tokens, round_s / tokens - round_s / expected),
+        COMPUTE: (prediction.compute_s, compute_s, (compute_s - prediction.compute_s) / expected),
     }
+    if prediction.draft_s > 0:  # without a draft it is what the host does between two passes
+        terms[DRAFT] = (prediction.draft_s, draft_s, (draft_s - prediction.draft_s) / expected)
     copied_s = _mean([one.copied_s for one in rounds])
     if link and bytes_per_pass and copied_s:
         rate = bytes_per_pass / copied_s
-        terms["link (GB/s)"] = (link / 1e9, rate / 1e9, (copied_s - bytes_per_pass / link) / expected)
+        terms[LINK] = (link / 1e9, rate / 1e9, (copied_s - bytes_per_pass / link) / expected)
     sign = 1.0 if share > 0 else -1.0
     term = max(terms, key=lambda name: sign * terms[name][2])
     predicted, measured, by = terms[term]

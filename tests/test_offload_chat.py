@@ -180,7 +180,7 @@ def test_set_reads_values_as_the_command_line_does(chat: Chat, tmp_path: Path) -
 def test_help_and_stats_go_to_stderr(chat: Chat) -> None:
     finished = chat("/stats", "hi", "/stats", "/help", "/system")
     assert finished.stdout.count("\n") == 1
-    assert_holds(finished.stderr, "no answer yet", "8 tokens in ", "KiB  key/value cache", "/load FILE", "no system message")
+    assert_holds(finished.stderr, "no answer yet", "8 tokens in ", "MiB  key/value cache", "/load FILE", "no system message")
 
 
 BAD_COMMANDS = {

@@ -1,5 +1,7 @@
 """After a run: which term of the prediction was off."""
 
+from dataclasses import replace
+
 import pytest
 
 from offload.deviation import deviation
@@ -41,6 +43,23 @@ def test_no_term_is_blamed_that_went_the_other_way() -> None:
     assert found.text() == "30 % quicker than predicted"
 
 
+def test_a_run_without_a_draft_does_not_blame_it() -> None:
+    """What the host does between two passes was called the draft's time."""
+    plain = replace(EXPECTED, draft_s=0.0)
+    found = deviation(plain, rounds(round_s=1.4, draft_s=0.4, compute_s=0.3), 10**9, 1e9)
+    assert found is not None and found.term is None and found.advice is None
+
+
+@pytest.mark.parametrize(("tokens", "how"), [(3, "less well"), (8, "better")])
+def test_what_the_draft_guessed_otherwise_is_told_in_tokens_a_pass(tokens: int, how: str) -> None:
+    """Not the machine's doing: whoever runs the bundled pair first reads this."""
+    found = deviation(EXPECTED, rounds(tokens=tokens), 10**9, 1e9)
+    assert (
+        found is not None
+        and f"guessed {how} than where its acceptance was measured: {tokens} tokens a pass, expected 5" in found.text()
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "term"),
     [
@@ -56,3 +75,4 @@ def test_the_term_that_explains_most_is_named(changes: dict[str, float], term: s
     found = deviation(EXPECTED, rounds(**changes), 10**9, 1e9)  # type: ignore[arg-type]
     assert found is not None and found.term is not None and found.term.startswith(term)
     assert ("slower" if found.share > 0 else "quicker") in found.text()
+    assert ("--acceptance FILE" if term == "acceptance" else "profile hardware") in (found.advice or "")

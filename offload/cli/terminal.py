@@ -101,14 +101,16 @@ class PartProgress:
 
 
 def full_statistics(report: "Report") -> str:
-    """A line per pass, where the memory went, and the closing line."""
+    """A line per pass, where the memory went, the closing line, and what a missed prediction means."""
     lines = ["pass   rows  tokens    draft     pass   verify    stall"]
     for number, one in enumerate(report.stats.passes, start=1):
         times = (one.draft_s, one.pass_s, one.verify_s, one.stall_s)
         lines.append(
             f"{number:4d} {one.num_rows:6d} {one.emitted_tokens:7d} " + " ".join(f"{seconds:7.3f}s" for seconds in times)
         )
-    return "\n".join([*lines, *ledgers(report.plan), report.line()])
+    deviation = report.deviation
+    advice = [f"  {deviation.advice}"] if deviation is not None and deviation.advice else []
+    return "\n".join([*lines, *ledgers(report.plan), report.line(), *advice])
 
 
 def plan_summary(plan: "Plan") -> str:
