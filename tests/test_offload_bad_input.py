@@ -563,7 +563,10 @@ def test_wrong_flags_are_one_line_and_touch_no_model(
         (["--model", "/no/such/model"], ["no prompt", "--prompt-ids"]),
         (["--model", "/no/such/model", "--prompt-ids", "1,two"], ["--prompt-ids", "'1,two'"]),
         (["--model", "/no/such/model", "--prompt-ids", ""], ["--prompt-ids"]),
-        (["--model", "/no/such/model", "--prompt-file", "/no/such/file"], ["--prompt-file /no/such/file", "No such file"]),
+        (
+            ["--model", "/no/such/model", "--prompt-file", "/no/such/file"],
+            ["--prompt-file /no/such/file", "No such file", "name a file"],
+        ),
         (["--model", "/no/such/model", "--prompt-file", "/"], ["--prompt-file /", "directory"]),
         (["--model", "/no/such/model", "--prompt", "\udcff"], ["--prompt", "UTF-8"]),
         (["--model", "/no/such/model", "--prompt", "x", "--system-prompt", "\udcff"], ["--system-prompt", "UTF-8"]),

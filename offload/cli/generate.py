@@ -94,7 +94,8 @@ def read_prompt(arguments: argparse.Namespace) -> str | list[int]:
             return str(arguments.prompt.encode().decode("utf-8"))
     except (OSError, UnicodeError) as error:
         where = "--prompt, --system-prompt" if arguments.prompt_file is None else f"--prompt-file {arguments.prompt_file}"
-        raise UsageError(f"the prompt cannot be read: {reason(error)}", where=where, cure="give UTF-8 text") from error
+        cure = "name a file that you may read" if isinstance(error, OSError) else "give UTF-8 text"
+        raise UsageError(f"the prompt cannot be read: {reason(error)}", where=where, cure=cure) from error
     if arguments.model is not None:
         raise UsageError(
             "no prompt",
