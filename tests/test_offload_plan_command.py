@@ -69,6 +69,8 @@ def test_a_small_model_is_shown_in_units_that_are_not_all_zeros(tmp_path: Path, 
     assert finished.code == 0 and not re.search(r"\b0\.0+ ", finished.stdout)
     swept = run_command(capsys, *tiny, "--sweep", "gpu-memory=1MiB..2MiB")
     assert "MiB" in swept.stdout.splitlines()[0] and swept.stdout.splitlines()[1].split()[0] == "1.00"
+    compared = run_command(capsys, *tiny, "--draft-model", tmp_path / "model", "--compare-drafts").stdout
+    assert not re.search(r"\b0\.0+(\s|$)", compared)
 
 
 def test_what_does_not_fit_says_by_how_much(capsys: Capsys) -> None:
