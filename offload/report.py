@@ -8,7 +8,7 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import bytes_text, rate_text, seconds_text
+from .config import rate_text, seconds_text
 from .deviation import Deviation
 from .deviation import deviation as find_deviation
 from .stats import RunStats
@@ -101,7 +101,7 @@ class Report:
 
     def line(self) -> str:
         """`256 tokens in 201 s | 0.79 s/token | first token 6.1 s | 7.9 tokens/pass of 768 nodes | link 24.6 GB/s ...` Scripts
-        read it: its words are always the same."""
+        read it: its words and units are always the same."""
         stats, plan = self.stats, self.plan
         parts = [f"{len(self.token_ids)} tokens in {seconds_text(stats.first_token_s + stats.decode_s)} s"]
         if stats.s_per_token is not None:
@@ -111,7 +111,7 @@ class Report:
         if stats.tokens_per_pass is not None:
             parts.append(f"{stats.tokens_per_pass:.1f} tokens/pass of {plan.tree.num_nodes} nodes")
         parts.append(self._link())
-        parts.append(f"device {bytes_text(self.memory.device_peak_bytes)}")
+        parts.append(f"device {self.memory.device_peak_bytes / 2**30:.3g} GiB")
         if (deviation := self.deviation) is not None:
             parts.append(deviation.text())
         return " | ".join(parts)

@@ -93,7 +93,8 @@ def test_stdout_holds_the_text_and_stderr_one_line(run: Run) -> None:
     assert finished.code == 0
     assert finished.stdout == json_of(run("--prompt", PROMPT, "--json"))["text"] != ""
     (line,) = finished.stderr.splitlines()
-    assert_holds(line, "12 tokens in ", " s/token", "first token ", "1.0 tokens/pass of 1 nodes", "device ")
+    assert_holds(line, "12 tokens in ", " s/token", "first token ", "1.0 tokens/pass of 1 nodes", "device 0.000")
+    assert "device 0.000 GiB" not in line
 
 
 @pytest.mark.parametrize("flags", [("--quiet",), ("--stats", "none")], ids=" ".join)
