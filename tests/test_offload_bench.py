@@ -223,7 +223,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours alone has a process of its own. The suite's test starts one for a baseline."""
+    """Ours alone has a process of its own."""
 
     def run(case: Case, *, patient: bool) -> Outcome:
         return (run_isolated if case.engine == "ours" else run_here)(case, patient=patient)

@@ -185,13 +185,13 @@ def test_chosen_trees_are_accepted_equally_by_all_methods(shape: TreeShape, para
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sampled", [False, True])
 def test_expected_tokens_is_the_mean_of_what_is_emitted(method: Method, sampled: bool) -> None:
-    """800 verdicts on one tree, 5 sigma. False alarm: 6e-7 each."""
+    """400 verdicts on one tree, 5 sigma. False alarm: 6e-7 each."""
     drafted, logits, generator = random_case(27, UNEVEN, 4, UNIT, sampled=sampled)
-    verdicts = [verify(drafted, logits, UNIT, generator, method=method) for _ in range(800)]
+    verdicts = [verify(drafted, logits, UNIT, generator, method=method) for _ in range(400)]
     lengths = torch.tensor([len(verdict.path) for verdict in verdicts], dtype=torch.float64)
     assert len({verdict.expected_tokens for verdict in verdicts}) == 1
     error = float(lengths.mean()) - verdicts[0].expected_tokens
-    assert abs(error) <= 5 * float(lengths.std()) / math.sqrt(800)
+    assert abs(error) <= 5 * float(lengths.std()) / math.sqrt(400)
     assert lengths.std() > 0.1
 
 
