@@ -84,6 +84,7 @@ def _bind(host: str, port: int) -> socket.socket:
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)
+            bound.listen()  # whoever reads our address may connect at once, and waits until the loop runs
         except OSError:
             bound.close()
             raise
