@@ -25,7 +25,7 @@ export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 mkdir -p "$OUT" "$WORK"
 
 # name, seconds: in order of value. A step that the time left does not allow is left for the next call.
-STEPS="facts:60 tests:240 demo:90 scale:280 profile:150 table:560 trace:90 leaks:120 sanitizer:200"
+STEPS="facts:60 tests:240 demo:90 scale:280 profile:190 table:560 trace:90 leaks:120 sanitizer:200"
 
 run() { "$PYTHON" run_70b.py "$@"; }
 
