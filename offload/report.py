@@ -111,7 +111,7 @@ class Report:
         if stats.tokens_per_pass is not None:
             parts.append(f"{stats.tokens_per_pass:.1f} tokens/pass of {plan.tree.num_nodes} nodes")
         parts.append(self._link())
-        parts.append(f"device {self.memory.device_peak_bytes / 2**30:.3g} GiB")
+        parts.append(f"device {_gib(self.memory.device_peak_bytes)} GiB")
         if (deviation := self.deviation) is not None:
             parts.append(deviation.text())
         return " | ".join(parts)
@@ -165,3 +165,9 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _gib(num_bytes: int) -> str:
+    """Digits that show a small model, and no exponent for whoever reads the number."""
+    gib = num_bytes / 2**30
+    return f"{gib:.{1 if gib >= 10 else 2 if gib >= 0.1 else 4}f}"

@@ -285,6 +285,15 @@ def test_a_cpu_has_no_more_device_memory_than_the_host_has(models: Models, monke
         assert engine.plan.placement.disk and sum(engine.plan.device_ledger.values()) <= host_bytes
 
 
+def test_device_memory_in_the_closing_line_is_a_plain_number(models: Models) -> None:
+    with open_tiny(models(), None) as engine:
+        report = engine.generate([5, 9, 33], max_new_tokens=2)
+    sizes = {50_000: "0.0000", 300_000: "0.0003", 19_000_000: "0.0177", 2**29: "0.50", 23_730_000_000: "22.1", 2**40: "1024.0"}
+    for num_bytes, expected in sizes.items():
+        line = replace(report, memory=replace(report.memory, device_peak_bytes=num_bytes)).line()
+        assert f"| device {expected} GiB" in line
+
+
 @contextmanager
 def no_garbage_collector() -> Iterator[None]:
     gc.disable()
