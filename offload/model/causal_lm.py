@@ -4,6 +4,7 @@ The model is transformers' own code; only the memory behind its parameters is ou
 asks the source for that layer's weights and points the layer's parameters at them; a hook behind the last one ends its use.
 """
 
+import inspect
 from collections.abc import Generator, Iterator
 from typing import Protocol
 
@@ -55,6 +56,9 @@ class CausalLM:
         self._weights = weights
         self._pass = under_way = _Pass()
         self._model = architecture.model
+        # transformers 5.24 renamed it.
+        names = inspect.signature(type(self._model).forward).parameters
+        self._cache_argument = "cache" if "cache" in names else "past_key_values"
         _materialise(self._model, device.torch_device, dtype, shared)
         rebuild_rotary(self._model, architecture.config, device.torch_device)
         layers = list(self._model.get_submodule(architecture.prefix).children())
@@ -91,7 +95,7 @@ class CausalLM:
                 input_ids=token_ids[None],
                 position_ids=positions[None],
                 attention_mask=mask,
-                past_key_values=rows,
+                **{self._cache_argument: rows},
                 use_cache=True,
                 logits_to_keep=num_logits,
             )

@@ -47,7 +47,7 @@ class KVCache:
             )
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, cache_kwargs: object = None
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_args: object, **_kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write [1, K, N, C] behind the pending rows; returns [1, K, rows + N, C] views. `pending` is left alone, so that a
         pass that fails half-way leaves the cache as it was; call `appended` when it has succeeded."""
@@ -129,7 +129,7 @@ class FixedRows:
     num_rows: int
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, cache_kwargs: object = None
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_args: object, **_kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write [1, K, N, C] to the slots; returns [1, K, num_rows, C] views."""
         keys, values = self.kv[layer_idx]
