@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from .errors import ModelError
 from .model.architecture import Architecture, architecture_of, check_weights, read_architecture
 from .model.locate import locate_model
+from .model.transformers_api import make_config
 from .planner.cost import ModelCost, kv_bytes_per_row
 from .planner.shapes import read_preset_config
 from .scale.model import open_scale_model
@@ -95,7 +95,7 @@ def typed_preset(name: str, dtype: str, device_type: str) -> TypedModel:
     """The preset `name` of profiles/models, which has a shape and no weights."""
     config, where = read_preset_config(name)
     stored = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[str(config["dtype"])]
-    architecture = architecture_of(AutoConfig.for_model(**config), where)
+    architecture = architecture_of(make_config(config), where)
     return TypedModel(architecture=architecture, dtype=resolve_dtype(dtype, stored, device_type))
 
 

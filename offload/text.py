@@ -19,10 +19,10 @@ class TextCodec:
 
     def __init__(self, folder: Path) -> None:
         """ModelError when the tokenizer files are damaged."""
-        from transformers import AutoTokenizer
+        from .model.transformers_api import read_tokenizer
 
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            self._tokenizer: Any = read_tokenizer(folder)
         except Exception as error:  # transformers and tokenizers raise anything here
             raise ModelError(
                 f"the tokenizer cannot be read: {' '.join(str(error).split())[:300]}",

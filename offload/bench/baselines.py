@@ -8,11 +8,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from ..config import bytes_text
 from ..device import Device, cuda, open_device
 from ..device.host import available_bytes
+from ..model.transformers_api import PlainForward
 from ..source import ModelSource, check_source
 from .case import Case
 from .deepspeed import open_deepspeed
@@ -28,13 +28,11 @@ class ForwardDecoder:
     def __init__(self, model: Any, device: Device) -> None:
         self._model, self._device = model, device
 
-    @torch.no_grad()
     def decode(self, prompt: tuple[int, ...], max_new_tokens: int, seed: int) -> Iterator[tuple[int, ...]]:
-        cache = DynamicCache()
+        forward = PlainForward(self._model)
         token_ids = torch.tensor([prompt], device=self._device.torch_device)
         for _ in range(max_new_tokens):
-            output = self._model(input_ids=token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            token_ids = output.logits[:, -1:].argmax(-1).to(self._device.torch_device)
+            token_ids = forward(token_ids).argmax(-1, keepdim=True).to(self._device.torch_device)
             yield (int(token_ids),)
 
     def facts(self) -> dict[str, Any]:

@@ -4,8 +4,7 @@ a GPU and an installed deepspeed."""
 import os
 from typing import Any
 
-from transformers import AutoModelForCausalLM
-
+from ..model.transformers_api import build, watched_by_deepspeed
 from ..source import ModelSource
 from .materialise import host_tensors
 
@@ -35,7 +34,6 @@ def zero_config(variant: str, *, hidden_size: int, layer_parameters: int, dtype_
 def open_deepspeed(variant: str, source: ModelSource) -> Any:
     """The engine's module, on the current GPU."""
     import deepspeed
-    from transformers.integrations import HfDeepSpeedConfig
 
     config = zero_config(
         variant,
@@ -46,11 +44,9 @@ def open_deepspeed(variant: str, source: ModelSource) -> Any:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}
     os.environ.update(alone)
     deepspeed.init_distributed("nccl")
-    keep_alive = HfDeepSpeedConfig(config)
+    keep_alive = watched_by_deepspeed(config)
     with deepspeed.zero.Init(config_dict_or_path=config):
-        model = AutoModelForCausalLM.from_config(
-            source.architecture.config, attn_implementation="sdpa", dtype=source.model.dtype
-        )
+        model: Any = build(source.architecture.config, "sdpa", source.model.dtype)
     tensors = host_tensors(source)
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from ..device.host import available_bytes
 from ..model.causal_lm import rebuild_rotary
+from ..model.transformers_api import build_on_meta
 from ..source import ModelSource
 from ..weights.source import share_layers
 from .measure import CannotRun
@@ -17,10 +17,7 @@ HOST_SHARE = 0.9  # of the memory available may be weights
 def build_model(source: ModelSource) -> Any:
     """transformers' model with the source's tensors, in host memory; equal layers share theirs when memory is short.
     CannotRun when it is not enough."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            source.architecture.config, attn_implementation="sdpa", dtype=source.model.dtype
-        )
+    model: Any = build_on_meta(source.architecture.config, "sdpa", source.model.dtype)
     state = host_tensors(source)
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
 from ..errors import ModelError
 from ..weights.checkpoint import Checkpoint, check_tensors, is_rotary_buffer
 from .attention import ATTENTION, register
+from .transformers_api import PreTrainedModel, build_on_meta, read_config
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -72,7 +70,7 @@ def read_architecture(folder: Path) -> Architecture:
     one that we would not compute exactly."""
     where = str(folder / "config.json")
     try:
-        return architecture_of(AutoConfig.from_pretrained(folder, trust_remote_code=False), where)
+        return architecture_of(read_config(folder), where)
     except ModelError:
         raise
     except Exception as error:  # transformers raises anything here: OSError, ValueError, KeyError, StrictDataclassError
@@ -84,8 +82,7 @@ def architecture_of(config: Any, where: str) -> Architecture:
     try:
         _check_sizes(config)
         register()
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, trust_remote_code=False)
+        model = build_on_meta(config, ATTENTION)
     except Exception as error:
         raise _not_buildable(error, where) from error
     _refuse_unsupported(config, model, where)

@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
 
 from ..errors import ModelError
+from .transformers_api import register_attention
 
 ATTENTION = "treestream"
 _NOT_COMPUTED = ("softcap", "s_aux", "position_bias")  # what some models pass to attention besides queries, keys, values
@@ -42,7 +42,7 @@ def tree_attention(
 
 
 def register() -> None:
-    AttentionInterface.register(ATTENTION, tree_attention)
+    register_attention(ATTENTION, tree_attention)
 
 
 def pass_mask(cached_rows: int, causal_rows: int, tree_mask: torch.Tensor) -> torch.Tensor:

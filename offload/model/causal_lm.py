@@ -4,7 +4,6 @@ The model is transformers' own code; only the memory behind its parameters is ou
 asks the source for that layer's weights and points the layer's parameters at them; a hook behind the last one ends its use.
 """
 
-import inspect
 from collections.abc import Generator, Iterator
 from typing import Protocol
 
@@ -14,7 +13,8 @@ from torch import nn
 from ..device import Device
 from ..streaming.stream import Weights
 from .architecture import Architecture
-from .kv_cache import FixedRows, KVCache
+from .kv_cache import KVCache
+from .transformers_api import Forward, Rows
 
 
 class WeightSource(Protocol):
@@ -56,12 +56,10 @@ class CausalLM:
         self._weights = weights
         self._pass = under_way = _Pass()
         self._model = architecture.model
-        # transformers 5.24 renamed it.
-        names = inspect.signature(type(self._model).forward).parameters
-        self._cache_argument = "cache" if "cache" in names else "past_key_values"
         _materialise(self._model, device.torch_device, dtype, shared)
         rebuild_rotary(self._model, architecture.config, device.torch_device)
         layers = list(self._model.get_submodule(architecture.prefix).children())
+        self._forward = Forward(self._model, len(layers))
         self._parameters = [dict(layer.named_parameters()) for layer in layers]
         for layer, parameters in zip(layers, self._parameters, strict=True):
             layer.register_forward_pre_hook(lambda _module, _args, parameters=parameters: under_way.bind(parameters))
@@ -78,33 +76,23 @@ class CausalLM:
         self.cache.appended(len(token_ids))
         return logits
 
-    @torch.no_grad()
     def compute(
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
         mask: torch.Tensor,
         num_logits: int,
-        rows: KVCache | FixedRows,
+        rows: Rows,
     ) -> torch.Tensor:
         """The pass alone: keys and values go where `rows` says, and the cache's counts stay as they are."""
         layers = self._weights.one_pass()
         self._pass.layers = layers
         try:
-            output = self._model(
-                input_ids=token_ids[None],
-                position_ids=positions[None],
-                attention_mask=mask,
-                **{self._cache_argument: rows},
-                use_cache=True,
-                logits_to_keep=num_logits,
-            )
+            return self._forward(token_ids, positions, mask, num_logits, rows)
         finally:
             self._pass.layers = iter(())
             if isinstance(layers, Generator):
                 layers.close()
-        logits: torch.Tensor = output.logits[0]
-        return logits
 
     def let_go(self) -> None:
         """Hold no layer's weights until the next pass, so that their memory may go."""

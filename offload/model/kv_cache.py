@@ -17,7 +17,7 @@ from ..errors import FitError
 
 
 class KVCache:
-    """Duck-types the part of transformers' Cache that attention layers use (`update`)."""
+    """Keys and values [layers, 2, 1, K, capacity, C] of one sequence on `device`; the `Rows` of passes of any shape."""
 
     def __init__(
         self, device: Device, *, num_layers: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype
@@ -46,16 +46,14 @@ class KVCache:
                 cure="raise --max-context, or ask for fewer tokens or a smaller tree",
             )
 
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_args: object, **_kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Write [1, K, N, C] behind the pending rows; returns [1, K, rows + N, C] views. `pending` is left alone, so that a
         pass that fails half-way leaves the cache as it was; call `appended` when it has succeeded."""
         end = self.rows + key.shape[2]
-        layer = self._kv[layer_idx]
-        layer[0, :, :, self.rows : end] = key
-        layer[1, :, :, self.rows : end] = value
-        return layer[0, :, :, :end], layer[1, :, :, :end]
+        keys, values = self._kv[layer]  # [1, K, capacity, C] each
+        keys[:, :, self.rows : end] = key
+        values[:, :, self.rows : end] = value
+        return keys[:, :, :end], values[:, :, :end]
 
     def appended(self, num_rows: int) -> None:
         self.pending += num_rows
@@ -128,11 +126,9 @@ class FixedRows:
     slots: torch.Tensor
     num_rows: int
 
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_args: object, **_kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Write [1, K, N, C] to the slots; returns [1, K, num_rows, C] views."""
-        keys, values = self.kv[layer_idx]
+        keys, values = self.kv[layer]
         keys.index_copy_(2, self.slots, key)
         values.index_copy_(2, self.slots, value)
         return keys[:, :, : self.num_rows], values[:, :, : self.num_rows]

@@ -8,10 +8,9 @@ give logits of 0, which can win), and the rotary embedding, which is part of the
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from ..demo import TARGET
 from ..model.architecture import Architecture, architecture_of, read_architecture
+from ..model.transformers_api import make_config
 from ..weights.checkpoint import open_checkpoint
 from ..weights.source import CheckpointSource
 from .preset import fit, parse_scale_name, read_preset
@@ -37,7 +36,7 @@ def widen(folder: Path, facts: dict[str, Any], num_layers: int | None, where: st
         kept["num_hidden_layers"] = num_layers
     geometry = fit(small.config.to_dict(), kept, where)
     kept["rms_norm_eps"] = small.config.rms_norm_eps * geometry.share
-    wide = architecture_of(AutoConfig.for_model(**{**kept, **own, "head_dim": geometry.wide.head_dim}), where)
+    wide = architecture_of(make_config({**kept, **own, "head_dim": geometry.wide.head_dim}), where)
     weights = ScaleWeights(
         geometry=geometry,
         source=CheckpointSource(open_checkpoint(folder)),
