@@ -14,7 +14,7 @@ import pytest
 
 from command_line import DOES_NOT_FIT, INVALID, assert_usage_error, run_command
 from offload.demo import DRAFT, TARGET
-from offload.device import host as host_memory
+from offload.device import numa
 from offload.device.cpu import CpuDevice
 from offload.doctor import gather, nvml
 from offload.doctor import models as doctor_models
@@ -252,7 +252,7 @@ class FakeNvml:
 
 
 def test_the_driver_is_asked_for_link_clocks_memory_and_its_holders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvml, "PCI_DEVICES", tmp_path)
+    monkeypatch.setattr(numa, "PCI_DEVICES", tmp_path)
     (tmp_path / "0000:4a:00.0").mkdir()
     (tmp_path / "0000:4a:00.0" / "numa_node").write_text("1\n")
     driver = FakeNvml()
@@ -360,33 +360,11 @@ def test_nodes_are_those_of_the_cpus_that_this_process_may_use(tmp_path: Path, m
     for node, cpus in {"node0": "0-3,8", "node1": "4-7", "node2": ""}.items():
         (tmp_path / node).mkdir()
         (tmp_path / node / "cpulist").write_text(f"{cpus}\n")
-    monkeypatch.setattr(gather, "NODES", tmp_path)
+    monkeypatch.setattr(numa, "NODES", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 8})
     assert (gather.gather_host().nodes, gather.gather_host().own_nodes) == ({0, 1, 2}, {0, 1})
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {6})
     assert gather.gather_host().own_nodes == {1}
-
-
-@pytest.mark.parametrize(
-    "limit, usage, group, left",
-    [
-        ("1000", "400", (1000, 400), 600),
-        ("1000", "4000", (1000, 4000), 0),
-        ("max", "400", None, None),
-        ("9223372036854771712", "400", None, None),
-        (None, None, None, None),
-    ],
-)
-def test_a_control_group_limits_what_is_available(
-    limit: str | None, usage: str | None, group: object, left: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paths = (tmp_path / "limit", tmp_path / "usage")
-    for path, text in zip(paths, (limit, usage), strict=True):
-        if text is not None:
-            path.write_text(f"{text}\n")
-    monkeypatch.setattr(host_memory, "_CGROUP_LIMITS", [tuple(map(str, paths))])
-    assert host_memory.cgroup_memory() == group
-    assert host_memory.available_bytes() == left if left is not None else host_memory.available_bytes() > 1000
 
 
 def test_the_disk_is_read_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,12 @@
 """Layer buffers: aligned, disjoint, shared with their views; host memory of exact size."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.device import host
 from offload.device.host import HostMapping, move_by_threads
 from offload.weights.layout import ALIGNMENT_BYTES, LayerLayout
 
@@ -51,13 +49,3 @@ def test_threads_move_every_byte(num_bytes: int) -> None:
     dst = torch.zeros_like(src)
     move_by_threads(dst, src)
     assert torch.equal(dst, src)
-
-
-def test_available_memory_is_the_lesser_of_machine_and_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = host.available_bytes()
-    (tmp_path / "max").write_text("3000000\n")
-    (tmp_path / "current").write_text("1000000\n")
-    monkeypatch.setattr(host, "_CGROUP_LIMITS", ((str(tmp_path / "max"), str(tmp_path / "current")),))
-    assert host.available_bytes() == 2_000_000
-    (tmp_path / "max").write_text("max\n")
-    assert host.available_bytes() > 2_000_000 and machine > 2_000_000

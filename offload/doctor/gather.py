@@ -7,17 +7,16 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
-from ..device import Device, cuda, open_device
-from ..device.host import available_bytes, cgroup_memory
+from ..device import Device, cuda, numa, open_device
+from ..device.cgroup import cgroup_memory
+from ..device.host import available_bytes
 from ..errors import OffloadError
 from ..planner.cost import GIB
 from .facts import Check, CopyFacts, DiskFacts, Facts, GpuActivity, GpuFacts, HostFacts, need_of
 from .models import Inspected, compare_vocabularies, inspect_model, time_disk
 from .nvml import find_gpu, open_nvml, read_activity, read_gpu
 
-NODES = Path("/sys/devices/system/node")
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 PAGE_BYTES = 4096
 COPY_BYTES = 256 * 2**20
@@ -55,12 +54,12 @@ def gather_facts(*, model: str | None, draft_model: str | None, device: str) -> 
 def gather_host() -> HostFacts:
     group = cgroup_memory()
     memlock_bytes, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    nodes = {int(path.name[4:]): _cpus(path) for path in NODES.glob("node[0-9]*")}
+    nodes = numa.nodes()
     own_cpus = os.sched_getaffinity(0)
     return HostFacts(
         kernel=platform.release(),
         available_bytes=available_bytes(),
-        cgroup_limit_bytes=group[0] if group else None,
+        cgroup_limit_bytes=group.limit_bytes if group else None,
         memlock_bytes=None if memlock_bytes == resource.RLIM_INFINITY else memlock_bytes,
         nodes=frozenset(nodes),
         own_nodes=frozenset(node for node, cpus in nodes.items() if cpus & own_cpus),
@@ -142,16 +141,6 @@ def _without_driver(device: Device) -> GpuFacts:
         numa_node=None,
         activity=silent,
     )
-
-
-def _cpus(node: Path) -> set[int]:
-    """The CPUs of a node, from a list such as 0-3,8."""
-    try:
-        text = (node / "cpulist").read_text().strip()
-    except OSError:
-        return set()
-    ranges = [part.partition("-") for part in text.split(",") if part]
-    return {cpu for first, _, last in ranges for cpu in range(int(first), int(last or first) + 1)}
 
 
 def _version(package: str) -> str | None:

@@ -3,14 +3,14 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, TypeVar
 
+from ..device.numa import node_of
 from .facts import GpuActivity, GpuFacts, Holder
 
 T = TypeVar("T")
 
-PCI_DEVICES = Path("/sys/bus/pci/devices")
 # nvmlClocksEventReasons in nvml.h. Power capping (4) is how GPUs are run, so it is not among them.
 SLOWDOWNS = {0x08: "hardware slowdown", 0x20: "software thermal limit", 0x40: "hardware thermal limit", 0x80: "power brake"}
 
@@ -55,7 +55,7 @@ def read_gpu(nvml: Any, gpu: Any) -> GpuFacts | None:
         max_width=_ask(nvml, nvml.nvmlDeviceGetMaxPcieLinkWidth, gpu),
         card_generation=_ask(nvml, nvml.nvmlDeviceGetGpuMaxPcieLinkGeneration, gpu),
         max_sm_clock_mhz=_ask(nvml, nvml.nvmlDeviceGetMaxClockInfo, gpu, nvml.NVML_CLOCK_SM),
-        numa_node=None if pci is None else _numa_node(str(pci.busId)),
+        numa_node=None if pci is None else node_of(str(pci.busId)),
         activity=read_activity(nvml, gpu, under_load=False),
     )
 
@@ -80,15 +80,6 @@ def _holders(nvml: Any, gpu: Any) -> tuple[Holder, ...]:
             found[process.pid] = Holder(pid=process.pid, name=name, num_bytes=process.usedGpuMemory)
     found.pop(os.getpid(), None)
     return tuple(sorted(found.values(), key=lambda holder: -(holder.num_bytes or 0)))
-
-
-def _numa_node(bus_id: str) -> int | None:
-    """The driver writes domains with eight digits, the kernel with four and in lower case; -1 is one node or unknown."""
-    try:
-        node = int((PCI_DEVICES / bus_id[-12:].lower() / "numa_node").read_text())
-    except (OSError, ValueError):
-        return None
-    return node if node >= 0 else None
 
 
 def _ask(nvml: Any, call: Callable[..., T], *arguments: object) -> T | None:
