@@ -121,9 +121,9 @@ class DecodeLoop:
     def run_round(self, max_tokens: int) -> StepResult:
         """One round that can emit at most `max_tokens` tokens (>= 1). One that the device has no memory for is taken back and
         run again with less, as `fallbacks` has it. FitError when that comes to an end; NumericError for NaN or Inf logits."""
-        start_s = time.monotonic()
+        self._device.renew_clock()
+        start_s, turn = time.monotonic(), 0
         first, self._first = self._first, False
-        turn = 0
         while True:
             begun = _Begun(self._generator.get_state(), self._drafter.cache.length if self._drafter else 0)
             try:

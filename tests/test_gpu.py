@@ -321,7 +321,6 @@ def test_recordings_share_one_stream_whose_workspace_is_there_once() -> None:
 
 def test_attention_is_the_kernel_that_takes_masks_and_needs_no_building() -> None:
     """Not the fallback, which makes all scores at once, nor cuDNN's, which is built anew for every length."""
-    CudaDevice().close()
     rows, columns, heads = 768, 1801, 64
     query = torch.randn(1, heads, rows, 128, dtype=torch.bfloat16, device="cuda")
     key = torch.randn(1, 8, columns, 128, dtype=torch.bfloat16, device="cuda")
@@ -357,6 +356,7 @@ def test_the_clock_is_set_anew_without_a_jump(monkeypatch: pytest.MonkeyPatch) -
     device.drain(old)
     monkeypatch.setattr("offload.device.cuda.CLOCK_VALID_S", 0.0)
     first = device.interval(old).end_s
+    device.renew_clock()
     start_s = time.monotonic()
     new = device.mark()
     device.drain(new)

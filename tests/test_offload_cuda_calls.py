@@ -2,9 +2,11 @@
 registered is let go of once, and what happens when the driver refuses. What takes a GPU is in test_gpu.py."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +17,11 @@ from hypothesis import strategies as st
 from fakes import Tape
 from offload.assemble import open_engine
 from offload.config import EngineSettings
-from offload.device import cuda
+from offload.device import cuda, numa
 from offload.device.cuda import CudaDevice, RegisteredBuffer, register_chunks
+from offload.device.host import HostMapping
 from offload.errors import DeviceError
+from offload.model.attention import tree_attention
 from offload.weights.placement import RING_BUFFERS
 from planning import L40
 
@@ -108,6 +112,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
         "device_count": lambda: 1,
         "set_device": lambda device: None,
         "get_device_name": lambda index: "a stand-in",
+        "get_device_properties": lambda index: SimpleNamespace(pci_domain_id=0, pci_bus_id=0x4A, pci_device_id=0),
         "Stream": Stream,
         "Event": Event,
         "CUDAGraph": Graph,
@@ -223,6 +228,79 @@ def test_an_interruption_while_registering_leaves_nothing_registered(runtime: Ru
     with pytest.raises(KeyboardInterrupt):
         RegisteredBuffer(4 * CHUNK_BYTES, [CHUNK_BYTES * number for number in (1, 2, 3, 4)])
     assert runtime.registered == {}
+
+
+def test_the_clock_is_set_anew_when_asked_to_and_no_ticket_changes_its_own(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "CLOCK_VALID_S", 0.0)
+    device = open_device()
+    old = device.mark()
+    assert device.interval(old) == device.interval(old)
+    num_events = Event.count
+    device.interval(old)
+    assert Event.count == num_events, "asking for a time records nothing and waits for nothing"
+    first = device.interval(old)
+    device.renew_clock()
+    assert Event.count == num_events + 1 and device.interval(old) == first
+    monkeypatch.setattr(cuda, "CLOCK_VALID_S", 3600.0)
+    device.renew_clock()
+    assert Event.count == num_events + 1, "one that is still right is kept"
+
+
+def test_every_round_begins_with_a_clock_that_is_right(
+    runtime: Runtime, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, calls = open_device(), list[str]()
+    settings = EngineSettings(model=str(models()), device="cpu", tree="none", resident_layers=1, slots=2)
+    with open_engine(settings, device=device, hardware=L40) as engine:
+        monkeypatch.setattr(device, "renew_clock", lambda: calls.append("clock"))
+        prefetch = engine.loop._stream.prefetch
+        monkeypatch.setattr(engine.loop._stream, "prefetch", lambda: (calls.append("copies"), prefetch()))
+        engine.generate(PROMPT, max_new_tokens=3, ignore_eos=True)
+    assert [name for name, _ in itertools.groupby(calls)] == ["clock", "copies"] * 3
+
+
+def test_host_memory_is_touched_near_the_device(runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes, the first with the CPUs of this process; the device on the one or the other."""
+    own, touched = os.sched_getaffinity(0), list[frozenset[int] | None]()
+    for node, cpus in enumerate((own, {max(own) + 1})):
+        (tmp_path / f"node{node}").mkdir()
+        (tmp_path / f"node{node}" / "cpulist").write_text(",".join(map(str, cpus)))
+    (tmp_path / "0000:4a:00.0").mkdir()
+    monkeypatch.setattr(numa, "NODES", tmp_path)
+    monkeypatch.setattr(numa, "PCI_DEVICES", tmp_path)
+    monkeypatch.setattr(HostMapping, "touch", lambda self, cpus: touched.append(cpus))
+    for node in (0, 1, -1):
+        (tmp_path / "0000:4a:00.0" / "numa_node").write_text(f"{node}\n")
+        open_device().pin(4096, ()).close()
+    assert touched == [own, frozenset(), None]
+
+
+def test_attention_leaves_the_process_its_kernels(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Baselines run in a process that has opened a device, and so may others."""
+    seen: list[bool] = []
+    compute = torch.nn.functional.scaled_dot_product_attention
+
+    def note(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return compute(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    rows, mask = torch.ones(1, 2, 3, 8), torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        for enabled in (True, False):
+            torch.backends.cuda.enable_cudnn_sdp(enabled)
+            open_device().close()
+            tree_attention(torch.nn.Module(), rows, rows, rows, mask)
+            assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
+            with pytest.raises(RuntimeError):
+                tree_attention(torch.nn.Module(), rows, rows[..., :4, :5], rows, mask)
+            assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert seen == [False] * 4
 
 
 def test_a_device_that_is_not_there_is_refused(runtime: Runtime) -> None:

@@ -84,6 +84,9 @@ class MetaDevice:
     def interval(self, ticket: Ticket) -> Interval:
         return Interval(0.0, 0.0)
 
+    def renew_clock(self) -> None:
+        pass
+
 
 class MetaGenerator(torch.Generator):
     """One of the host that says that it is the device's."""

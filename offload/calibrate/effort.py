@@ -62,6 +62,7 @@ def typical_s(device: Device, works: Sequence[Work], effort: Effort) -> list[flo
     """Seconds of each of `works`, warmed up; what takes longer than `longest_s` is done no more than twice. They take turns: a
     machine whose speed changes changes it for all of them. A round adds up many such times, and their distributions have long
     tails, so the mean counts, not the median; the longest is left out as a hiccup."""
+    device.renew_clock()
     seen_s: list[list[float]] = [[] for _ in works]
     while any(len(seen) <= effort.repeats or sum(seen) < effort.point_s for seen in seen_s):
         for work, seen in zip(works, seen_s, strict=True):

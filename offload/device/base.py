@@ -1,7 +1,8 @@
 """The seam between the engine and the machine: memory, ordered copies, and tickets.
 
 Tickets go both ways. A copied buffer is obtained *from* `wait(copy ticket)`, and a copy into a buffer needs the ticket of
-that buffer's last `release`; forgetting either does not type-check. Nothing here blocks the host except `drain` and `download`.
+that buffer's last `release`; forgetting either does not type-check. Nothing here blocks the host except `drain`,
+`download` and `renew_clock`.
 """
 
 from collections.abc import Callable, Sequence
@@ -90,6 +91,10 @@ class Device(Protocol):
 
     def interval(self, ticket: Ticket) -> Interval:
         """When `ticket` happened (start == end for marks). Only after the host has synced past it."""
+
+    def renew_clock(self) -> None:
+        """Called now and then, so that what `interval` says of later tickets stays right: the device's clock drifts away from
+        the host's. May wait for compute, so only where there is little of it, as between rounds."""
 
     def free_bytes(self) -> int:
         """Bytes that could be allocated now."""

@@ -16,6 +16,7 @@ from ..config import bytes_text
 from ..errors import DeviceError, FitError
 from .base import CopyTicket, Interval, Ticket
 from .host import HostMapping
+from .numa import near_cpus
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +59,10 @@ class RegisteredBuffer:
     """A HostMapping whose leading `pinned_bytes` are registered with CUDA, as many as the driver allows. What it refused stays
     pageable: copies from there are slower, not wrong."""
 
-    def __init__(self, num_bytes: int, cuts: Sequence[int]) -> None:
-        self._mapping = HostMapping(num_bytes)
-        self._mapping.touch()
+    def __init__(self, num_bytes: int, cuts: Sequence[int], cpus: frozenset[int] | None = None) -> None:
+        """It comes to lie near `cpus`, or anywhere."""
+        self._mapping = HostMapping(num_bytes, inherited=False)
+        self._mapping.touch(cpus)
         self.tensor = self._mapping.tensor
         self.pinned_bytes = 0
         self._registered: list[int] = []
@@ -131,8 +133,6 @@ class CudaDevice:
             )
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(self.torch_device)
-        # On the GPUs where cuDNN's attention comes first, torch builds it anew for every length of the text: in every pass.
-        torch.backends.cuda.enable_cudnn_sdp(False)
         self.name = torch.cuda.get_device_name(index)
         self._copy_stream = torch.cuda.Stream()
         # One for all recordings: libraries keep a workspace of tens of MiB for every stream that they have run on.
@@ -140,6 +140,7 @@ class CudaDevice:
         self._graph_pool = torch.cuda.graph_pool_handle()  # shared: graphs run one at a time, and keep their outputs
         torch.cuda.reset_peak_memory_stats()
         self._clock = _Clock()
+        self._near_cpus = _near_cpus(index)
 
     def alloc(self, num_bytes: int) -> torch.Tensor:
         try:
@@ -152,7 +153,7 @@ class CudaDevice:
             ) from error
 
     def pin(self, num_bytes: int, cuts: Sequence[int]) -> RegisteredBuffer:
-        return RegisteredBuffer(num_bytes, cuts)
+        return RegisteredBuffer(num_bytes, cuts, self._near_cpus)
 
     def upload(self, host: torch.Tensor) -> torch.Tensor:
         # Pageable sources of up to 64 KiB are taken along with the command: no sync, no turn behind a layer on the copy engine,
@@ -208,9 +209,11 @@ class CudaDevice:
         assert isinstance(ticket, CudaCopy | CudaMark)
         end_s = ticket.clock.time_of(_end_event(ticket))
         start_s = ticket.clock.time_of(ticket.started) if isinstance(ticket, CudaCopy) else end_s
-        if time.monotonic() - self._clock.set_s > CLOCK_VALID_S:
-            self._clock = _Clock()  # waits for compute, which has little to do where this is asked: behind a round's host sync
         return Interval(start_s, end_s)
+
+    def renew_clock(self) -> None:
+        if time.monotonic() - self._clock.set_s > CLOCK_VALID_S:
+            self._clock = _Clock()
 
     def free_bytes(self) -> int:
         # What torch has cached but not in use can be given out again.
@@ -231,6 +234,19 @@ def _end_event(ticket: Ticket) -> torch.cuda.Event:
         return ticket.ready
     assert isinstance(ticket, CudaMark)
     return ticket.event
+
+
+def _near_cpus(index: int) -> frozenset[int] | None:
+    """See numa.near_cpus. torch does not tell the bus of a GPU in all its versions; then nobody knows."""
+    found = torch.cuda.get_device_properties(index)
+    numbers = [getattr(found, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    known = [number for number in numbers if number is not None]
+    cpus = near_cpus("{:04x}:{:02x}:{:02x}.0".format(*known)) if len(known) == len(numbers) else None
+    if cpus is not None and not cpus:
+        logger.warning(
+            "host memory will be far from the GPU: this process may not use the CPUs near it; see `doctor`, and numactl"
+        )
+    return cpus
 
 
 def is_available() -> bool:

@@ -1,5 +1,8 @@
 """Attention over a cached prefix and a tree, registered with transformers' attention interface, and the masks it takes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 
@@ -37,8 +40,21 @@ def tree_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    with _no_cudnn():
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     return output.transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def _no_cudnn() -> Iterator[None]:
+    """Without cuDNN's attention, which comes first on some GPUs and is built anew for every length of the text: in every pass.
+    The switch is the whole process's, and others in it may want that kernel, so it is put back."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 def register() -> None:
