@@ -3,7 +3,9 @@
 Knows nothing of models. A model folder without a tokenizer has no TextCodec; token ids still work there.
 """
 
+import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from .errors import ModelError, UsageError
 from .template import apply_template
 
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not yet a character
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # how sentencepiece writes a byte that no other token covers
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -29,7 +32,8 @@ class TextCodec:
                 where=str(folder),
                 cure="download the tokenizer files again, or delete them and give token ids with --prompt-ids",
             ) from error
-        self._special_ids = frozenset(self._tokenizer.all_special_ids)
+        added = self._tokenizer.added_tokens_decoder.items()
+        self._special_ids = frozenset([*self._tokenizer.all_special_ids, *(number for number, it in added if it.special)])
 
     @property
     def has_chat_template(self) -> bool:
@@ -68,8 +72,27 @@ class TextCodec:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def token_text(self, token_id: int) -> str:
-        """One token by itself, special tokens by their names; REPLACEMENT where its bytes are part of a character."""
-        return str(self._tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        """One token within a text, special tokens by their names; REPLACEMENT where its bytes are part of a character."""
+        once, twice = (
+            str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            for ids in ([token_id], [token_id] * 2)
+        )
+        return twice[len(once) :]  # at the beginning of a text, many decoders drop a token's space
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text, in UTF-8: the bytes of a text's tokens together are the text. b"" for special
+        tokens, which no text shows."""
+        if self.is_special(token_id):
+            return b""
+        text = self.token_text(token_id)
+        if REPLACEMENT not in text:
+            return text.encode()
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        byte = _BYTE_TOKEN.fullmatch(token)
+        if byte is not None:
+            return bytes([int(byte[1], 16)])
+        stands_for = _bytes_of_stand_ins()
+        return bytes(stands_for[it] for it in token) if stands_for.keys() >= set(token) else text.encode()
 
     def is_special(self, token_id: int) -> bool:
         """Whether `decode` leaves it out."""
@@ -91,6 +114,14 @@ class TextCodec:
 
     def vocabulary(self) -> dict[str, int]:
         return dict(self._tokenizer.get_vocab())
+
+
+@cache
+def _bytes_of_stand_ins() -> dict[str, int]:
+    """Byte-level tokenizers write each byte as a printable character: as itself where it is one, else from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + number): byte for number, byte in enumerate(others)}
 
 
 def open_codec(folder: Path) -> TextCodec | None:

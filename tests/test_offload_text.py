@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from offload.errors import ModelError, UsageError
@@ -231,3 +232,51 @@ def test_without_two_tokenizers_the_sizes_decide(byte_level: TextCodec) -> None:
         check_same_vocabulary(*codecs, (97, 97), "--draft-model")
         with pytest.raises(ModelError, match=r"has 64 tokens, the target's 97; .* is token 64"):
             check_same_vocabulary(*codecs, (97, 64), "--draft-model")
+
+
+# -- bytes of tokens ----------------------------------------------------------------------------------------------------
+
+
+@given(TEXTS)
+@settings(max_examples=50, deadline=None)
+def test_the_bytes_of_a_texts_tokens_are_the_text(byte_level: TextCodec, byte_fallback: TextCodec, text: str) -> None:
+    for codec, before in ((byte_level, ""), (byte_fallback, " ")):  # a space before the first word, which decoding drops
+        token_ids = codec.encode(text, add_special_tokens=False)
+        together = b"".join(codec.token_bytes(token_id) for token_id in token_ids)
+        assert together == (before + text if text else "").encode()
+
+
+def test_every_byte_has_its_token_and_every_token_its_bytes(codec: TextCodec) -> None:
+    numbers = codec.vocabulary().values()
+    assert {bytes([byte]) for byte in range(256)} <= {codec.token_bytes(token_id) for token_id in numbers}
+    for token_id in numbers:
+        text = codec.token_text(token_id)
+        assert codec.is_special(token_id) or codec.token_bytes(token_id).decode(errors="replace") == text
+    assert codec.token_bytes(codec.num_tokens + 100) == b""  # a model's vocabulary may be padded
+
+
+def test_words_keep_the_space_before_them(byte_fallback: TextCodec) -> None:
+    spaced, alone = (byte_fallback.vocabulary()[token] for token in ("\u2581a", "a"))
+    assert (byte_fallback.token_text(spaced), byte_fallback.token_bytes(alone)) == (" a", b"a")
+
+
+def test_a_character_that_stands_for_broken_ones_may_be_a_token_itself(tmp_path: Path) -> None:
+    """U+FFFD in a vocabulary is no part of anything: neither as itself nor in a byte-level spelling."""
+    tokenizer = byte_fallback_tokenizer()
+    tokenizer.add_tokens([AddedToken("\ufffd", normalized=False)])
+    plain = TextCodec(save_tokenizer(tmp_path / "plain", tokenizer))
+    spelt = TextCodec(save_tokenizer(tmp_path / "spelt", byte_level_tokenizer(renamed={0: "\u00ef\u00bf\u00bd"})))
+    assert plain.token_bytes(plain.vocabulary()["\ufffd"]) == spelt.token_bytes(0) == "\ufffd".encode()
+
+
+def test_tokens_that_no_text_shows_have_no_bytes(tmp_path: Path) -> None:
+    """Special by their mark, be it in the role of one or in none."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens(["<|header|>"])
+    tokenizer.add_tokens(["<think>"])
+    codec = TextCodec(save_tokenizer(tmp_path, tokenizer))
+    header, think = (codec.vocabulary()[token] for token in ("<|header|>", "<think>"))
+    for token_id in (BOS, EOS, header):
+        assert codec.is_special(token_id) and codec.token_bytes(token_id) == b"" and codec.decode([token_id]) == ""
+    assert not codec.is_special(think) and codec.token_bytes(think) == codec.decode([think]).encode() == b"<think>"
+    assert codec.token_text(header) == "<|header|>"

@@ -3,9 +3,10 @@
 Log-probabilities are the model's own, before temperature, top-k and top-p.
 """
 
+import codecs
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -75,6 +76,35 @@ def usage(choices: Sequence[Choice], choices_per_prompt: int) -> Json:
     }
 
 
+def spelling(codec: "TextCodec", token_id: int, prefix: str = "") -> str:
+    """One token as OpenAI writes it: its text, and a part of a character as `prefix` and its bytes, \\xe2\\x80. So tokens
+    that differ read differently."""
+    if codec.is_special(token_id):
+        return codec.token_text(token_id)
+    spelt = codec.token_bytes(token_id)
+    try:
+        return spelt.decode()
+    except UnicodeDecodeError:
+        return prefix + "".join(f"\\x{byte:02x}" for byte in spelt)
+
+
+class Offsets:
+    """Where tokens begin in their text, in characters, as they come. A character belongs to the token that completes it."""
+
+    def __init__(self, begin: int = 0) -> None:
+        self._decoder, self._at = codecs.getincrementaldecoder("utf-8")("replace"), begin
+
+    def of(self, tokens: Sequence[bytes]) -> list[int]:
+        return [self._step(token) for token in tokens]
+
+    def _step(self, token: bytes) -> int:
+        goes_on = not token or 0x80 <= token[0] < 0xC0  # else what was begun before stays a broken character
+        self._at += 0 if goes_on else len(self._decoder.decode(b"", final=True))
+        begun = max(self._at, 0)
+        self._at += len(self._decoder.decode(token))
+        return begun
+
+
 # -- chat -----------------------------------------------------------------------------------------------------------------
 
 
@@ -123,8 +153,8 @@ class ChatFormat:
         }
 
     def _token(self, token_id: int, logprob: float) -> Json:
-        text = self._codec.token_text(token_id)
-        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(text.encode())}
+        spelt = None if self._codec.is_special(token_id) else list(self._codec.token_bytes(token_id))
+        return {"token": spelling(self._codec, token_id), "logprob": max(logprob, LEAST_LOGPROB), "bytes": spelt}
 
 
 # -- completions ----------------------------------------------------------------------------------------------------------
@@ -138,6 +168,7 @@ class CompletionFormat:
     ) -> None:
         self.header, self._codec, self._with_logprobs = header, codec, with_logprobs
         self._echo, self._num_new, self._prompt_texts = echo, num_new, prompt_texts
+        self._offsets: dict[int, Offsets] = defaultdict(Offsets)
 
     def opening(self, choices: Sequence[Choice]) -> Iterator[Json]:
         return iter(())
@@ -146,24 +177,22 @@ class CompletionFormat:
         first = choice.num_tokens == len(step.token_ids)
         fresh = Choice(request=choice.request, finish_reason=choice.finish_reason)
         fresh.text, fresh.scores, fresh.prompt_scores = step.text, list(step.scores), step.prompt_scores
-        offset = 0 if first else len(choice.text) - len(step.text) + (len(self._prompt_texts[index]) if self._echo else 0)
-        return self.header.document("text_completion", [self._choice(index, fresh, echo=self._echo and first, offset=offset)])
+        return self.header.document("text_completion", [self._choice(index, fresh, echo=self._echo and first)])
 
     def closing(self, counts: Json) -> Json:
         return {**self.header.document("text_completion", []), "usage": counts}
 
     def whole(self, choices: Sequence[Choice], counts: Json) -> Json:
-        documents = [self._choice(index, choice, echo=self._echo, offset=0) for index, choice in enumerate(choices)]
+        documents = [self._choice(index, choice, echo=self._echo) for index, choice in enumerate(choices)]
         return {**self.header.document("text_completion", documents), "usage": counts}
 
-    def _choice(self, index: int, choice: Choice, *, echo: bool, offset: int) -> Json:
+    def _choice(self, index: int, choice: Choice, *, echo: bool) -> Json:
         text = (self._prompt_texts[index] if echo else "") + (choice.text if self._num_new else "")
-        logprobs = self._logprobs(choice, echo=echo, offset=offset) if self._with_logprobs else None
+        logprobs = self._logprobs(index, choice, echo=echo) if self._with_logprobs else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
-    def _logprobs(self, choice: Choice, *, echo: bool, offset: int) -> Json:
-        """Parallel lists. Nothing predicts the prompt's first token: null. A dictionary holds one value a text: of tokens
-        that read alike, such as parts of characters, the most probable."""
+    def _logprobs(self, index: int, choice: Choice, *, echo: bool) -> Json:
+        """Parallel lists. Nothing predicts the prompt's first token: null."""
         scores = [*(choice.prompt_scores if echo else ()), *(choice.scores if self._num_new else ())]
         token_ids = [*(choice.request.prompt[:1] if echo else ()), *(score.token_id for score in scores)]
         values: list[float | None] = [max(score.logprob, LEAST_LOGPROB) for score in scores]
@@ -171,16 +200,26 @@ class CompletionFormat:
         if echo:
             values.insert(0, None)
             tops.insert(0, None)
-        texts = [self._codec.token_text(token_id) for token_id in token_ids]
-        lengths = [0 if self._codec.is_special(token_id) else len(self._codec.token_text(token_id)) for token_id in token_ids]
-        offsets = list(accumulate(lengths[:-1], initial=offset)) if lengths else []
-        return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+        if echo:  # a text lacks the space that some tokenizers put before its first word
+            prompt = b"".join(self._codec.token_bytes(token_id) for token_id in choice.request.prompt)
+            self._offsets[index] = Offsets(len(self._prompt_texts[index]) - len(prompt.decode(errors="replace")))
+        offsets = self._offsets[index].of([self._codec.token_bytes(token_id) for token_id in token_ids])
+        return {
+            "tokens": [self._spelling(token_id) for token_id in token_ids],
+            "token_logprobs": values,
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
 
     def _top(self, score: "ScoredToken") -> dict[str, float]:
+        """A dictionary holds one value a text: of tokens that read alike, which is rare, that of the most probable."""
         top: dict[str, float] = {}
         for token_id, logprob in (*score.top, (score.token_id, score.logprob)):
-            top.setdefault(self._codec.token_text(token_id), max(logprob, LEAST_LOGPROB))
+            top.setdefault(self._spelling(token_id), max(logprob, LEAST_LOGPROB))
         return top
+
+    def _spelling(self, token_id: int) -> str:
+        return spelling(self._codec, token_id, "bytes:")
 
 
 Format = ChatFormat | CompletionFormat
