@@ -16,6 +16,7 @@ from .engine import Engine
 from .loading import HOST_RESERVE_BYTES, Progress, ReadCounter, bytes_to_read, load_draft, load_target, share_memory
 from .model.architecture import check_window
 from .model.locate import read_eos_token_ids
+from .model.masks import TreeMasks
 from .planner.fallback import Fallbacks
 from .planner.hardware import HardwareProfile
 from .planner.hardware_file import find_hardware
@@ -75,12 +76,14 @@ def open_engine(
         left_bytes = _left_for_layers(host, plan)
         shared = share_memory(target, plan.placement, left_bytes, may_refuse=not device.host_addressable)
         counter = ReadCounter(progress, lambda plan: bytes_to_read(target, draft, plan, shared))
+        masks = TreeMasks(device, plan.tree)
+        stack.callback(masks.close)
         plan, model, stream, store = load_target(device, target, plan, shared, fallbacks, counter, stack)
-        drafter = load_draft(device, draft, plan, target.architecture.vocab_size, counter, stack) if draft else None
+        drafter = load_draft(device, draft, plan, target.architecture.vocab_size, masks, counter, stack) if draft else None
         plan, fallbacks = _see_placed(plan, fallbacks, stream, store)
         plan = replace(plan, link_bytes_per_s=settings.emulate_link_bytes_per_s or stream.measure_link())
         method = resolve_method(settings.verifier)
-        loop = DecodeLoop(device, model, stream, drafter, plan, method=method, trace=trace, fallbacks=fallbacks)
+        loop = DecodeLoop(device, model, stream, drafter, masks, plan, method=method, trace=trace, fallbacks=fallbacks)
         memory = _memory_of(device, store)
         close = stack.pop_all().close
     return Engine(

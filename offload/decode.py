@@ -18,10 +18,11 @@ from tree.shape import TreeShape
 from tree.verify import Method, Verdict, verify
 
 from .device import Device
-from .errors import NumericError
-from .model.attention import pass_mask
+from .errors import NumericError, OutOfMemoryError
+from .inputs import PassInputs, pass_inputs
 from .model.causal_lm import CausalLM
 from .model.drafter import ModelDrafter
+from .model.masks import TreeMasks
 from .planner.fallback import Fallbacks, out_of_memory
 from .planner.plan import Plan
 from .round_stats import round_stats
@@ -50,15 +51,6 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """One pass's input: token ids, positions, mask, all on the device."""
-
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    mask: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class _Begun:
     """What a round changes before it is certain: the generator's state, and rows of the draft's cache."""
 
@@ -81,13 +73,14 @@ class DecodeLoop:
         target: CausalLM,
         stream: LayerStream,
         drafter: ModelDrafter | None,
+        masks: TreeMasks,
         plan: Plan,
         *,
         method: Method,
         trace: Trace | None = None,
         fallbacks: Fallbacks | None = None,
     ) -> None:
-        self._device, self._target, self._stream, self._drafter = device, target, stream, drafter
+        self._device, self._target, self._stream, self._drafter, self._masks = device, target, stream, drafter, masks
         self._plan, self._method, self._trace, self._fallbacks = plan, method, trace, fallbacks
         caches = [target.cache, *([drafter.cache] if drafter is not None else [])]
         self.sessions = Sessions(caches, max_bytes=host_limit_bytes(plan))
@@ -97,7 +90,6 @@ class DecodeLoop:
         self._scoring: Scoring | None = None
         self._prompt_scores: tuple[ScoredToken, ...] = ()
         self._generator = torch.Generator(device.torch_device)
-        self._masks: dict[TreeShape, torch.Tensor] = {}
 
     @property
     def plan(self) -> Plan:
@@ -107,7 +99,8 @@ class DecodeLoop:
     def start(self, prompt: Sequence[int], params: SamplingParams, seed: int, scoring: Scoring | None = None) -> int:
         """Begin with `prompt` and fresh randomness. Returns how many of its tokens need no pass, as an earlier sequence began
         with them; a prompt that is to be scored needs them all. `scoring` changes no token."""
-        num_reused = self.sessions.resume(self._committed, prompt)
+        with self._device.translated():
+            num_reused = self.sessions.resume(self._committed, prompt)
         if scoring is not None and scoring.prompt:
             num_reused = 0
             self._target.cache.truncate(0)
@@ -120,19 +113,25 @@ class DecodeLoop:
 
     def run_round(self, max_tokens: int) -> StepResult:
         """One round that can emit at most `max_tokens` tokens (>= 1). One that the device has no memory for is taken back and
-        run again with less, as `fallbacks` has it. FitError when that comes to an end; NumericError for NaN or Inf logits."""
-        self._device.renew_clock()
+        run again with less, as `fallbacks` has it. OutOfMemoryError when that comes to an end; NumericError for NaN or Inf
+        logits; DeviceError when the device is lost."""
+        with self._device.translated():
+            self._device.renew_clock()
+            return self._run_round(max_tokens)
+
+    def _run_round(self, max_tokens: int) -> StepResult:
         start_s, turn = time.monotonic(), 0
         first, self._first = self._first, False
         while True:
             begun = _Begun(self._generator.get_state(), self._drafter.cache.length if self._drafter else 0)
             try:
-                return self._try_round(max_tokens, start_s, first)
-            except torch.OutOfMemoryError as error:
+                with self._device.translated():
+                    return self._try_round(max_tokens, start_s, first)
+            except OutOfMemoryError as error:
                 # The error itself would keep all that the pass has computed: its traceback holds the frames.
-                reason = str(error).partition("\n")[0]
+                kind, reason = type(error), error.what
             self._take_back(begun)
-            turn = self._give_up(turn, reason)
+            turn = self._give_up(turn, kind, reason)
 
     def _try_round(self, max_tokens: int, start_s: float, first: bool) -> StepResult:
         self._stream.prefetch()
@@ -178,14 +177,13 @@ class DecodeLoop:
         if self._drafter is not None:
             self._drafter.cache.truncate(begun.draft_rows)
 
-    def _give_up(self, turn: int, reason: str) -> int:
-        """Go on with less, as `fallbacks` has it from `turn` on; returns the turn after it. FitError when nothing is left."""
+    def _give_up(self, turn: int, kind: type[OutOfMemoryError], reason: str) -> int:
+        """Go on with less, as `fallbacks` has it from `turn` on; returns the turn after it. `kind` when nothing is left."""
         old = self._plan
         found = self._fallbacks.relief(old, self._prompt_rows, turn) if self._fallbacks is not None else None
         if found is None or self._fallbacks is None:
-            raise out_of_memory(old, reason, self._device.name, self._device.free_bytes())
+            raise out_of_memory(old, kind, reason, self._device.name, self._device.free_bytes())
         plan, turn = found
-        self._masks.clear()
         if plan.placement != old.placement:
             self._target.let_go()
             self._stream.give_up(plan.placement, plan.num_slots)
@@ -193,6 +191,8 @@ class DecodeLoop:
             self.sessions.limit(host_limit_bytes(plan))
         if self._drafter is not None:
             self._drafter.limit(plan.pass_rows, plan.tree.num_nodes)
+        if plan.tree != old.tree:
+            self._masks.hold(plan.tree)
         self._plan = plan
         logger.warning("%s (%s)", "; ".join(note for note in plan.notes if note not in old.notes), reason)
         return turn
@@ -208,7 +208,7 @@ class DecodeLoop:
         cache, streamed, most_rows = self._target.cache, 0, self._rows_per_pass()
         while self._prompt_rows > most_rows - self._plan.tree.num_nodes:
             chunk = self._committed[cache.length :][: min(most_rows, self._prompt_rows)]
-            rows = self._rows(chunk, torch.zeros(0, dtype=torch.int64), None)
+            rows = self._inputs(chunk, torch.zeros(0, dtype=torch.int64), self._plan.tree, 0)
             logits = self._target.forward(rows.token_ids, rows.positions, rows.mask, len(chunk) if self._scores_prompt else 1)
             self._score_prompt(logits, len(chunk))
             cache.commit(range(len(chunk)))
@@ -225,11 +225,16 @@ class DecodeLoop:
     def _run_target(self, draft: DraftTree) -> tuple[torch.Tensor, int]:
         """Logits [N, V] of the tree's nodes, and how many committed tokens the pass read before them."""
         prefix = self._committed[self._target.cache.length : -1]
-        rows = self._rows(prefix, draft.token_ids, draft.shape)
+        rows = self._inputs(prefix, draft.token_ids, draft.shape, draft.shape.num_nodes)
         num_scored = len(prefix) if self._scores_prompt else 0
         logits = self._target.forward(rows.token_ids, rows.positions, rows.mask, num_scored + draft.shape.num_nodes)
         self._score_prompt(logits[:num_scored], len(prefix))
         return logits[num_scored:], len(prefix)
+
+    def _inputs(self, prefix: Sequence[int], node_ids: torch.Tensor, shape: TreeShape, num_nodes: int) -> PassInputs:
+        """`prefix` continues the cache; the first `num_nodes` of `shape` come right behind it."""
+        mask = self._masks.of(shape, num_nodes)
+        return pass_inputs(self._device, self._target.cache.length, prefix, node_ids, shape.depths[:num_nodes], mask)
 
     @property
     def _scores_prompt(self) -> bool:
@@ -276,25 +281,3 @@ class DecodeLoop:
         if self._drafter is not None:
             self._drafter.commit(verdict.path)
             self._drafter.extend_context(verdict.token_ids)
-
-    # -- inputs ---------------------------------------------------------------------------------------------------------
-
-    def _rows(self, prefix: Sequence[int], nodes: torch.Tensor, shape: TreeShape | None) -> _Rows:
-        """`prefix` continues the cache; the tree's root comes right behind it."""
-        cached = self._target.cache.length
-        depths = torch.tensor(shape.depths if shape else (), dtype=torch.int64)
-        positions = torch.cat([torch.arange(cached, cached + len(prefix)), cached + len(prefix) + depths])
-        prefix_ids = self._device.upload(torch.tensor(prefix, dtype=torch.int64))
-        return _Rows(
-            torch.cat([prefix_ids, self._device.upload(nodes)]),
-            self._device.upload(positions),
-            pass_mask(cached, len(prefix), self._tree_mask(shape)),
-        )
-
-    def _tree_mask(self, shape: TreeShape | None) -> torch.Tensor:
-        """[N, N] bool on the device; N = 0 for no tree. Uploaded once per shape: a run uses a handful of them."""
-        if shape is None:
-            return torch.zeros(0, 0, dtype=torch.bool, device=self._device.torch_device)
-        if shape not in self._masks:
-            self._masks[shape] = self._device.upload(torch.from_numpy(shape.ancestor_mask.copy()))
-        return self._masks[shape]

@@ -5,6 +5,9 @@
       ModelError               3  the model, tokenizer, tree or profile file is invalid
         CheckpointError        3  safetensors files or their index
       FitError                 4  something does not fit: memory budget, context
+        OutOfMemoryError       4  the machine has less memory than was planned with
+          HostMemoryError      4
+          DeviceMemoryError    4
       IntegrityError           5  contents differ from their manifest
       NumericError             6  NaN or Inf logits
       DeviceError              7  the device or the disk was lost
@@ -45,7 +48,15 @@ class FitError(OffloadError):
     exit_code = 4
 
 
-class HostMemoryError(FitError):
+class OutOfMemoryError(FitError):
+    pass
+
+
+class HostMemoryError(OutOfMemoryError):
+    pass
+
+
+class DeviceMemoryError(OutOfMemoryError):
     pass
 
 

@@ -12,6 +12,7 @@ from .errors import FitError, HostMemoryError
 from .model.causal_lm import CausalLM
 from .model.drafter import PROMPT_CHUNK_TOKENS, ModelDrafter
 from .model.kv_cache import KVCache
+from .model.masks import TreeMasks
 from .planner.cost import ledger_lines, size_text
 from .planner.fallback import Fallbacks
 from .planner.plan import Plan
@@ -133,7 +134,13 @@ def _load_streamed(
 
 
 def load_draft(
-    device: Device, source: ModelSource, plan: Plan, vocab_size: int, counter: ReadCounter, stack: ExitStack
+    device: Device,
+    source: ModelSource,
+    plan: Plan,
+    vocab_size: int,
+    masks: TreeMasks,
+    counter: ReadCounter,
+    stack: ExitStack,
 ) -> ModelDrafter:
     """The draft stays on the device whole."""
     outside = _load_outside(device, source, counter)
@@ -147,7 +154,7 @@ def load_draft(
     cache = _cache(device, source, plan.context_rows)
     model = CausalLM(source.architecture, device, source.model.dtype, outside, weights, cache)
     chunk_tokens = min(PROMPT_CHUNK_TOKENS, plan.pass_rows)
-    drafter = ModelDrafter(model, device, vocab_size, chunk_tokens=chunk_tokens, max_nodes=plan.tree.num_nodes)
+    drafter = ModelDrafter(model, device, vocab_size, masks, chunk_tokens=chunk_tokens, max_nodes=plan.tree.num_nodes)
     stack.callback(drafter.close)
     return drafter
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .device.host import available_bytes
-from .errors import FitError
+from .errors import OutOfMemoryError
 from .model.kv_cache import KVCache
 from .planner.plan import Plan
 
@@ -110,6 +110,6 @@ class Sessions:
             self._kept.pop(0)
         try:
             rows = tuple(cache.save_rows(rows) for cache, rows in zip(self._caches, num_rows, strict=True))
-        except FitError:  # the system refused the memory: no reason to refuse the request
+        except OutOfMemoryError:  # the system refused the memory: no reason to refuse the request
             return
         self._kept.append(_Kept(token_ids=token_ids, rows=rows))

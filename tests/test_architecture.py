@@ -44,7 +44,8 @@ ALLOWED: dict[str, set[str]] = {
     "calibrate": {*ENGINE, "source"},
     "sessions": {*FLOOR, "device", "model", "planner"},  # which rows a sequence may take over; caches are the model's
     "round_stats": {*FLOOR, *NUMBERS, "device", "streaming"},  # what the device and the stream know of a round that is over
-    "decode": {*ENGINE, "sessions", "round_stats"},
+    "inputs": {*FLOOR, "device", "model"},  # what a pass is given
+    "decode": {*ENGINE, "inputs", "sessions", "round_stats"},
     "engine": {*ENGINE, "admission", "decode", "report"},
     "loading": {*ENGINE, "source"},
     "assemble": LOADED,
@@ -73,6 +74,7 @@ TREE_IMPORTERS = (
     "offload/bench/",
     "offload/cli/",
     "offload/serve/",  # asks for scores and writes them out
+    "offload/model/masks.py",  # a tree's mask
     "offload/model/drafter.py",  # fits our model to tree's TreeModel protocol, whose arguments are tree's types
     "offload/__init__.py",  # the guard that the tree it finds is ours and not dm-tree's
 )

@@ -4,6 +4,7 @@ asked for is a failure, and so is one that takes tensors of both.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from offload.model.attention import register
 from offload.model.causal_lm import CausalLM
 from offload.model.drafter import ModelDrafter
 from offload.model.kv_cache import KVCache
+from offload.model.masks import TreeMasks
 from offload.source import TypedModel, check_source
 from offload.streaming.stream import LayerStream, ResidentWeights
 from offload.weights.placement import Placement
@@ -80,6 +82,9 @@ class MetaDevice:
 
     def passed(self, ticket: Ticket) -> bool:
         return True
+
+    def translated(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def interval(self, ticket: Ticket) -> Interval:
         return Interval(0.0, 0.0)
@@ -176,9 +181,11 @@ def open_loop(
     model = check_source(str(folder), "--model", "bfloat16", "cuda").model
     register()
     target, stream = streamed(device, model)
-    drafter = ModelDrafter(resident(device, check_source(str(folder), "--model", "bfloat16", "cuda").model), device, VOCAB_SIZE)
+    masks = TreeMasks(device, TREE)
+    draft = check_source(str(folder), "--model", "bfloat16", "cuda").model
+    drafter = ModelDrafter(resident(device, draft), device, VOCAB_SIZE, masks)
     plan: Any = SimpleNamespace(tree=TREE, pass_rows=1024, host_budget_bytes=0, host_ledger={})
-    return DecodeLoop(device, target, stream, drafter, plan, method=method), waits
+    return DecodeLoop(device, target, stream, drafter, masks, plan, method=method), waits
 
 
 def streamed(device: Any, model: TypedModel) -> tuple[CausalLM, LayerStream]:

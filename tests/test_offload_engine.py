@@ -141,11 +141,10 @@ def test_a_draft_with_a_padded_vocabulary_is_cut_or_filled(models: Models) -> No
         draft = models(num_layers=1, seed=1, vocab_size=vocab_size)
         with open_tiny(folder, folder) as engine, open_tiny(draft, None, tree="none", max_context=150) as other:
             loop = engine.loop
-            drafter = ModelDrafter(other.loop._target, loop._device, VOCAB_SIZE)
+            drafter = ModelDrafter(other.loop._target, loop._device, VOCAB_SIZE, loop._masks)
             for verifier in ("traversal", "rejection", "sample"):
-                engine.loop = DecodeLoop(
-                    loop._device, loop._target, loop._stream, drafter, engine.plan, method=resolve_method(verifier)
-                )
+                parts = loop._device, loop._target, loop._stream, drafter, loop._masks, engine.plan
+                engine.loop = DecodeLoop(*parts, method=resolve_method(verifier))
                 engine.forget()
                 assert list(engine.generate(PROMPT, max_new_tokens=12).token_ids) == expected
                 tokens = engine.generate(PROMPT, max_new_tokens=12, temperature=1.0, ignore_eos=True).token_ids

@@ -21,6 +21,7 @@ from offload.calibrate.law_times import measure_verification
 from offload.config import EngineSettings, law_kind
 from offload.device import Ticket
 from offload.device.cpu import CpuDevice
+from offload.errors import OutOfMemoryError
 from offload.planner.hardware import ROWS, HardwareProfile, LawTimes, ModelTimes, interpolate
 from offload.planner.hardware_file import PRESETS, find_hardware, from_json, read_hardware, to_json
 from offload.planner.shapes import find_shape
@@ -218,7 +219,7 @@ def test_a_table_of_laws_ends_where_the_device_has_no_memory_for_more(monkeypatc
 
     monkeypatch.setattr("offload.calibrate.law_times.typical_s", short_of_memory)
     assert measure_verification(device, 97, BRIEF, "nucleus").rows == BRIEF.rows[:3]
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(OutOfMemoryError):
         measure_verification(device, 97, BRIEF, "nucleus")
     device.close()
 

@@ -4,10 +4,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from ..config import LawKind
 from ..device import Device, Ticket
+from ..errors import OutOfMemoryError
 
 LEAST_POINTS = 5
 
@@ -94,7 +93,7 @@ def table_of(
     for num_rows in rows:
         try:
             lines.append(seconds_at(num_rows))
-        except torch.OutOfMemoryError:
+        except OutOfMemoryError:
             if not lines:
                 raise
             break

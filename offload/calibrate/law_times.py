@@ -56,6 +56,10 @@ def measure_verification(device: Device, vocab_size: int, effort: Effort, law_ki
 def _law_times(
     device: Device, task: Task, work: Callable[[int], Work], vocab_size: int, effort: Effort, law_kind: LawKind
 ) -> LawTimes:
+    def seconds_at(num_rows: int) -> list[float]:
+        with device.translated():
+            return typical_s(device, [work(num_rows)], effort)
+
     rows = [num_rows for num_rows in effort.rows if num_rows <= vocab_size]  # a root cannot have more children
-    measured, (task_s,) = table_of(rows, lambda num_rows: typical_s(device, [work(num_rows)], effort), effort)
+    measured, (task_s,) = table_of(rows, seconds_at, effort)
     return LawTimes(task=task, law=law_kind, vocab_size=vocab_size, rows=measured, task_s=rising(task_s))

@@ -41,7 +41,8 @@ def _times_at(
     device: Device, few: ShortModel, more: ShortModel, context_rows: int, effort: Effort, drawing: LawTimes | None
 ) -> ModelTimes:
     def seconds_at(rows: int) -> list[float]:
-        return typical_s(device, [model.work(rows, context_rows, effort.laws[0]) for model in (few, more)], effort)
+        with device.translated():
+            return typical_s(device, [model.work(rows, context_rows, effort.laws[0]) for model in (few, more)], effort)
 
     measured, (few_s, more_s) = table_of(effort.rows, seconds_at, effort)
     layer_s = rising([max((m - f) / (MORE_LAYERS - FEW_LAYERS), 1e-9) for f, m in zip(few_s, more_s, strict=True)])

@@ -14,6 +14,7 @@ from ..model.attention import pass_mask
 from ..model.causal_lm import CausalLM
 from ..model.drafter import ModelDrafter
 from ..model.kv_cache import KVCache
+from ..model.masks import TreeMasks
 from ..planner.hardware import Role
 from ..source import TypedModel
 from .effort import Effort, Work
@@ -47,7 +48,8 @@ class ShortModel:
 
     def __init__(self, device: Device, role: Role, model: CausalLM, weights: _Repeated) -> None:
         self._device, self._model, self._weights = device, model, weights
-        self._drafter = ModelDrafter(model, device, model.architecture.vocab_size) if role == "draft" else None
+        is_draft, vocab_size = role == "draft", model.architecture.vocab_size
+        self._drafter = ModelDrafter(model, device, vocab_size, TreeMasks(device)) if is_draft else None
 
     def close(self) -> None:
         if self._drafter is not None:

@@ -6,6 +6,7 @@ that buffer's last `release`; forgetting either does not type-check. Nothing her
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,7 +52,7 @@ class Device(Protocol):
     replays: bool  # what `record` returns is cheaper than the work itself, so that fixed shapes pay
 
     def alloc(self, num_bytes: int) -> torch.Tensor:
-        """[num_bytes] uint8 on the device, 256-byte aligned. FitError when there is no room."""
+        """[num_bytes] uint8 on the device, 256-byte aligned. OutOfMemoryError when there is no room."""
 
     def pin(self, num_bytes: int, cuts: Sequence[int]) -> HostBuffer:
         """Host memory of exactly `num_bytes`. A copy never straddles an offset in `cuts` (ascending), so memory may be
@@ -95,6 +96,10 @@ class Device(Protocol):
     def renew_clock(self) -> None:
         """Called now and then, so that what `interval` says of later tickets stays right: the device's clock drifts away from
         the host's. May wait for compute, so only where there is little of it, as between rounds."""
+
+    def translated(self) -> AbstractContextManager[None]:
+        """Inside, errors of torch and the driver are raised as ours: OutOfMemoryError, of which the device can be relieved, and
+        DeviceError, after which it is of no use. What is neither passes as it is. May be nested."""
 
     def free_bytes(self) -> int:
         """Bytes that could be allocated now."""

@@ -5,11 +5,18 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
+from ..config import bytes_text
+from ..errors import HostMemoryError, reason
 from .base import CopyTicket, Interval, Ticket
+from .faults import translated
 from .host import HostMapping, available_bytes, move
+
+# How torch and C++ say that the system refused memory, in a RuntimeError.
+_REFUSED = ("DefaultCPUAllocator: ", "std::bad_alloc")
 
 
 class CpuMark(Ticket):
@@ -99,6 +106,9 @@ class CpuDevice:
     def renew_clock(self) -> None:
         pass  # it is the host's
 
+    def translated(self) -> AbstractContextManager[None]:
+        return translated(_translate)
+
     def free_bytes(self) -> int:
         return available_bytes()
 
@@ -128,3 +138,14 @@ class CpuDevice:
             ticket.end_s = max(ticket.end_s, ticket.start_s + src.numel() / self.link_bytes_per_s)
             time.sleep(max(0.0, ticket.end_s - time.monotonic()))
         self._link_free_s = ticket.end_s
+
+
+def _translate(error: Exception) -> None:
+    line = reason(error).partition("\n")[0]
+    said = next((line[line.index(words) :] for words in _REFUSED if words in line), None)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or said is not None:
+        raise HostMemoryError(
+            f"out of memory: {said or line}",
+            where=f"host memory, {bytes_text(available_bytes())} available",
+            cure="lower --host-memory or --max-context, or free memory",
+        ) from error

@@ -8,13 +8,15 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from ..config import bytes_text
-from ..errors import DeviceError, FitError
+from ..errors import DeviceError, DeviceMemoryError
 from .base import CopyTicket, Interval, Ticket
+from .faults import translated
 from .host import HostMapping
 from .numa import near_cpus
 
@@ -146,7 +148,7 @@ class CudaDevice:
         try:
             return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
         except torch.cuda.OutOfMemoryError as error:
-            raise FitError(
+            raise DeviceMemoryError(
                 f"the GPU has no room for {bytes_text(num_bytes)} more, {bytes_text(self.free_bytes())} are free",
                 where=f"{self.name}, memory",
                 cure="lower --gpu-memory, --resident-layers or --max-context",
@@ -215,6 +217,9 @@ class CudaDevice:
         if time.monotonic() - self._clock.set_s > CLOCK_VALID_S:
             self._clock = _Clock()
 
+    def translated(self) -> AbstractContextManager[None]:
+        return translated(self._translate)
+
     def free_bytes(self) -> int:
         # What torch has cached but not in use can be given out again.
         cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -222,6 +227,14 @@ class CudaDevice:
 
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated()
+
+    def _translate(self, error: Exception) -> None:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise DeviceMemoryError(
+                f"out of memory: {str(error).partition(chr(10))[0]}",
+                where=f"{self.name}, memory",
+                cure="lower --gpu-memory, --resident-layers or --max-context, or end what else uses the GPU",
+            ) from error
 
     def close(self) -> None:
         torch.cuda.synchronize()

@@ -13,6 +13,7 @@ from .buckets import MAX_ROWS, widest_pass
 from .causal_lm import CausalLM
 from .fixed_pass import FixedPasses, waits_in_a_pass
 from .kv_cache import KVCache
+from .masks import TreeMasks
 
 PROMPT_CHUNK_TOKENS = 1024
 
@@ -31,17 +32,17 @@ class ModelDrafter:
         model: CausalLM,
         device: Device,
         vocab_size: int,
+        masks: TreeMasks,
         *,
         chunk_tokens: int = PROMPT_CHUNK_TOKENS,
         max_nodes: int = MAX_ROWS,
     ) -> None:
         self._chunk_tokens = chunk_tokens
-        self._model, self._device, self._vocab_size = model, device, vocab_size
+        self._model, self._device, self._vocab_size, self._masks = model, device, vocab_size, masks
         fixed = device.replays and not waits_in_a_pass(model.architecture.config)
         self._fixed = FixedPasses(model, device, widest_pass(max_nodes)) if fixed else None
         self._context: list[int] = []
         self._shape = TreeShape.root_only()
-        self._ancestors = self._mask_of(self._shape)
         self._nodes: list[int] = []  # expanded nodes, in the order of their pending cache rows
 
     @property
@@ -51,7 +52,6 @@ class ModelDrafter:
     def close(self) -> None:
         """Give back the model's memory, and that of recordings."""
         self._fixed = None
-        self._ancestors = self._ancestors.new_empty(0)
         self._model.close()
 
     def limit(self, chunk_tokens: int, max_nodes: int) -> None:
@@ -75,10 +75,8 @@ class ModelDrafter:
         """Logits [1, V] of the token after the context; drops what is left of an earlier tree."""
         cache = self._model.cache
         cache.truncate(cache.length)
-        if shape != self._shape:
-            self._shape, self._ancestors = shape, self._mask_of(shape)
-        self._nodes = []
-        no_nodes = torch.zeros(0, 0, dtype=torch.bool, device=self._device.torch_device)
+        self._shape, self._nodes = shape, []
+        no_nodes = self._masks.of(shape, 0)
         logits = None
         while missing := self._context[cache.length :][: self._chunk_tokens]:
             positions = torch.arange(cache.length, cache.length + len(missing))
@@ -92,7 +90,7 @@ class ModelDrafter:
         """Logits [n, V] at `nodes` of one level, whose tokens are `token_ids` [n]; they become pending rows."""
         columns = [*self._nodes, *nodes]
         rows, seen = (self._device.upload(torch.tensor(numbers)) for numbers in (nodes, columns))
-        tree_mask = self._ancestors.index_select(0, rows).index_select(1, seen)
+        tree_mask = self._masks.of(self._shape).index_select(0, rows).index_select(1, seen)
         positions = torch.tensor([len(self._context) - 1 + self._shape.depths[node] for node in nodes])
         mask = pass_mask(self._model.cache.rows, 0, tree_mask)
         logits = self._forward(token_ids, positions, mask, len(nodes))
@@ -105,10 +103,6 @@ class ModelDrafter:
         rows = {node: row for row, node in enumerate(self._nodes)}
         self._model.cache.commit([rows[node] for node in path[1:] if node in rows])
         self._nodes = []
-
-    def _mask_of(self, shape: TreeShape) -> torch.Tensor:
-        """[N, N] bool on the device, once for as long as the shape stays: too large to be uploaded in every round."""
-        return self._device.upload(torch.from_numpy(shape.ancestor_mask.copy()))
 
     def _forward(self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, num_logits: int) -> torch.Tensor:
         known = self._model.architecture.vocab_size

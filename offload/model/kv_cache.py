@@ -76,7 +76,7 @@ class KVCache:
 
     def save_rows(self, num_rows: int) -> torch.Tensor:
         """The first `num_rows` committed rows, [layers, 2, 1, K, num_rows, C] in host memory of exact size. Waits for the
-        device. FitError when the host has no room."""
+        device. HostMemoryError when the host has no room."""
         assert num_rows <= self.length
         shape = (*self._kv.shape[:-2], num_rows, self._kv.shape[-1])
         saved = HostMapping(self.bytes_per_row * num_rows).tensor.view(self._kv.dtype).view(shape)

@@ -11,7 +11,7 @@ from functools import partial
 from tree.optimizer import best_part
 
 from ..config import EngineSettings, bytes_text, counted
-from ..errors import FitError
+from ..errors import OutOfMemoryError
 from ..weights.placement import RING_BUFFERS, Placement, spread_evenly
 from .memory import CHUNK_ROWS, MIN_SLOTS, Budgets, MemoryPlan, device_ledger, host_ledger, layers_ledger, plan_memory
 from .plan import NOTHING_STREAMED, Plan, predict_tree
@@ -166,10 +166,10 @@ class Fallbacks:
         )
 
 
-def out_of_memory(plan: Plan, reason: str, device_name: str, free_bytes: int) -> FitError:
+def out_of_memory(plan: Plan, kind: type[OutOfMemoryError], reason: str, device_name: str, free_bytes: int) -> OutOfMemoryError:
     """What is said when `plan` has nothing left to give up."""
-    return FitError(
-        f"out of device memory in a pass: {reason}; {bytes_text(sum(plan.device_ledger.values()))} were planned, "
+    return kind(
+        f"no pass finds the memory that it needs: {reason}; {bytes_text(sum(plan.device_ledger.values()))} were planned, "
         f"{bytes_text(free_bytes)} are free",
         where=f"{device_name}, with a tree of {counted(plan.tree.num_nodes, 'node')} and "
         + counted(len(plan.placement.resident), "resident layer"),

@@ -94,6 +94,7 @@ def device_ledger(
         "draft model": draft.shared_bytes + draft.num_layers * draft.layer_bytes if draft else 0,
         "draft key/value cache": draft.kv_bytes_per_row * context_rows if draft else 0,
         "draft recordings": recording_bytes(draft, widest_pass(tree_nodes), context_rows) if draft and replays else 0,
+        "tree mask": tree_nodes**2,
         "logits and laws": logits_bytes(target, tree_nodes),
         "activations": activation_bytes(target, pass_rows, context_rows) if pass_rows else 0,
     }
