@@ -45,7 +45,6 @@ class StepResult:
     token_ids: tuple[int, ...]
     verdict: Verdict
     stats: PassStats
-    first: bool
     scores: tuple[ScoredToken, ...] = ()
     prompt_scores: tuple[ScoredToken, ...] = ()
 
@@ -85,30 +84,31 @@ class DecodeLoop:
         caches = [target.cache, *([drafter.cache] if drafter is not None else [])]
         self.sessions = Sessions(caches, max_bytes=host_limit_bytes(plan))
         self._committed: list[int] = []
-        self._first = True
         self._params = SamplingParams()
         self._scoring: Scoring | None = None
         self._prompt_scores: tuple[ScoredToken, ...] = ()
-        self._generator = torch.Generator(device.torch_device)
 
     @property
     def plan(self) -> Plan:
         """What runs now: the plan given, less what had to be given up since."""
         return self._plan
 
-    def start(self, prompt: Sequence[int], params: SamplingParams, seed: int, scoring: Scoring | None = None) -> int:
-        """Begin with `prompt` and fresh randomness. Returns how many of its tokens need no pass, as an earlier sequence began
+    def seeded(self, seed: int) -> torch.Generator:
+        """Randomness for one text."""
+        return torch.Generator(self._device.torch_device).manual_seed(seed)
+
+    def start(self, text: Sequence[int], params: SamplingParams, generator: torch.Generator, scoring: Scoring | None) -> int:
+        """Begin with `text`, or go on from it. Returns how many of its tokens need no pass, as an earlier sequence began
         with them; a prompt that is to be scored needs them all. `scoring` changes no token."""
         with self._device.translated():
-            num_reused = self.sessions.resume(self._committed, prompt)
+            num_reused = self.sessions.resume(self._committed, text)
         if scoring is not None and scoring.prompt:
             num_reused = 0
             self._target.cache.truncate(0)
-        self._params, self._first = params, True
+        self._params, self._generator = params, generator
         self._scoring, self._prompt_scores = scoring, ()
-        self._generator.manual_seed(seed)
         if self._drafter is not None:
-            self._drafter.restart(prompt)
+            self._drafter.restart(text)
         return num_reused
 
     def run_round(self, max_tokens: int) -> StepResult:
@@ -121,19 +121,18 @@ class DecodeLoop:
 
     def _run_round(self, max_tokens: int) -> StepResult:
         start_s, turn = time.monotonic(), 0
-        first, self._first = self._first, False
         while True:
             begun = _Begun(self._generator.get_state(), self._drafter.cache.length if self._drafter else 0)
             try:
                 with self._device.translated():
-                    return self._try_round(max_tokens, start_s, first)
+                    return self._try_round(max_tokens, start_s)
             except OutOfMemoryError as error:
                 # The error itself would keep all that the pass has computed: its traceback holds the frames.
                 kind, reason = type(error), error.what
             self._take_back(begun)
             turn = self._give_up(turn, kind, reason)
 
-    def _try_round(self, max_tokens: int, start_s: float, first: bool) -> StepResult:
+    def _try_round(self, max_tokens: int, start_s: float) -> StepResult:
         self._stream.prefetch()
         extra_bytes = self._read_ahead_of_tree()
         shape = self._plan.tree.truncated(max_tokens) if self._drafter is not None else TreeShape.root_only()
@@ -143,6 +142,7 @@ class DecodeLoop:
         scores = self._score(verdict, logits)
         verified_s = time.monotonic()
         self._commit(verdict, cached)
+        prompt_scores, self._prompt_scores = self._prompt_scores, ()
         return StepResult(
             shape=shape,
             token_ids=verdict.token_ids,
@@ -157,9 +157,8 @@ class DecodeLoop:
                 start_s=start_s,
                 verified_s=verified_s,
             ),
-            first=first,
             scores=scores,
-            prompt_scores=self._prompt_scores if first else (),
+            prompt_scores=prompt_scores,
         )
 
     # -- when memory runs out -------------------------------------------------------------------------------------------

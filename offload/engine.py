@@ -1,7 +1,8 @@
-"""A loaded model pair that answers requests, one after another: prompts in, text and numbers out."""
+"""A loaded model pair that answers requests, a pass at a time: prompts in, text and numbers out."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from threading import RLock
 from time import monotonic
 from types import TracebackType
 
@@ -35,7 +36,11 @@ class Step:
 
 
 class Generation:
-    """One request being answered: an iterator of Steps, one per pass. `result` may be asked for at any time."""
+    """One request being answered: an iterator of Steps, one per pass. `result` may be asked for at any time.
+
+    The engine is held for a pass and not between passes: other requests may be answered there, and this one goes on from the
+    tokens that it has, with its own randomness. Any thread may ask for the next step.
+    """
 
     def __init__(self, engine: "Engine", request: Request) -> None:
         self._engine, self._request = engine, request
@@ -43,13 +48,15 @@ class Generation:
         self.token_ids: list[int] = []
         self.finish_reason = "interrupted"
         self.stats = RunStats(load_s=engine.load_s)
+        self._generator = engine.loop.seeded(request.seed)
         self._steps = self._run()
 
     def __iter__(self) -> Iterator[Step]:
         return self
 
     def __next__(self) -> Step:
-        return next(self._steps)
+        with self._engine.turn:
+            return next(self._steps)
 
     @property
     def text(self) -> str | None:
@@ -58,8 +65,9 @@ class Generation:
 
     def stop(self) -> str:
         """End here, as after an interruption; the text that was held back for want of certainty."""
-        self._steps.close()
-        return self._text.finish() if self._text is not None else ""
+        with self._engine.turn:
+            self._steps.close()
+            return self._text.finish() if self._text is not None else ""
 
     def result(self) -> Report:
         return Report(
@@ -78,19 +86,12 @@ class Generation:
     def _run(self) -> Generator[Step, None, None]:
         loop, request, stats = self._engine.loop, self._request, self.stats
         start_s = previous_s = monotonic()
-        stats.reused_tokens = loop.start(request.prompt, request.params, request.seed, request.scoring)
-        self._engine.answering = self
         while True:
-            if self._engine.answering is not self:
-                raise UsageError(
-                    "a later request has taken the engine over",
-                    where="Engine.stream",
-                    cure="finish one generation before starting the next, or load a second engine",
-                )
+            self._take_turn()
             result = loop.run_round(request.max_new_tokens - len(self.token_ids))
             token_ids, text, reason = self._accept(result)
             now_s = monotonic()
-            if result.first:
+            if not stats.passes:
                 stats.first_token_s, stats.first_tokens = now_s - start_s, len(token_ids)
             else:
                 stats.decode_s += now_s - previous_s
@@ -102,6 +103,20 @@ class Generation:
                 yield self._step(result, token_ids, text + (self._text.finish() if self._text else ""), reason)
                 return
             yield self._step(result, token_ids, text, None)
+
+    def _take_turn(self) -> None:
+        """Make this text the one that the engine holds, unless it is. UsageError when the engine has been closed."""
+        engine, request, begun = self._engine, self._request, bool(self.stats.passes)
+        engine.check_open()
+        if engine.answering is self:
+            return
+        engine.answering = None  # until all is in place
+        scoring = replace(request.scoring, prompt=False) if request.scoring and begun else request.scoring
+        text = (*request.prompt, *self.token_ids)
+        num_reused = engine.loop.start(text, request.params, self._generator, scoring)
+        if not begun:
+            self.stats.reused_tokens = num_reused
+        engine.answering = self
 
     def _accept(self, result: StepResult) -> tuple[tuple[int, ...], str, str | None]:
         """Take tokens one by one until something ends the text, be it in the middle of the accepted path."""
@@ -137,9 +152,13 @@ class Generation:
 
 
 class Engine:
-    """Serves any number of requests one after another; each has its own seed, and answers as if it were the first. A prompt
+    """Serves any number of requests, of any threads; each has its own seed, and answers as if it were the only one. A prompt
     that begins as an earlier request did is read from where they part. Close it, or use it as a context manager: it holds
-    threads, device memory and pinned host memory."""
+    threads, device memory and pinned host memory.
+
+    `turn` is held by whoever uses loop and memory, and never while a caller's own code runs, so nobody waits for ever. The
+    loop holds one text at a time, that of `answering`.
+    """
 
     def __init__(
         self,
@@ -158,7 +177,8 @@ class Engine:
         self.eos_token_ids, self.load_s = eos_token_ids, load_s
         self.method, self.emulated_link, self.device_name = method, emulated_link, device_name
         self._memory, self._close = memory, close
-        self.answering: Generation | None = None  # the engine holds one sequence at a time
+        self.turn = RLock()
+        self.answering: Generation | None = None
         self._closed = False
 
     def __enter__(self) -> "Engine":
@@ -173,14 +193,22 @@ class Engine:
         return self.loop.plan
 
     def close(self) -> None:
-        self.answering = None
+        """Give back what the engine holds, after the pass under way. Texts that are not finished end with a UsageError."""
         self._closed = True
-        self.loop.sessions.forget()
-        self._close()
+        with self.turn:
+            self.forget()
+            self._close()
+
+    def check_open(self) -> None:
+        """UsageError when the engine is closed."""
+        if self._closed:
+            raise UsageError("the engine is closed", where="Engine", cure="ask within the `with` block, or load it again")
 
     def forget(self) -> None:
         """Drop the keys and values of all earlier requests: the next starts cold, which is what a benchmark measures."""
-        self.loop.sessions.forget()
+        with self.turn:
+            self.answering = None
+            self.loop.sessions.forget()
 
     def progress(self) -> PassProgress:
         """How far the pass under way, or the last one, has come: what to show while an answer takes seconds a pass. Any thread
@@ -221,8 +249,7 @@ class Engine:
 
     def run(self, request: Request) -> Generation:
         """Start answering a request that `admission` has made. UsageError when the engine is closed."""
-        if self._closed:
-            raise UsageError("the engine is closed", where="Engine", cure="ask within the `with` block, or load it again")
+        self.check_open()
         return Generation(self, request)
 
     def generate(
@@ -237,7 +264,7 @@ class Engine:
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
     ) -> Report:
-        """The whole answer. Arguments and errors as in `stream`."""
+        """The whole answer, without other requests in between. Arguments and errors as in `stream`."""
         generation = self.stream(
             prompt,
             max_new_tokens=max_new_tokens,
@@ -248,6 +275,7 @@ class Engine:
             stop=stop,
             ignore_eos=ignore_eos,
         )
-        for _ in generation:
-            pass
-        return generation.result()
+        with self.turn:
+            for _ in generation:
+                pass
+            return generation.result()

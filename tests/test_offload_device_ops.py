@@ -223,7 +223,7 @@ def causal_lm(device: Any, model: TypedModel, weights: Any) -> CausalLM:
 
 
 def assert_a_later_round_only_waits(loop: DecodeLoop, waits: list[int], *, times: int) -> None:
-    """`times`, and asks the device for nothing else."""
+    """`times`, and asks the device for nothing else. The first uploads the masks of the tree's shape, once."""
     loop.run_round(100)
     waits.clear()
     with Audit() as audit:
@@ -235,7 +235,7 @@ def assert_a_later_round_only_waits(loop: DecodeLoop, waits: list[int], *, times
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(0.6), SamplingParams(0.8, top_k=40, top_p=0.9)])
 def test_a_round_waits_once(monkeypatch: pytest.MonkeyPatch, models: Models, params: SamplingParams, method: Method) -> None:
     loop, waits = open_loop(monkeypatch, models(), method=method)
-    loop.start(PROMPT, params, seed=0)
+    loop.start(PROMPT, params, loop.seeded(0), None)
     assert_a_later_round_only_waits(loop, waits, times=1)
 
 
@@ -244,32 +244,19 @@ def test_a_round_of_every_family_waits_once(
     monkeypatch: pytest.MonkeyPatch, models: Models, family: str, replays: bool
 ) -> None:
     loop, waits = open_loop(monkeypatch, models(family), replays=replays)
-    loop.start(PROMPT, SamplingParams(0.6), seed=0)
+    loop.start(PROMPT, SamplingParams(0.6), loop.seeded(0), None)
     assert_a_later_round_only_waits(loop, waits, times=1)
-
-
-def test_trees_that_are_cut_at_the_end_of_an_answer_bring_no_masks_of_their_own(
-    monkeypatch: pytest.MonkeyPatch, models: Models
-) -> None:
-    """Once each of their shapes was uploaded, behind the layers under way: once for the target, once for the draft."""
-    loop, _ = open_loop(monkeypatch, models())
-    for _ in range(2):
-        loop.start(PROMPT, SamplingParams(0.6), seed=0)
-        with Audit() as audit:
-            for max_tokens in (100, 3, 2, 1):
-                loop.run_round(max_tokens)
-        assert audit.found == []
 
 
 def test_scores_take_one_more_wait(monkeypatch: pytest.MonkeyPatch, models: Models) -> None:
     loop, waits = open_loop(monkeypatch, models())
-    loop.start(PROMPT, SamplingParams(), seed=0, scoring=Scoring(num_top=3))
+    loop.start(PROMPT, SamplingParams(), loop.seeded(0), Scoring(num_top=3))
     assert_a_later_round_only_waits(loop, waits, times=2)
 
 
 def test_a_long_prompt_is_read_without_a_wait(monkeypatch: pytest.MonkeyPatch, models: Models) -> None:
     loop, waits = open_loop(monkeypatch, models())
-    loop.start([7] * 1500, SamplingParams(), seed=0)
+    loop.start([7] * 1500, SamplingParams(), loop.seeded(0), None)
     with Audit() as audit:
         loop.run_round(100)
     assert audit.found == [] and len(waits) == 1
