@@ -17,7 +17,7 @@ from .planner.plan import Plan
 from .report import Memory, Report
 from .stats import PassStats, RunStats
 from .streaming.stream import PassProgress
-from .text import TextStream
+from .text_stream import TextStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ class Generation:
 
     def __init__(self, engine: "Engine", request: Request) -> None:
         self._engine, self._request = engine, request
-        self._text = TextStream(engine.codec, request.stop) if engine.codec is not None else None
+        self._text = TextStream(engine.codec, request.stop, request.prompt) if engine.codec is not None else None
         self.token_ids: list[int] = []
         self.finish_reason = "interrupted"
         self.stats = RunStats(load_s=engine.load_s)

@@ -26,6 +26,7 @@ class TextCodec:
 
         try:
             self._tokenizer: Any = read_tokenizer(folder)
+            self.encode("")  # drops padding and truncation of tokenizer.json for good: threads that follow change nothing
         except Exception as error:  # transformers and tokenizers raise anything here
             raise ModelError(
                 f"the tokenizer cannot be read: {' '.join(str(error).split())[:300]}",
@@ -151,61 +152,3 @@ def check_same_vocabulary(target: TextCodec | None, draft: TextCodec | None, siz
             where=where,
             cure=cure,
         )
-
-
-class TextStream:
-    """Incremental detokenisation with stop strings.
-
-    `push` takes one token and returns the text that has become final: characters are complete, and no suffix of what was
-    given out could still turn into a stop string. When a stop string appears, `stopped` is True and the text ends before it.
-    """
-
-    def __init__(self, codec: TextCodec, stop: Sequence[str] = ()) -> None:
-        self._codec, self._stop = codec, tuple(text for text in stop if text)
-        self._token_ids: list[int] = []
-        self._window_start = 0  # tokens from here on are decoded together, so that the cost per token stays constant
-        self._window_text = ""  # text of the window that is already in `text`
-        self._num_taken = 0  # tokens whose text is in `text`
-        self.text = ""
-        self.stopped = False
-        self._given = 0
-
-    def push(self, token_id: int) -> str:
-        self._token_ids.append(token_id)
-        window = self._codec.decode(self._token_ids[self._window_start :])
-        if not window.endswith(REPLACEMENT):
-            self._take(window[len(self._window_text) :])
-            # The next window begins with what was just taken: whole characters, as a decoder gives up a run of byte tokens
-            # that begins inside one, and some text, as it drops the space in front of the first word.
-            taken = self._codec.decode(self._token_ids[self._num_taken :])
-            if taken:
-                self._window_start, window = self._num_taken, taken
-            self._window_text, self._num_taken = window, len(self._token_ids)
-        return self._give(len(self.text) if self.stopped else len(self.text) - self._undecided())
-
-    def finish(self) -> str:
-        """The rest: what was held back, and bytes that never became a character."""
-        if not self.stopped:
-            self._take(self._codec.decode(self._token_ids[self._window_start :])[len(self._window_text) :])
-            self._window_text = ""
-            self._window_start = self._num_taken = len(self._token_ids)
-        return self._give(len(self.text))
-
-    def _take(self, fresh: str) -> None:
-        longest = max((len(stop) for stop in self._stop), default=1)
-        search_from = max(0, len(self.text) - longest + 1)
-        self.text += fresh
-        found = [at for stop in self._stop if (at := self.text.find(stop, search_from)) >= 0]
-        if found:
-            self.text, self.stopped = self.text[: min(found)], True
-
-    def _undecided(self) -> int:
-        """Length of the longest suffix that is a proper prefix of a stop string."""
-        return max(
-            (n for stop in self._stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])),
-            default=0,
-        )
-
-    def _give(self, end: int) -> str:
-        given, self._given = self.text[self._given : end], max(end, self._given)
-        return given

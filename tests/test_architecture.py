@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "template_process": set(),  # runs alone: what it imports is what an untrusted template shares a process with
     "template": FLOOR,
     "text": {*FLOOR, *NUMBERS, "template", "model.transformers_api"},  # which reads tokenizers, too
+    "text_stream": {"text"},
     "conversation": {*FLOOR, "text"},
     "model": MACHINE,
     # shapes come from where models are found, without building any; buckets say what recordings of the draft will take
@@ -46,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "round_stats": {*FLOOR, *NUMBERS, "device", "streaming"},  # what the device and the stream know of a round that is over
     "inputs": {*FLOOR, "device", "model"},  # what a pass is given
     "decode": {*ENGINE, "inputs", "sessions", "round_stats"},
-    "engine": {*ENGINE, "admission", "decode", "report"},
+    "engine": {*ENGINE, "admission", "decode", "report", "text_stream"},
     "loading": {*ENGINE, "source"},
     "assemble": LOADED,
     "doctor": {*ENGINE, "scale.preset"},  # looks at files, devices and sizes as a run would, and runs nothing

@@ -12,7 +12,8 @@ from offload.conversation import TRANSCRIPT_STOPS, render, transcript
 from offload.demo import TARGET
 from offload.errors import ModelError, UsageError
 from offload.template import apply_template
-from offload.text import TextCodec, TextStream
+from offload.text import TextCodec
+from offload.text_stream import TextStream
 from text_models import CHAT_TEMPLATE, save_tokenizer
 
 Make = Callable[..., TextCodec]

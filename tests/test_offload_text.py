@@ -10,10 +10,28 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from offload.errors import ModelError, UsageError
-from offload.text import REPLACEMENT, TextCodec, TextStream, check_same_vocabulary, open_codec
-from text_models import BOS, EOS, VOCAB_SIZE, byte_fallback_tokenizer, byte_level_tokenizer, save_tokenizer
+from offload.text import REPLACEMENT, TextCodec, check_same_vocabulary, open_codec
+from offload.text_stream import TextStream
+from text_models import (
+    BOS,
+    EOS,
+    VOCAB_SIZE,
+    byte_fallback_tokenizer,
+    byte_level_tokenizer,
+    metaspace_tokenizer,
+    save_tokenizer,
+    word_end_tokenizer,
+    word_piece_tokenizer,
+)
 
 EURO, SMILE, UMLAUT = "\u20ac", "\U0001f600", "\u00e4"  # 3, 4 and 2 bytes
+KINDS = {
+    "byte_level": byte_level_tokenizer,
+    "byte_fallback": byte_fallback_tokenizer,
+    "metaspace": metaspace_tokenizer,
+    "word_piece": word_piece_tokenizer,
+    "word_end": word_end_tokenizer,
+}
 TEXTS = st.text(alphabet=f"ab c{UMLAUT}{EURO}{SMILE}\n", max_size=12)
 
 
@@ -33,9 +51,16 @@ def codec(request: pytest.FixtureRequest) -> TextCodec:
     return found
 
 
-def pieces(codec: TextCodec, token_ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[list[str], TextStream]:
+@pytest.fixture(params=sorted(KINDS), scope="module")
+def any_codec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TextCodec:
+    return TextCodec(save_tokenizer(tmp_path_factory.mktemp(request.param), KINDS[request.param]()))
+
+
+def pieces(
+    codec: TextCodec, token_ids: Sequence[int], stop: Sequence[str] = (), context: Sequence[int] = ()
+) -> tuple[list[str], TextStream]:
     """What each token gave out and then `finish`, as the engine does it: nothing follows a stop string."""
-    stream = TextStream(codec, stop)
+    stream = TextStream(codec, stop, context)
     given: list[str] = []
     for token_id in token_ids:
         given.append(stream.push(token_id))
@@ -117,6 +142,65 @@ def test_finish_gives_out_the_bytes_that_never_became_a_character(byte_level: Te
     assert stream.finish() == "" and stream.text == f"a{REPLACEMENT}"
 
 
+# -- what stands behind a prompt ---------------------------------------------------------------------------------------
+
+
+def text_behind(codec: TextCodec, prompt: Sequence[int], answer: Sequence[int]) -> str:
+    """What the answer adds to the decoded prompt, as transformers decodes both."""
+    both, alone = codec.decode([*prompt, *answer]), codec.decode(prompt)
+    while not both.startswith(alone):  # bytes at its end that were no character become one
+        alone = alone[:-1]
+    return both[len(alone) :]
+
+
+def test_an_answer_keeps_the_space_in_front_of_its_first_word(any_codec: TextCodec) -> None:
+    token_ids = any_codec.encode("ab a b", add_special_tokens=False)
+    for end in range(1, len(token_ids)):
+        _, stream = pieces(any_codec, token_ids[end:], context=token_ids[:end])
+        assert any_codec.decode(token_ids[:end]) + stream.text == any_codec.decode(token_ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_text_behind_any_prompt_is_what_it_adds_to_the_prompts(any_codec: TextCodec, data: st.DataObject) -> None:
+    """Whatever tokens the prompt ends with: special ones, spaces, nothing else at all."""
+    last = len(any_codec.vocabulary()) - 1
+    first = 259 if "<0x00>" in any_codec.vocabulary() else 0  # of broken bytes, all is given up or nothing: not in windows
+    tokens = st.lists(st.one_of(st.sampled_from([1, 2]), st.integers(first, last)), max_size=20)
+    prompt, answer = data.draw(tokens), data.draw(tokens)
+    _, stream = pieces(any_codec, answer, context=prompt)
+    assert stream.text == text_behind(any_codec, prompt, answer)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=TEXTS, end=st.integers(0, 12))
+def test_a_character_that_the_prompt_began_is_the_answers(codec: TextCodec, text: str, end: int) -> None:
+    token_ids = codec.encode(text, add_special_tokens=False)
+    prompt, answer = token_ids[:end], token_ids[end:]
+    _, stream = pieces(codec, answer, context=prompt)
+    assert stream.text == text_behind(codec, prompt, answer)
+    assert REPLACEMENT not in stream.text
+
+
+def test_a_long_prompt_is_not_decoded_for_its_last_tokens(byte_level: TextCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+
+    def decode(token_ids: Sequence[int]) -> str:
+        lengths.append(len(token_ids))
+        return decoded(token_ids)
+
+    decoded = byte_level.decode
+    monkeypatch.setattr(byte_level, "decode", decode)
+    _, stream = pieces(byte_level, byte_level.encode(" hell"), context=byte_level.encode("hello" * 2000))
+    assert stream.text == " hell" and max(lengths) <= 16
+
+
+def test_a_stop_string_may_begin_with_the_space_of_the_first_word(byte_fallback: TextCodec) -> None:
+    prompt, answer = byte_fallback.encode("ab"), byte_fallback.encode("a")
+    given, stream = pieces(byte_fallback, answer, [" a"], context=prompt)
+    assert stream.stopped and given == ["", ""]
+
+
 # -- stop strings ------------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +244,79 @@ def test_nothing_of_a_stop_string_is_ever_given_out(byte_level: TextCodec, text:
     given, stream = pieces(byte_level, byte_level.encode(text), [stop])
     assert stream.stopped == (stop in text)
     assert "".join(given) == text.partition(stop)[0]
+
+
+# -- stop strings and special tokens ---------------------------------------------------------------------------------------
+
+END, BEGIN = EOS, BOS  # </s>, <s>
+
+
+@pytest.mark.parametrize(
+    ("answer", "stop", "num_tokens", "text"),
+    [
+        (["a", END, "b"], "</s>", 2, "a"),
+        (["a", END, "b"], "a</s>", 2, ""),
+        (["a", END, "b", "c"], "</s>b", 3, "a"),
+        (["a", "b", END, BEGIN, "c"], "b</s><s>", 4, "a"),
+        (["a", END, END, "b"], "</s></s>", 3, "a"),
+        (["a", END, "b", END, "c"], "</s>c", 5, "ab"),
+        ([END, "a"], "</s>", 1, ""),
+        (["a", END, "b", "c"], "s>b", 3, "a"),
+        (["<", "/", "s", ">", "a"], "</s>", 4, ""),
+    ],
+    ids=str,
+)
+def test_a_stop_string_may_name_special_tokens(
+    byte_level: TextCodec, answer: list[str | int], stop: str, num_tokens: int, text: str
+) -> None:
+    token_ids = [one if isinstance(one, int) else byte_level.encode(one)[0] for one in answer]
+    given, stream = pieces(byte_level, token_ids, [stop])
+    assert stream.stopped and stream.text == text
+    assert len(given) - 1 == num_tokens
+
+
+def test_a_stop_string_that_special_tokens_part_is_not_shown_either(byte_level: TextCodec) -> None:
+    token_ids = [*byte_level.encode("a"), END, *byte_level.encode("b")]
+    _, stream = pieces(byte_level, token_ids, ["ab"])
+    assert stream.stopped and stream.text == ""
+
+
+def test_what_might_go_on_with_a_special_token_is_held_back(byte_level: TextCodec) -> None:
+    a, b = byte_level.encode("ab")
+    given, stream = pieces(byte_level, [b, a, b, a, END, b, a], ["a</s>a"])
+    assert not stream.stopped and given == ["b", "", "ab", "", "", "ab", "", "a"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    token_ids=st.lists(st.sampled_from([64, 65, END, BEGIN]), max_size=12),
+    stop=st.lists(st.sampled_from(["a", "b", "</s>", "<s>", ">", "<"]), min_size=1, max_size=3).map("".join),
+)
+def test_texts_end_where_a_search_in_all_of_it_would_end_them(byte_level: TextCodec, token_ids: list[int], stop: str) -> None:
+    """The first token at which the stop string is in the text, with special tokens or without."""
+    names = {64: "a", 65: "b", END: "</s>", BEGIN: "<s>"}
+    assert byte_level.decode([64, 65]) == "ab"
+
+    def holds(count: int) -> bool:
+        everything = "".join(names[token_id] for token_id in token_ids[:count])
+        return stop in everything or stop in byte_level.decode(token_ids[:count])
+
+    counts = [count for count in range(1, len(token_ids) + 1) if holds(count)]
+    given, stream = pieces(byte_level, token_ids, [stop])
+    assert stream.stopped == bool(counts)
+    assert len(given) - 1 == (counts[0] if counts else len(token_ids))
+    assert byte_level.decode(token_ids).startswith(stream.text) and stop not in stream.text
+
+
+def test_tokens_that_decoding_leaves_out_are_special_whatever_their_role(tmp_path: Path) -> None:
+    """Llama-3's <|eot_id|> has none: it is marked in tokenizer.json only."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens([AddedToken("<|eot|>", special=True)])
+    codec = TextCodec(save_tokenizer(tmp_path, tokenizer))
+    end = codec.vocabulary()["<|eot|>"]
+    assert codec.decode([end]) == "" and codec.is_special(end) and not codec.is_special(64)
+    _, stream = pieces(codec, [64, end, 65], ["<|eot|>"])
+    assert stream.stopped and stream.text == "a"
 
 
 # -- codecs and vocabularies -------------------------------------------------------------------------------------------
@@ -280,3 +437,14 @@ def test_tokens_that_no_text_shows_have_no_bytes(tmp_path: Path) -> None:
         assert codec.is_special(token_id) and codec.token_bytes(token_id) == b"" and codec.decode([token_id]) == ""
     assert not codec.is_special(think) and codec.token_bytes(think) == codec.decode([think]).encode() == b"<think>"
     assert codec.token_text(header) == "<|header|>"
+
+
+def test_truncation_and_padding_of_a_tokenizer_file_are_dropped_before_threads_come(tmp_path: Path) -> None:
+    """They were in the first call, which another thread's call at that moment failed of."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.enable_truncation(max_length=3)
+    tokenizer.enable_padding(length=3)
+    codec = TextCodec(save_tokenizer(tmp_path, tokenizer))
+    settled = codec._tokenizer.backend_tokenizer
+    assert settled.truncation is None and settled.padding is None
+    assert codec.decode(codec.encode("hello a b")) == "hello a b"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers.models import BPE, Unigram, WordPiece
 from transformers import PreTrainedTokenizerFast
 
 from conftest import save_tiny_model
@@ -46,6 +46,41 @@ def byte_fallback_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    return tokenizer
+
+
+def _words() -> dict[str, int]:
+    """Words that begin with U+2581, letters within words, and special tokens."""
+    names = ["<unk>", "<s>", "</s>", "\u2581", *"abc.,", *(f"\u2581{word}" for word in ("a", "b", "ab", "cab"))]
+    return {name: token_id for token_id, name in enumerate(names)}
+
+
+def metaspace_tokenizer() -> Tokenizer:
+    """As T5's and the newer Llama-2 files: a space in front of the text, which decoding drops again."""
+    vocab = _words()
+    scores = [(name, 0.0 if name in ("<unk>", "<s>", "</s>") else -1.0 / len(name)) for name in vocab]
+    tokenizer = Tokenizer(Unigram(scores, unk_id=0, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    return tokenizer
+
+
+def word_piece_tokenizer() -> Tokenizer:
+    """Words are parted by spaces, and their later parts say so: ##b."""
+    names = ["<unk>", "<s>", "</s>", *"abc.,", *(f"##{letter}" for letter in "abc")]
+    tokenizer = Tokenizer(WordPiece({name: token_id for token_id, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    return tokenizer
+
+
+def word_end_tokenizer() -> Tokenizer:
+    """The last part of a word says so, and decoding writes a space behind it unless it is the last."""
+    names = ["<unk>", "<s>", "</s>", *"abc", *(f"{letter}</w>" for letter in "abc")]
+    vocab = {name: token_id for token_id, name in enumerate(names)}
+    tokenizer = Tokenizer(BPE(vocab, [], unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
     return tokenizer
 
 
