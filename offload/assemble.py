@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from .admission import Admission
-from .calibrate import QUICK, Subject, measure_hardware
+from .calibrate import QUICK, Effort, Subject, measure_hardware, own_threads
 from .config import EngineSettings, LawKind, bytes_text
 from .decode import DecodeLoop
 from .device import Device, open_device
@@ -65,6 +65,8 @@ def open_engine(
         budgets = host = _budgets(settings, device)
         if target.tensors.equal_layers:  # what exceeds the host's memory shares it, see share_memory
             budgets = replace(budgets, host_bytes=None)
+        if device.torch_device.type == "cpu":
+            stack.enter_context(own_threads(_subjects(target, drafts), _effort(settings)))
         hardware = hardware or _hardware(settings, budgets, target, drafts)
         plan, fallbacks = _plan(settings, hardware, budgets, target, drafts)
         draft = drafts[plan.draft] if plan.draft is not None else None
@@ -139,13 +141,27 @@ def measure_machine(
 ) -> HardwareProfile:
     """A quick look at this machine with the layers that `settings` will run, on a device of its own: what measuring allocates
     is gone before the run begins. `laws` begin with the one that drafts draw from; `disk` is a checkpoint to read from."""
-    subjects = [Subject(role="target", model=target.model), *(Subject(role="draft", model=draft.model) for draft in drafts)]
-    effort = replace(QUICK, contexts=(context_tokens(settings),), laws=laws)
+    acceptances = read_acceptances(settings)
     own = open_device(settings.device, settings.emulate_link_bytes_per_s)
     try:
-        return measure_hardware(own, subjects, effort, link_bytes_per_s=settings.emulate_link_bytes_per_s, disk=disk)
+        return measure_hardware(
+            own,
+            _subjects(target, drafts),
+            replace(_effort(settings), laws=laws),
+            link_bytes_per_s=settings.emulate_link_bytes_per_s,
+            disk=disk,
+            acceptance=acceptances[0] if acceptances else None,
+        )
     finally:
         own.close()
+
+
+def _subjects(target: ModelSource, drafts: Sequence[ModelSource]) -> list[Subject]:
+    return [Subject(role="target", model=target.model), *(Subject(role="draft", model=draft.model) for draft in drafts)]
+
+
+def _effort(settings: EngineSettings) -> Effort:
+    return replace(QUICK, contexts=(context_tokens(settings),))
 
 
 def _hardware(settings: EngineSettings, budgets: Budgets, target: ModelSource, drafts: list[ModelSource]) -> HardwareProfile:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from hypothesis import strategies as st
 from command_line import INVALID, assert_error, assert_usage_error, run_command
 from offload import assemble
 from offload.calibrate import QUICK, Subject, measure_copies, measure_hardware
-from offload.calibrate.effort import LEAST_POINTS, Work, rising, table_of, typical_s
-from offload.calibrate.growing import BRANCHING, num_levels, tree_of_levels
+from offload.calibrate.effort import LEAST_POINTS, rising, table_of
+from offload.calibrate.growing import BRANCHING, num_levels, planned_tree, tree_of_levels
 from offload.calibrate.law_times import measure_verification
+from offload.calibrate.models import layer_times
+from offload.calibrate.stopwatch import MOST_TURNS, Stopwatch, Work, typical_s
+from offload.calibrate.threads import TURNS, choose_threads, own_threads, quickest, thread_choices
 from offload.config import EngineSettings, law_kind
 from offload.device import Ticket
 from offload.device.cpu import CpuDevice
@@ -26,7 +29,10 @@ from offload.planner.hardware import ROWS, HardwareProfile, LawTimes, ModelTimes
 from offload.planner.hardware_file import PRESETS, find_hardware, from_json, read_hardware, to_json
 from offload.planner.shapes import find_shape
 from offload.source import check_source
-from planning import L40, LLAMA_2_70B
+from planning import L40, LLAMA_2_70B, PUBLISHED, plan
+from tree.acceptance import Acceptance
+from tree.draft import DraftTree
+from tree.shape import TreeShape
 
 Models = Callable[..., Path]
 GOOD = to_json(L40)
@@ -69,30 +75,174 @@ def test_measured_times_never_fall_with_rows_and_change_no_more_than_that_takes(
         assert found == tuple(seconds)
 
 
-def test_one_hiccup_does_not_end_a_table() -> None:
+class Clock(CpuDevice):
+    """A device on which work takes as many seconds as it says by adding to `now_s`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+
+    def mark(self) -> Ticket:
+        ticket = super().mark()
+        ticket.at_s = self.now_s  # type: ignore[attr-defined]
+        return ticket
+
+    def works(self, seconds: Iterable[float]) -> Work:
+        """Work that takes the next of `seconds` each time, and the last of them from then on."""
+        left = list(seconds)
+
+        def run() -> None:
+            self.now_s += left.pop(0) if len(left) > 1 else left[0]
+
+        return Work(run)
+
+
+@pytest.fixture
+def clock() -> Iterator[Clock]:
+    device = Clock()
+    yield device
+    device.close()
+
+
+ONCE = replace(QUICK, point_s=0.0, repeats=4, longest_s=1e9)
+
+
+def test_one_hiccup_does_not_end_a_table(clock: Clock) -> None:
     """A first run that takes long is no sign of work that does: tables of one point would call every tree free."""
     effort = replace(QUICK, longest_s=0.01, point_s=0.0, repeats=2)
-    device, runs = CpuDevice(), iter([0.02, *[0.0] * 9])
-    assert max(typical_s(device, [Work(lambda: time.sleep(next(runs)))], effort)) < 0.01
-    device.close()
+    assert Stopwatch(clock, effort).seconds([clock.works([0.02, 0.001])]) == pytest.approx([0.001])
     measured, columns = table_of(range(1, 100), lambda rows: (1e-3, 0.02), effort)
     assert measured == tuple(range(1, LEAST_POINTS + 1)) and columns == ((1e-3,) * LEAST_POINTS, (0.02,) * LEAST_POINTS)
 
 
-def test_works_take_turns_and_count_from_the_ticket_they_return() -> None:
+def test_works_take_turns_and_count_from_the_ticket_they_return(clock: Clock) -> None:
     """What is a thousand times as long before that ticket is not counted; what is done three times takes a third."""
-    device, order = CpuDevice(), []
+    order = []
 
     def late() -> Ticket:
         order.append("late")
-        time.sleep(0.05)
-        return device.mark()
+        clock.now_s += 5.0
+        return clock.mark()
 
-    works = [Work(late), Work(lambda: (order.append("other"), time.sleep(0.03)), times=3)]
-    late_s, other_s = typical_s(device, works, replace(QUICK, point_s=0.0, repeats=2, longest_s=1.0))
-    device.close()
-    assert late_s < 0.01 <= other_s < 0.03
-    assert order == ["late", "other"] * 3
+    def other() -> None:
+        order.append("other")
+        clock.now_s += 0.03
+
+    found = Stopwatch(clock, replace(ONCE, repeats=2)).seconds([Work(late), Work(other, times=3)])
+    assert found == pytest.approx([0.0, 0.01]) and order == ["late", "other"] * 3
+
+
+def test_a_hiccup_is_left_out_and_what_happens_often_is_not() -> None:
+    """A median would call a machine idle whose every third pass is interrupted."""
+    assert typical_s([1.0, 1.0, 500.0, 1.0]) == 1.0
+    assert typical_s([1.0, 1.0, 7.0] * 20) == pytest.approx(3.0, rel=0.05)
+    assert typical_s([2.0]) == 2.0
+
+
+def test_times_whose_halves_are_far_apart_are_taken_again_and_then_marked(clock: Clock) -> None:
+    watch = Stopwatch(clock, ONCE)
+    assert watch.seconds([clock.works([1.0])]) == [1.0] and (watch.num_timed, watch.num_doubtful) == (1, 0)
+    settled = clock.works([1.0, 1.0, 1.0, 9.0, 9.0, *[5.0] * 99])
+    assert watch.seconds([settled]) == pytest.approx([(1 + 1 + 9 + 4 * 5.0) / 7]) and watch.num_doubtful == 0
+    rising_s = clock.works([1.0 * 3**turn for turn in range(99)])
+    watch.seconds([rising_s])
+    assert watch.num_doubtful == 1
+    assert watch.doubts == (f"measured on a busy machine: 1 of 3 times contradicted themselves, {MOST_TURNS} times over",)
+
+
+def test_times_that_deny_each_other_are_taken_again_and_then_marked(clock: Clock) -> None:
+    """More layers took less: once is a hiccup, and always is nothing to plan with."""
+    watch = Stopwatch(clock, ONCE)
+    few, more = clock.works([1.0]), clock.works([0.9] * 5 + [1.5] * 99)
+    few_s, more_s = watch.seconds([few, more], lambda found: found[1] > found[0])
+    assert more_s > few_s and watch.num_doubtful == 0
+    watch.seconds([clock.works([1.0]), clock.works([0.5])], lambda found: found[1] > found[0])
+    assert watch.num_doubtful == 1
+
+
+def test_no_layer_is_free_however_noisy_the_passes_were() -> None:
+    """A busy machine once measured layers that took less than nothing, and a pass of 30 layers was to take 3e-08 s."""
+    assert layer_times([1.0, 1.0, 1.0], [3.0, 3.0, 3.0]) == (1.0, 1.0, 1.0)
+    assert layer_times([1.0, 2.0, 1.0], [3.0, 2.5, 4.0]) == pytest.approx((0.625, 0.625, 1.5))
+    noise = layer_times([5.0, 9.0, 9.0], [3.0, 3.0, 6.0])
+    assert all(seconds >= 0.05 for seconds in noise) and list(noise) == sorted(noise)
+
+
+def test_a_busy_machine_is_told_in_the_plan_and_kept_in_its_file() -> None:
+    doubtful = replace(L40, doubts=("measured on a busy machine: 9 of 9",))
+    assert plan(device_gib=48, hardware=doubtful).notes[-1] == doubtful.doubts[0]
+    assert from_json(json.loads(json.dumps(to_json(doubtful)))).doubts == doubtful.doubts
+
+
+def test_verification_is_timed_on_trees_that_a_planner_makes(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    """It takes a step for every rank of every level: 8-ary trees have a third of those that trees of a planner have."""
+    seen: list[TreeShape] = []
+
+    def note(draft: DraftTree, *arguments: object, method: str) -> None:
+        seen.append(draft.shape)
+
+    monkeypatch.setattr("offload.calibrate.law_times.verify", note)
+    effort = replace(ONCE, rows=(1, 16, 64, 96))
+    measure_verification(Stopwatch(clock, effort), 97, "sampled", PUBLISHED)
+    assert {shape.num_nodes for shape in seen} == {1, 16, 64, 96}
+    assert {shape for shape in seen} == {planned_tree(PUBLISHED, num_nodes, 97) for num_nodes in effort.rows}
+    chain = Acceptance(((0.9,),))  # no tree of a planner has more nodes than levels
+    assert measure_verification(Stopwatch(clock, effort), 97, "sampled", chain).rows == (1, 16)
+
+
+def test_a_core_is_left_to_the_copies_and_nobody_gets_more_threads_than_allowed() -> None:
+    assert thread_choices(2, 2) == (1,) and thread_choices(1, 64) == (1,) and thread_choices(8, 1) == (1,)
+    assert thread_choices(64, 64) == (1, 2, 4, 8, 16, 32, 63)
+    assert thread_choices(4, 64) == (1, 2, 4)
+
+
+def test_more_threads_are_taken_only_where_they_win_clearly() -> None:
+    """Idle, two win 14 % of a token's time; beside one other process they lose half of it and more."""
+    assert quickest({1: 1.0, 2: 0.95, 4: 0.94}) == 1
+    assert quickest({1: 1.0, 2: 0.6, 4: 0.58}) == 2
+    assert quickest({1: 1.0, 2: 0.6, 4: 0.35}) == 4
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_callers_threads_come_back(threads: None, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the caller has changed them meanwhile; a caller who said a number in the environment keeps it."""
+    monkeypatch.setattr("offload.calibrate.threads.choose_threads", lambda subjects, effort: 2)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    torch.set_num_threads(3)
+    with assemble.open_engine(EngineSettings(model=str(models()), device="cpu")):
+        assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == 3
+    with own_threads([], QUICK):
+        torch.set_num_threads(1)
+    assert torch.get_num_threads() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with own_threads([], QUICK):
+        assert torch.get_num_threads() == 1
+
+
+def test_every_number_of_threads_is_tried_on_both_models(
+    threads: None, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, tried = check_source(str(models()), "--model", "float32", "cpu"), list[int]()
+    subjects = [Subject(role="target", model=source.model), Subject(role="draft", model=source.model)]
+
+    def seconds(watch: Stopwatch, works: Sequence[Work]) -> list[float]:
+        works[0].run()
+        tried.append(torch.get_num_threads())
+        return [1.0 / tried[-1]]
+
+    monkeypatch.setattr("offload.calibrate.threads.os.sched_getaffinity", lambda pid: set(range(5)))
+    monkeypatch.setattr(Stopwatch, "seconds", seconds)
+    torch.set_num_threads(4)
+    assert choose_threads(subjects, replace(BRIEF, contexts=(8,))) == 4
+    assert set(tried) == {1, 2, 4} and len(tried) == 2 * 3 * TURNS and torch.get_num_threads() == 4
 
 
 @given(st.integers(1, 300), st.integers(1, 300))
@@ -217,10 +367,10 @@ def test_a_table_of_laws_ends_where_the_device_has_no_memory_for_more(monkeypatc
             raise torch.OutOfMemoryError
         return [1e-3]
 
-    monkeypatch.setattr("offload.calibrate.law_times.typical_s", short_of_memory)
-    assert measure_verification(device, 97, BRIEF, "nucleus").rows == BRIEF.rows[:3]
+    monkeypatch.setattr(Stopwatch, "seconds", short_of_memory)
+    assert measure_verification(Stopwatch(device, BRIEF), 97, "nucleus", PUBLISHED).rows == BRIEF.rows[:3]
     with pytest.raises(OutOfMemoryError):
-        measure_verification(device, 97, BRIEF, "nucleus")
+        measure_verification(Stopwatch(device, BRIEF), 97, "nucleus", PUBLISHED)
     device.close()
 
 

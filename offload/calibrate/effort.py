@@ -1,11 +1,10 @@
-"""How much of a machine to measure, and how one piece of work is timed."""
+"""How much of a machine to measure, and what a table of times is."""
 
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..config import LawKind
-from ..device import Device, Ticket
 from ..errors import OutOfMemoryError
 
 LEAST_POINTS = 5
@@ -47,40 +46,6 @@ FULL = Effort(
     copy_bytes=2**30,
     disk_s=3.0,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Something to be timed: `run` may return the ticket from which on it counts, and does what is asked for `times` times."""
-
-    run: Callable[[], object]
-    times: int = 1
-
-
-def typical_s(device: Device, works: Sequence[Work], effort: Effort) -> list[float]:
-    """Seconds of each of `works`, warmed up; what takes longer than `longest_s` is done no more than twice. They take turns: a
-    machine whose speed changes changes it for all of them. A round adds up many such times, and their distributions have long
-    tails, so the mean counts, not the median; the longest is left out as a hiccup."""
-    device.renew_clock()
-    seen_s: list[list[float]] = [[] for _ in works]
-    while any(len(seen) <= effort.repeats or sum(seen) < effort.point_s for seen in seen_s):
-        for work, seen in zip(works, seen_s, strict=True):
-            seen.append(_timed(device, work.run))
-        if len(seen_s[0]) > 1 and max(map(min, seen_s)) > effort.longest_s:
-            break
-    return [_middle(seen[1:]) / work.times for work, seen in zip(works, seen_s, strict=True)]
-
-
-def _timed(device: Device, run: Callable[[], object]) -> float:
-    start = device.mark()
-    began = run()
-    end = device.mark()
-    device.drain(end)
-    return device.interval(end).end_s - device.interval(began if isinstance(began, Ticket) else start).end_s
-
-
-def _middle(seconds: Sequence[float]) -> float:
-    return statistics.fmean(sorted(seconds)[:-1] or seconds)
 
 
 def table_of(

@@ -5,13 +5,16 @@ from collections.abc import Mapping
 
 import torch
 
+from tree.acceptance import Acceptance
 from tree.draft import TreeModel, grow
+from tree.optimizer import best_tree
 from tree.sampling import SamplingParams
 from tree.shape import TreeShape
 
 from ..config import LawKind
 from ..device import Device, Ticket
-from .effort import Work
+from ..planner.search import MAX_LEVELS
+from .stopwatch import Work
 
 PARAMS: Mapping[LawKind, SamplingParams] = {
     "greedy": SamplingParams(),
@@ -60,6 +63,12 @@ def tree_of_levels(rows: int, vocab_size: int) -> TreeShape:
         parents += [*[first] * min(BRANCHING, vocab_size), *range(first + 1, first + rows)]
         first = begin_next
     return TreeShape(tuple(parents))
+
+
+def planned_tree(acceptance: Acceptance, num_nodes: int, vocab_size: int) -> TreeShape:
+    """The tree that a planner makes of `num_nodes` nodes where nothing speaks against deep ones; less of it where `acceptance`
+    knows no more ranks."""
+    return best_tree(acceptance, num_nodes, MAX_LEVELS, max_branching=vocab_size)
 
 
 def peaked_logits(device: Device, rows: int, vocab_size: int) -> torch.Tensor:

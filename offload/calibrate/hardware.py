@@ -5,15 +5,19 @@ will run, drawing and verifying.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
+from tree.acceptance import Acceptance
+
 from ..device import Device
 from ..planner.cost import layer_flops
 from ..planner.hardware import HardwareProfile
+from ..planner.tree_choice import DEFAULT_ACCEPTANCE, read_acceptance
 from ..weights.checkpoint import Checkpoint
 from ..weights.disk_speed import measure_disk
 from .effort import Effort
 from .law_times import measure_drawing, measure_verification
 from .link import busy_link, measure_link
 from .models import Subject, measure_model
+from .stopwatch import Stopwatch
 
 DISK_BYTES = 8 * 2**30
 
@@ -25,27 +29,27 @@ def measure_hardware(
     *,
     link_bytes_per_s: float | None = None,
     disk: Checkpoint | None = None,
+    acceptance: Acceptance | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> HardwareProfile:
     """Measure `device` with `subjects`, the target first. `link_bytes_per_s` is taken as it is where it is known, as that
-    of an emulated link; `disk` is a checkpoint to read from. `progress` is told what is measured next."""
+    of an emulated link; `disk` is a checkpoint to read from; trees for `acceptance`, or the published one, are verified.
+    `progress` is told what is measured next."""
     # Without a link to emulate, a CPU copies with the cores that compute, whenever they have time.
     beside_copies = not device.host_addressable or link_bytes_per_s is not None
     if link_bytes_per_s is None:
         progress("link")
         link_bytes_per_s = measure_link(device, effort.copy_bytes, effort.repeats)
-    cost = subjects[0].model.cost
+    watch, cost = Stopwatch(device, effort), subjects[0].model.cost
+    acceptance = acceptance or read_acceptance(DEFAULT_ACCEPTANCE)
     models = []
     with busy_link(device, effort.copy_bytes, link_bytes_per_s) if beside_copies else nullcontext():
         progress("drawing and verification")
-        laws = [
-            measure(device, cost.vocab_size, effort, law_kind)
-            for measure in (measure_drawing, measure_verification)
-            for law_kind in effort.laws
-        ]
+        laws = [measure_drawing(watch, cost.vocab_size, law_kind) for law_kind in effort.laws]
+        laws += [measure_verification(watch, cost.vocab_size, law_kind, acceptance) for law_kind in effort.laws]
         for subject in subjects:
             progress(f"{subject.role} layers")
-            models.append(measure_model(device, subject, effort, laws[0]))
+            models.append(measure_model(watch, subject, laws[0]))
     if disk is not None:
         progress("disk")
     times = models[0].times[0]
@@ -60,6 +64,7 @@ def measure_hardware(
         device_memory_bytes_per_s=cost.layer_bytes / times.layer_s[0],
         models=tuple(models),
         laws=tuple(laws),
+        doubts=watch.doubts,
     )
 
 

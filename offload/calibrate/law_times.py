@@ -1,19 +1,20 @@
 """Seconds of what a tree takes beside its models: drawing the children of a level, and verifying."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
+from tree.acceptance import Acceptance
 from tree.draft import grow
 from tree.shape import TreeShape
 from tree.verify import verify
 
 from ..config import LawKind
-from ..device import Device
 from ..planner.hardware import LawTimes, Task
-from .effort import Effort, Work, rising, table_of, typical_s
-from .growing import BRANCHING, PARAMS, growth, peaked_logits
+from .effort import rising, table_of
+from .growing import PARAMS, growth, peaked_logits, planned_tree
+from .stopwatch import Stopwatch, Work
 
 
 class _Ready:
@@ -29,37 +30,41 @@ class _Ready:
         return self._logits[: len(nodes)]
 
 
-def measure_drawing(device: Device, vocab_size: int, effort: Effort, law_kind: LawKind) -> LawTimes:
+def measure_drawing(watch: Stopwatch, vocab_size: int, law_kind: LawKind) -> LawTimes:
     """Seconds from a level's logits to its children, by number of nodes that have any."""
 
     def drawing(num_rows: int) -> Work:
-        return growth(device, _Ready(peaked_logits(device, num_rows, vocab_size)), num_rows, vocab_size, law_kind)
+        logits = peaked_logits(watch.device, num_rows, vocab_size)
+        return growth(watch.device, _Ready(logits), num_rows, vocab_size, law_kind)
 
-    return _law_times(device, "draw", drawing, vocab_size, effort, law_kind)
+    # A root cannot have more children than there are tokens.
+    rows = [num_rows for num_rows in watch.effort.rows if num_rows <= vocab_size]
+    return _law_times(watch, "draw", drawing, rows, vocab_size, law_kind)
 
 
-def measure_verification(device: Device, vocab_size: int, effort: Effort, law_kind: LawKind) -> LawTimes:
-    """Seconds from logits to an accepted path on the host, of trees whose children were drawn, by number of nodes."""
+def measure_verification(watch: Stopwatch, vocab_size: int, law_kind: LawKind, acceptance: Acceptance) -> LawTimes:
+    """Seconds from logits to an accepted path on the host, by number of nodes: of the trees that a planner makes for
+    `acceptance`, with children that were drawn. It takes a step for every rank of every level, so the shape counts."""
+    device, params = watch.device, PARAMS[law_kind]
     generator = torch.Generator(device.torch_device).manual_seed(0)
-    params = PARAMS[law_kind]
+    trees = {num_nodes: planned_tree(acceptance, num_nodes, vocab_size) for num_nodes in watch.effort.rows}
 
     def verification(num_nodes: int) -> Work:
-        width = min(vocab_size, BRANCHING)
-        shape = TreeShape((-1, *(node // width for node in range(num_nodes - 1))))
         logits = peaked_logits(device, num_nodes, vocab_size)
-        draft = grow(_Ready(logits), 0, shape, params, generator, sampled=law_kind != "greedy")
+        draft = grow(_Ready(logits), 0, trees[num_nodes], params, generator, sampled=law_kind != "greedy")
         return Work(partial(verify, draft, logits, params, generator, method="traversal"))
 
-    return _law_times(device, "verify", verification, vocab_size, effort, law_kind)
+    # Where the acceptance holds no larger tree, none will be verified.
+    rows = [num_nodes for num_nodes, shape in trees.items() if shape.num_nodes == num_nodes]
+    return _law_times(watch, "verify", verification, rows, vocab_size, law_kind)
 
 
 def _law_times(
-    device: Device, task: Task, work: Callable[[int], Work], vocab_size: int, effort: Effort, law_kind: LawKind
+    watch: Stopwatch, task: Task, work: Callable[[int], Work], rows: Sequence[int], vocab_size: int, law_kind: LawKind
 ) -> LawTimes:
     def seconds_at(num_rows: int) -> list[float]:
-        with device.translated():
-            return typical_s(device, [work(num_rows)], effort)
+        with watch.device.translated():
+            return watch.seconds([work(num_rows)])
 
-    rows = [num_rows for num_rows in effort.rows if num_rows <= vocab_size]  # a root cannot have more children
-    measured, (task_s,) = table_of(rows, seconds_at, effort)
+    measured, (task_s,) = table_of(rows, seconds_at, watch.effort)
     return LawTimes(task=task, law=law_kind, vocab_size=vocab_size, rows=measured, task_s=rising(task_s))

@@ -17,8 +17,9 @@ from ..model.kv_cache import KVCache
 from ..model.masks import TreeMasks
 from ..planner.hardware import Role
 from ..source import TypedModel
-from .effort import Effort, Work
+from .effort import Effort
 from .growing import growth, num_levels, peaked_logits
+from .stopwatch import Work
 
 # Layers share weights, from several buffers in turn, so that those of a small model do not stay in a cache.
 FEW_LAYERS, MORE_LAYERS = 1, 3

@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import re
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -67,7 +68,7 @@ def file_name(device_name: str) -> str:
 
 
 def _measure(settings: EngineSettings, device: "Device", *, quiet: bool) -> "HardwareProfile":
-    from ..calibrate import FULL, Subject, measure_copies, measure_hardware
+    from ..calibrate import FULL, QUICK, Subject, measure_copies, measure_hardware, own_threads
     from ..device.host import available_bytes
 
     target, disk = _typed(settings.model, "--model", settings, device)
@@ -75,7 +76,8 @@ def _measure(settings: EngineSettings, device: "Device", *, quiet: bool) -> "Har
     for name in settings.draft_models:
         subjects.append(Subject(role="draft", model=_typed(name, "--draft-model", settings, device)[0]))
     emulated = settings.emulate_link_bytes_per_s
-    with PartProgress(len(subjects) + 2 + (emulated is None) + (disk is not None), enabled=not quiet) as progress:
+    threads = own_threads(subjects, QUICK) if device.host_addressable else nullcontext()
+    with threads, PartProgress(len(subjects) + 2 + (emulated is None) + (disk is not None), enabled=not quiet) as progress:
         profile = measure_hardware(device, subjects, FULL, link_bytes_per_s=emulated, disk=disk, progress=progress.begin)
         progress.begin("copies by size")
         copies = measure_copies(device, COPY_SIZES, FULL.repeats)

@@ -97,7 +97,8 @@ class LawTimes:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HardwareProfile:
     """Rates in bytes or floating point operations per second; None where unknown. `facts` is what is kept for people:
-    provenance, versions, the link by copy size. ValueError for a rate that is not finite and positive."""
+    provenance, versions, the link by copy size; `doubts` is what plans made with it say about it. ValueError for a rate that is
+    not finite and positive."""
 
     device_name: str
     device_type: str
@@ -113,6 +114,7 @@ class HardwareProfile:
     layer_overhead_s: float = 0.0
     models: tuple[MeasuredModel, ...] = ()
     laws: tuple[LawTimes, ...] = ()
+    doubts: tuple[str, ...] = ()
     facts: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from .hardware import RATES, REQUIRED_RATES, HardwareProfile, LawTimes, Measured
 SCHEMA_VERSION = 1
 PRESETS = Path(__file__).parents[2] / "profiles/hardware"
 _TEXTS = ("device_name", "device_type", "source")
-_KNOWN = {"schema_version", "published", "layer_overhead_s", "models", "laws", "facts", *_TEXTS, *RATES}
+_KNOWN = {"schema_version", "published", "layer_overhead_s", "models", "laws", "doubts", "facts", *_TEXTS, *RATES}
 
 
 def find_hardware(name: str) -> HardwareProfile:
@@ -40,6 +40,7 @@ def to_json(profile: HardwareProfile) -> dict[str, object]:
             for model in profile.models
         ],
         "laws": [_table(times) for times in profile.laws],
+        "doubts": list(profile.doubts),
         "facts": dict(profile.facts),
     }
 
@@ -79,6 +80,7 @@ def from_json(document: object) -> HardwareProfile:
         layer_overhead_s=_number(document.get("layer_overhead_s", 0.0), "layer_overhead_s"),
         models=tuple(_measured_model(entry) for entry in _list(document, "models")),
         laws=tuple(_law_times(entry) for entry in _list(document, "laws")),
+        doubts=tuple(map(str, _list(document, "doubts"))),
         facts=dict(facts),
     )
 

@@ -105,6 +105,7 @@ def make_workload(
         link_bytes_per_s=settings.emulate_link_bytes_per_s or hardware.link_bytes_per_s,
         disk_bytes_per_s=hardware.disk_bytes_per_s or ASSUMED_DISK_BYTES_PER_S,
         disk_is_assumed=hardware.disk_bytes_per_s is None,
+        doubts=hardware.doubts,
         memory=memory,
     )
 
@@ -275,3 +276,4 @@ def _notes(
             yield f"the disk sets the pace: every pass reads {counted(len(placement.disk), 'layer')} from it"
         if workload.disk_is_assumed:
             yield f"the disk is taken to read {workload.disk_bytes_per_s / 1e9:g} GB/s, as nobody said: --disk names its rate"
+    yield from workload.doubts

@@ -44,7 +44,7 @@ class DraftOption:
 class Workload:
     """What does not depend on the choice: the target, the rates, and what memory allows.
 
-    `memory(draft, nodes, slots)` raises FitError where nothing fits.
+    `memory(draft, nodes, slots)` raises FitError where nothing fits. `doubts` is what has to be said about the times.
     """
 
     target: ModelCost
@@ -54,6 +54,7 @@ class Workload:
     disk_bytes_per_s: float
     disk_is_assumed: bool = False
     move_bytes_per_s: float = np.inf  # of host memory; counts where some could not be pinned, which is measured then
+    doubts: tuple[str, ...] = ()
     memory: Callable[[DraftOption | None, int, int], MemoryPlan]
 
     def after_s(self, nodes: npt.ArrayLike) -> Floats:
