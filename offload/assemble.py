@@ -2,34 +2,31 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 
 from .admission import Admission
-from .calibrate import QUICK, Effort, Subject, measure_hardware, own_threads
-from .config import EngineSettings, LawKind, bytes_text
+from .config import EngineSettings, bytes_text
 from .decode import DecodeLoop
 from .device import Device, open_device
 from .device.host import available_bytes
 from .engine import Engine
 from .loading import HOST_RESERVE_BYTES, Progress, ReadCounter, bytes_to_read, load_draft, load_target, share_memory
+from .measuring import look_at_machine
 from .model.architecture import check_window
 from .model.locate import read_eos_token_ids
 from .model.masks import TreeMasks
 from .planner.fallback import Fallbacks
 from .planner.hardware import HardwareProfile
-from .planner.hardware_file import find_hardware
 from .planner.memory import Budgets
-from .planner.plan import Plan, context_tokens, make_option, make_workload, plan_run
+from .planner.plan import Plan, make_option, make_workload, plan_run
 from .planner.tree_choice import read_acceptances, read_tree, resolve_method
 from .report import Memory
 from .source import ModelSource, check_source
 from .streaming.stream import LayerStream
 from .text import TextCodec, check_same_vocabulary
 from .trace import Trace
-from .weights.checkpoint import Checkpoint
-from .weights.source import CheckpointSource
 from .weights.store import WeightStore
 
 logger = logging.getLogger(__name__)
@@ -65,9 +62,7 @@ def open_engine(
         budgets = host = _budgets(settings, device)
         if target.tensors.equal_layers:  # what exceeds the host's memory shares it, see share_memory
             budgets = replace(budgets, host_bytes=None)
-        if device.torch_device.type == "cpu":
-            stack.enter_context(own_threads(_subjects(target, drafts), _effort(settings)))
-        hardware = hardware or _hardware(settings, budgets, target, drafts)
+        hardware = hardware or look_at_machine(settings, device, budgets, target, drafts, stack)
         plan, fallbacks = _plan(settings, hardware, budgets, target, drafts)
         draft = drafts[plan.draft] if plan.draft is not None else None
         check_window(target.architecture, plan.text_tokens, str(target.folder / "config.json"))
@@ -129,50 +124,6 @@ def _left_for_layers(budgets: Budgets, plan: Plan) -> int:
     assert budgets.host_bytes is not None
     taken = sum(plan.device_ledger.values()) if budgets.shared else 0
     return max(budgets.host_bytes - taken, 0)
-
-
-def measure_machine(
-    settings: EngineSettings,
-    target: ModelSource,
-    drafts: Sequence[ModelSource],
-    *,
-    laws: tuple[LawKind, ...],
-    disk: Checkpoint | None = None,
-) -> HardwareProfile:
-    """A quick look at this machine with the layers that `settings` will run, on a device of its own: what measuring allocates
-    is gone before the run begins. `laws` begin with the one that drafts draw from; `disk` is a checkpoint to read from."""
-    acceptances = read_acceptances(settings)
-    own = open_device(settings.device, settings.emulate_link_bytes_per_s)
-    try:
-        return measure_hardware(
-            own,
-            _subjects(target, drafts),
-            replace(_effort(settings), laws=laws),
-            link_bytes_per_s=settings.emulate_link_bytes_per_s,
-            disk=disk,
-            acceptance=acceptances[0] if acceptances else None,
-        )
-    finally:
-        own.close()
-
-
-def _subjects(target: ModelSource, drafts: Sequence[ModelSource]) -> list[Subject]:
-    return [Subject(role="target", model=target.model), *(Subject(role="draft", model=draft.model) for draft in drafts)]
-
-
-def _effort(settings: EngineSettings) -> Effort:
-    return replace(QUICK, contexts=(context_tokens(settings),))
-
-
-def _hardware(settings: EngineSettings, budgets: Budgets, target: ModelSource, drafts: list[ModelSource]) -> HardwareProfile:
-    """The profile that the settings name, or a quick look."""
-    if settings.profile is not None:
-        return find_hardware(settings.profile)
-    layers_bytes = target.model.cost.num_layers * target.model.cost.layer_bytes
-    may_need_disk = budgets.host_bytes is not None and layers_bytes > budgets.host_bytes
-    disk = target.tensors.checkpoint if may_need_disk and isinstance(target.tensors, CheckpointSource) else None
-    laws = tuple(dict.fromkeys((settings.draft_law, settings.law)))
-    return measure_machine(settings, target, drafts, laws=laws, disk=disk)
 
 
 def _plan(

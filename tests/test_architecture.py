@@ -17,7 +17,7 @@ FLOOR = {"errors", "config", "version"}
 NUMBERS = {"stats", "trace", "text", "device.base"}  # records and words: they read no weights and move none
 MACHINE = {*FLOOR, "device", "weights", "streaming"}
 ENGINE = {*MACHINE, *NUMBERS, "model", "planner"}
-LOADED = {*ENGINE, "admission", "calibrate", "decode", "engine", "loading", "report", "scale", "source"}
+LOADED = {*ENGINE, "admission", "calibrate", "decode", "engine", "loading", "measuring", "report", "scale", "source"}
 ALL = {*LOADED, "assemble", "conversation", "demo", "doctor", "sessions"}
 
 ALLOWED: dict[str, set[str]] = {
@@ -43,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     # a model looked at and not yet loaded: what calibrate measures and assemble loads
     "source": {*ENGINE, "scale"},
     "calibrate": {*ENGINE, "source"},
+    "measuring": {*ENGINE, "calibrate", "source"},
     "sessions": {*FLOOR, "device", "model", "planner"},  # which rows a sequence may take over; caches are the model's
     "round_stats": {*FLOOR, *NUMBERS, "device", "streaming"},  # what the device and the stream know of a round that is over
     "inputs": {*FLOOR, "device", "model"},  # what a pass is given

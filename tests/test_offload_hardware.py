@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from command_line import INVALID, assert_error, assert_usage_error, run_command
-from offload import assemble
+from offload import assemble, measuring
 from offload.calibrate import QUICK, Subject, measure_copies, measure_hardware
 from offload.calibrate.effort import LEAST_POINTS, rising, table_of
 from offload.calibrate.growing import BRANCHING, num_levels, planned_tree, tree_of_levels
@@ -290,8 +290,8 @@ def test_what_drafts_will_draw_from_is_measured(
         profiles.append(measure_once(*arguments, **options))
         return profiles[-1]
 
-    measure_once = assemble.measure_hardware
-    monkeypatch.setattr(assemble, "measure_hardware", measure)
+    measure_once = measuring.measure_hardware
+    monkeypatch.setattr(measuring, "measure_hardware", measure)
     folder = str(models())
     settings = EngineSettings(model=folder, draft_models=(folder,), device="cpu", verifier=verifier, law="sampled")
     assemble.open_engine(settings).close()

@@ -14,10 +14,11 @@ from tree.optimizer import best_tree
 from tree.sampling import SamplingParams
 from tree.verify import Method, verify
 
-from ..assemble import measure_machine, open_engine
+from ..assemble import open_engine
 from ..config import EngineSettings
 from ..demo import ACCEPTANCE, PROMPTS, TARGET
 from ..device import open_device
+from ..measuring import measure_machine
 from ..planner.hardware_file import to_json
 from ..source import check_source
 from ..text import open_codec

@@ -1,0 +1,74 @@
+"""What a run has to know of its machine: the profile that it is given, or a quick look at what it is about to do."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+from .calibrate import QUICK, Effort, Subject, measure_hardware, own_threads
+from .config import EngineSettings, LawKind
+from .device import Device, open_device
+from .planner.hardware import HardwareProfile
+from .planner.hardware_file import find_hardware
+from .planner.memory import Budgets
+from .planner.plan import context_tokens
+from .planner.tree_choice import read_acceptances
+from .source import ModelSource
+from .weights.checkpoint import Checkpoint
+from .weights.source import CheckpointSource
+
+
+def look_at_machine(
+    settings: EngineSettings,
+    device: Device,
+    budgets: Budgets,
+    target: ModelSource,
+    drafts: Sequence[ModelSource],
+    stack: ExitStack,
+) -> HardwareProfile:
+    """The profile that `settings` name, or a quick look. Until `stack` is closed a CPU computes with threads of its own."""
+    if device.torch_device.type == "cpu":
+        stack.enter_context(own_threads(_subjects(target, drafts), _effort(settings)))
+    if settings.profile is not None:
+        return find_hardware(settings.profile)
+    layers_bytes = target.model.cost.num_layers * target.model.cost.layer_bytes
+    may_need_disk = budgets.host_bytes is not None and layers_bytes > budgets.host_bytes
+    disk = target.tensors.checkpoint if may_need_disk and isinstance(target.tensors, CheckpointSource) else None
+    return measure_machine(settings, target, drafts, laws=laws_of(settings), disk=disk)
+
+
+def laws_of(settings: EngineSettings) -> tuple[LawKind, ...]:
+    """The kinds of laws of a run, first the one that drafts draw from."""
+    return tuple(dict.fromkeys((settings.draft_law, settings.law)))
+
+
+def measure_machine(
+    settings: EngineSettings,
+    target: ModelSource,
+    drafts: Sequence[ModelSource],
+    *,
+    laws: tuple[LawKind, ...],
+    disk: Checkpoint | None = None,
+) -> HardwareProfile:
+    """A quick look at this machine with the layers that `settings` will run, on a device of its own: what measuring allocates
+    is gone when it returns. `laws` begin with the one that drafts draw from; `disk` is a checkpoint to read from."""
+    acceptances = read_acceptances(settings)
+    own = open_device(settings.device, settings.emulate_link_bytes_per_s)
+    try:
+        return measure_hardware(
+            own,
+            _subjects(target, drafts),
+            replace(_effort(settings), laws=laws),
+            link_bytes_per_s=settings.emulate_link_bytes_per_s,
+            disk=disk,
+            acceptance=acceptances[0] if acceptances else None,
+        )
+    finally:
+        own.close()
+
+
+def _subjects(target: ModelSource, drafts: Sequence[ModelSource]) -> list[Subject]:
+    return [Subject(role="target", model=target.model), *(Subject(role="draft", model=draft.model) for draft in drafts)]
+
+
+def _effort(settings: EngineSettings) -> Effort:
+    return replace(QUICK, contexts=(context_tokens(settings),))
