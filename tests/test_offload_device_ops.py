@@ -223,7 +223,7 @@ def causal_lm(device: Any, model: TypedModel, weights: Any) -> CausalLM:
 
 
 def assert_a_later_round_only_waits(loop: DecodeLoop, waits: list[int], *, times: int) -> None:
-    """`times`, and asks the device for nothing else. The first uploads the masks of the tree's shape, once."""
+    """`times`, and asks the device for nothing else."""
     loop.run_round(100)
     waits.clear()
     with Audit() as audit:
@@ -246,6 +246,19 @@ def test_a_round_of_every_family_waits_once(
     loop, waits = open_loop(monkeypatch, models(family), replays=replays)
     loop.start(PROMPT, SamplingParams(0.6), loop.seeded(0), None)
     assert_a_later_round_only_waits(loop, waits, times=1)
+
+
+def test_trees_that_are_cut_at_the_end_of_an_answer_bring_no_masks_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, models: Models
+) -> None:
+    """Once each of their shapes was uploaded, behind the layers under way: once for the target, once for the draft."""
+    loop, _ = open_loop(monkeypatch, models())
+    for _ in range(2):
+        loop.start(PROMPT, SamplingParams(0.6), loop.seeded(0), None)
+        with Audit() as audit:
+            for max_tokens in (100, 3, 2, 1):
+                loop.run_round(max_tokens)
+        assert audit.found == []
 
 
 def test_scores_take_one_more_wait(monkeypatch: pytest.MonkeyPatch, models: Models) -> None:

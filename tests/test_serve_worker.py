@@ -9,11 +9,11 @@ import pytest
 
 from offload.admission import Request
 from offload.engine import Step
-from offload.errors import DeviceError, NumericError
+from offload.errors import DeviceError, DeviceMemoryError, NumericError
 from offload.loading import Progress
 from offload.serve.problems import Problem
 from offload.serve.telemetry import Telemetry
-from offload.serve.worker import EngineWorker, Finished, Job, Stepped
+from offload.serve.worker import MAX_OUT_OF_MEMORY, EngineWorker, Finished, Job, Stepped
 from offload.stats import PassStats
 from serving import until
 from tree.shape import TreeShape
@@ -226,6 +226,22 @@ def test_an_engine_that_fails_every_request_is_given_up_without_quoting_one(star
         until(lambda client=client: client.finished is not None)  # type: ignore[misc]
     until(lambda: worker.state == "failed")
     assert "3 requests in a row" in str(worker.failure) and "the prompt" not in str(worker.failure)
+
+
+def test_memory_that_does_not_come_back_ends_the_worker_and_memory_that_does_is_forgotten(start: Start) -> None:
+    worker, engine = start()
+    full = DeviceMemoryError("out of memory", where="x", cure="y")
+    for number, error in enumerate([*[full] * (MAX_OUT_OF_MEMORY - 1), None, *[full] * MAX_OUT_OF_MEMORY]):
+        assert worker.state == "ok", number
+        engine.fail = error
+        client = Client(1)
+        worker.submit(client.job)
+        engine.allow.release()
+        until(lambda client=client: client.finished is not None)  # type: ignore[misc]
+        problem = client.finished.problem if client.finished is not None else None
+        assert (problem is None) == (error is None) and (problem is None or problem.status == 503)
+    until(lambda: worker.state == "failed")
+    assert worker.failure is full
 
 
 def test_draining_takes_nothing_new_and_finishes_what_there_is(start: Start) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from fastapi.exceptions import RequestValidationError
 from starlette.responses import JSONResponse
 
-from ..errors import FitError, ModelError, OffloadError, UsageError
+from ..errors import FitError, ModelError, OffloadError, OutOfMemoryError, UsageError
 
+MEMORY_RETRY_S = 5  # others that use the device may be done by then
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -34,6 +35,8 @@ class Problem(Exception):
 
 def from_error(error: Exception) -> Problem:
     """What an error of the engine means to a client. Only what a request can cause is 400."""
+    if isinstance(error, OutOfMemoryError):  # before its base, which is what a request can cause
+        return Problem(503, "out_of_memory", error.what, headers={"Retry-After": str(MEMORY_RETRY_S)})
     if isinstance(error, FitError):
         return Problem(400, "context_length_exceeded", error.what)
     if isinstance(error, UsageError):

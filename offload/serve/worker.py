@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from ..errors import DeviceError, OffloadError
+from ..errors import DeviceError, OffloadError, OutOfMemoryError
 from .problems import Problem, from_error, place_of
 from .telemetry import Telemetry
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # torch takes seconds to import: `open_engine` does it, on th
 
 logger = logging.getLogger(__name__)
 
-MAX_BUGS = 3
+# Failures in a row that end the server. Memory may come back, so it is waited for longer.
+MAX_BUGS, MAX_OUT_OF_MEMORY = 3, 20
 PACE_MEMORY = 0.8  # share of the pace that a new pass leaves as it was
 
 
@@ -72,7 +73,7 @@ class EngineWorker:
         self._running: Job | None = None
         self._pace_s: float | None = None  # measured seconds per token, recent passes first
         self._draining = False
-        self._num_bugs = 0  # requests in a row that failed for no reason of theirs
+        self._num_failed = 0  # requests in a row that failed for no reason of theirs
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self.engine: Engine | None = None
         self.failure: BaseException | None = None
@@ -203,18 +204,19 @@ class EngineWorker:
             self._telemetry.ended("error")
             self._note_failure(error)
             return from_error(error)
-        self._num_bugs = 0
+        self._num_failed = 0
         self._telemetry.ended("cancelled" if job.cancelled else "answered")
         return None
 
     def _note_failure(self, error: Exception) -> None:
         """A request fails alone, unless the device is lost, or every request fails: some errors of a GPU never go away."""
-        self._num_bugs = 0 if isinstance(error, OffloadError) else self._num_bugs + 1
-        if isinstance(error, DeviceError):
+        is_memory = isinstance(error, OutOfMemoryError)
+        self._num_failed = self._num_failed + 1 if is_memory or not isinstance(error, OffloadError) else 0
+        if isinstance(error, DeviceError) or (is_memory and self._num_failed >= MAX_OUT_OF_MEMORY):
             self.failure = error
-        elif self._num_bugs == MAX_BUGS:
+        elif not is_memory and self._num_failed >= MAX_BUGS:
             self.failure = OffloadError(  # without the message, which may quote a prompt
-                f"{MAX_BUGS} requests in a row failed, the last with {place_of(error)}",
+                f"{self._num_failed} requests in a row failed, the last with {place_of(error)}",
                 where="serve",
                 cure="start the server again; if it stays, report the place",
             )
