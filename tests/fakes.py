@@ -67,9 +67,34 @@ class LateDevice(CpuDevice):
                 ticket.end_s = time.monotonic()
                 ticket.landed.set()
 
+    def drain_copies(self) -> None:
+        for ticket in list(self._sources):
+            self.drain(ticket)
+
     def release(self, buffer: torch.Tensor) -> Ticket:
         buffer.fill_(NAN_BYTE)
         return super().release(buffer)
+
+
+class LosingDevice(LateDevice):
+    """Its `lose_at`-th copy (from 1) is queued, but Ctrl-C comes before anybody has its ticket."""
+
+    name = "losing"
+
+    def __init__(self, lose_at: int) -> None:
+        super().__init__()
+        self._left = lose_at
+
+    @property
+    def num_under_way(self) -> int:
+        return len(self._sources)
+
+    def copy_async(self, dst: torch.Tensor, src: torch.Tensor, after: Ticket) -> CopyTicket:
+        ticket = super().copy_async(dst, src, after)
+        self._left -= 1
+        if self._left == 0:
+            raise KeyboardInterrupt
+        return ticket
 
 
 class FailingDevice(CpuDevice):

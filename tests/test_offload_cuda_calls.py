@@ -84,6 +84,9 @@ class Stream:
     def wait_stream(self, other: "Stream") -> None:
         assert other is not self
 
+    def synchronize(self) -> None:
+        pass
+
 
 class Graph:
     """What was computed while it was captured, to be computed again."""

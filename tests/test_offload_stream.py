@@ -6,22 +6,28 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from fakes import REFUSING, EagerDevice, FailingDevice, LateDevice, RefusingDevice, RefusingLateDevice
-from offload.device import Device
+from fakes import REFUSING, EagerDevice, FailingDevice, LateDevice, LosingDevice, RefusingDevice, RefusingLateDevice
+from offload.bench.steps import link
+from offload.calibrate.link import measure_copies, measure_link
+from offload.config import EngineSettings
+from offload.device import Device, Ticket
 from offload.device.cpu import CpuDevice
 from offload.device.host import HostMapping
+from offload.doctor.gather import time_copies
 from offload.errors import DeviceError, HostMemoryError
 from offload.streaming.stream import LayerStream, layer_timings
 from offload.weights.checkpoint import open_checkpoint
 from offload.weights.layout import LayerLayout
 from offload.weights.placement import RING_BUFFERS, Placement, spread_evenly
 from offload.weights.ring import BounceRing
-from offload.weights.source import CheckpointSource
-from offload.weights.store import WeightStore
+from offload.weights.source import CheckpointSource, Destinations
+from offload.weights.store import WeightStore, load_through_host
 
 LAYOUT = LayerLayout.pack([("a", (7,)), ("b", (3, 5))], torch.float32)
 MakeCheckpoint = Callable[[int], Path]
@@ -352,6 +358,95 @@ def test_an_exception_in_a_copy_reaches_the_caller_and_the_stream_goes_on(layere
                     check_pass(stream, 4)
             check_pass(stream, 4)
             check_pass(stream, 4)
+
+
+@pytest.mark.parametrize("disk", [0, 3])
+def test_a_copy_whose_ticket_was_lost_has_landed_before_its_memory_is_used_again(
+    layered_checkpoint: MakeCheckpoint, disk: int
+) -> None:
+    folder = layered_checkpoint(4)
+    for lose_at in range(1, 9):
+        device = LosingDevice(lose_at)
+        with open_stream(device, folder, 4, 0, 2, disk) as (stream, _):
+            with pytest.raises(KeyboardInterrupt):
+                for _ in range(3):
+                    check_pass(stream, 4)
+            assert device.num_under_way == 0
+            check_pass(stream, 4)
+            check_pass(stream, 4)
+        assert device.num_under_way == 0
+
+
+def test_a_device_that_cannot_even_be_waited_for_leaves_nothing_of_the_old_pass(
+    layered_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost() -> None:
+        raise DeviceError("lost", where="device", cure="none")
+
+    device = LateDevice()
+    with open_stream(device, layered_checkpoint(6), 6, 0, 2, disk=2) as (stream, _):
+        check_pass(stream, 6)
+        layers = stream.one_pass()
+        list(islice(layers, 3))
+        with monkeypatch.context() as patch, pytest.raises(DeviceError):
+            patch.setattr(device, "drain_copies", lost)
+            layers.close()
+        check_pass(stream, 6)
+        check_pass(stream, 6)
+
+
+class BrokenFeed:
+    """Fills what it is asked for, the `fail_at`-th time only in part."""
+
+    def __init__(self, fail_at: int) -> None:
+        self._left = fail_at
+
+    def fill(self, destinations: Destinations, progress: object = None) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise DeviceError("the disk broke", where="disk", cure="none")
+        for view in destinations.values():
+            view.fill_(1)
+
+
+@pytest.mark.parametrize("num_staging", [0, 1, 2])
+@pytest.mark.parametrize("fail_at", [1, 2, 4])
+def test_a_disk_that_fails_while_weights_are_read_leaves_no_copy_under_way_and_nothing_pinned(
+    num_staging: int, fail_at: int
+) -> None:
+    device = RefusingLateDevice()
+    staging = [torch.empty(64, dtype=torch.uint8) for _ in range(num_staging)]
+    buffers = [(device.alloc(64), lambda host: {"a": host}) for _ in range(4)]
+    feed: Any = BrokenFeed(fail_at)
+    with pytest.raises(DeviceError, match="the disk broke"):
+        load_through_host(device, buffers, staging, feed, None)
+    assert device._sources == {} and device.pinned == []
+    load_through_host(device, buffers, staging, feed, None)
+    assert all(buffer.tolist() == [1] * 64 for buffer, _ in buffers) and device.pinned == []
+    device.close()
+
+
+def test_an_error_while_the_link_is_measured_leaves_no_copy_under_way_and_nothing_pinned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(ticket: Ticket) -> None:
+        raise DeviceError("the link broke", where="device", cure="none")
+
+    device = RefusingLateDevice()
+    monkeypatch.setattr(device, "drain", broken)
+    monkeypatch.setattr(device, "drain_copies", lambda: [LateDevice.drain(device, ticket) for ticket in list(device._sources)])
+    monkeypatch.setattr("offload.bench.steps.open_device", lambda *_: device)
+    extent: Any = SimpleNamespace(settings=EngineSettings(model="x"), link_bytes=(64, 128))
+    measuring: list[Callable[[], object]] = [
+        lambda: measure_link(device, 64, 2),
+        lambda: measure_copies(device, [64], 2),
+        lambda: time_copies(device, 64, lambda: None),
+        lambda: link(extent, 1.0),
+    ]
+    for measure in measuring:
+        with pytest.raises(DeviceError, match="the link broke"):
+            measure()
+        assert device._sources == {} and device.pinned == []
 
 
 def test_a_disk_that_fails_is_reported_and_may_recover(layered_checkpoint: MakeCheckpoint) -> None:

@@ -17,7 +17,7 @@ from tree.verify import Method, verify
 from ..assemble import open_engine
 from ..config import EngineSettings
 from ..demo import ACCEPTANCE, PROMPTS, TARGET
-from ..device import open_device
+from ..device import open_device, pinned
 from ..measuring import measure_machine
 from ..planner.hardware_file import to_json
 from ..source import check_source
@@ -47,23 +47,27 @@ def link(extent: Extent, max_seconds: float) -> Row:
     device = open_device(extent.settings.device, extent.settings.emulate_link_bytes_per_s)
     try:
         largest = max(extent.link_bytes)
-        start_s = time.monotonic()
-        host = device.pin(largest, ())
-        registered_s = time.monotonic() - start_s
-        buffer = device.alloc(largest)
-        rates = {}
-        for num_bytes in extent.link_bytes:
-            times = []
-            for _ in range(LINK_COPIES):
-                ticket = device.copy_async(buffer[:num_bytes], host.tensor[:num_bytes], device.mark())
-                device.drain(ticket)
-                interval = device.interval(ticket)
-                times.append(interval.end_s - interval.start_s)
-            rates[str(num_bytes)] = num_bytes / min(times)
-        result = {"host": describe_host(), "gpu": describe_gpu(), "bytes_per_s": rates, "pinned_bytes": host.pinned_bytes}
+        buffer, rates, start_s = device.alloc(largest), {}, time.monotonic()
+        with pinned(device, largest) as host:
+            registered_s = time.monotonic() - start_s
+            for num_bytes in extent.link_bytes:
+                times = []
+                for _ in range(LINK_COPIES):
+                    ticket = device.copy_async(buffer[:num_bytes], host.tensor[:num_bytes], device.mark())
+                    device.drain(ticket)
+                    interval = device.interval(ticket)
+                    times.append(interval.end_s - interval.start_s)
+                rates[str(num_bytes)] = num_bytes / min(times)
+            pinned_bytes = host.pinned_bytes
         del buffer
-        host.close()
-        return {**result, "registration_bytes": largest, "registration_s": registered_s}
+        return {
+            "host": describe_host(),
+            "gpu": describe_gpu(),
+            "bytes_per_s": rates,
+            "pinned_bytes": pinned_bytes,
+            "registration_bytes": largest,
+            "registration_s": registered_s,
+        }
     finally:
         device.close()
 

@@ -2,8 +2,9 @@
 
 from ..errors import UsageError
 from .base import CopyTicket, Device, HostBuffer, Interval, Ticket
+from .pinned import pinned
 
-__all__ = ["CopyTicket", "Device", "HostBuffer", "Interval", "Ticket", "open_device"]
+__all__ = ["CopyTicket", "Device", "HostBuffer", "Interval", "Ticket", "open_device", "pinned"]
 
 
 def open_device(name: str, emulate_link_bytes_per_s: float | None = None) -> Device:

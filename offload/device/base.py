@@ -2,7 +2,7 @@
 
 Tickets go both ways. A copied buffer is obtained *from* `wait(copy ticket)`, and a copy into a buffer needs the ticket of
 that buffer's last `release`; forgetting either does not type-check. Nothing here blocks the host except `drain`,
-`download` and `renew_clock`.
+`drain_copies`, `download` and `renew_clock`.
 """
 
 from collections.abc import Callable, Sequence
@@ -86,6 +86,10 @@ class Device(Protocol):
 
     def drain(self, ticket: Ticket) -> None:
         """Block the calling thread until `ticket` has passed. Never called by the compute thread inside a pass."""
+
+    def drain_copies(self) -> None:
+        """Block until every copy that was queued has landed, be its ticket lost: after that their memory may go. What a copy
+        failed with is not raised here."""
 
     def passed(self, ticket: Ticket) -> bool:
         """Whether `ticket` lies behind the device's present. Asks without waiting; from any thread."""

@@ -51,7 +51,7 @@ class CpuDevice:
         self.link_bytes_per_s = link_bytes_per_s
         self._link_free_s = 0.0  # when the emulated link has finished all it was given
         self._allocated_bytes = 0
-        self._jobs: queue.SimpleQueue[tuple[CpuCopy, torch.Tensor, CpuMark] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[CpuCopy, torch.Tensor, CpuMark] | threading.Event | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._copy_forever, name="treestream-copy", daemon=True)
         self._worker.start()
 
@@ -94,6 +94,11 @@ class CpuDevice:
         if isinstance(ticket, CpuCopy):
             ticket.landed.wait()
 
+    def drain_copies(self) -> None:
+        all_landed = threading.Event()
+        self._jobs.put(all_landed)
+        all_landed.wait()
+
     def passed(self, ticket: Ticket) -> bool:
         return not isinstance(ticket, CpuCopy) or ticket.landed.is_set()
 
@@ -121,6 +126,9 @@ class CpuDevice:
 
     def _copy_forever(self) -> None:
         while (job := self._jobs.get()) is not None:
+            if isinstance(job, threading.Event):
+                job.set()
+                continue
             ticket, src, after = job
             try:
                 self._copy(ticket, src, after)

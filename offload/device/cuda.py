@@ -204,6 +204,9 @@ class CudaDevice:
     def drain(self, ticket: Ticket) -> None:
         _end_event(ticket).synchronize()
 
+    def drain_copies(self) -> None:
+        self._copy_stream.synchronize()
+
     def passed(self, ticket: Ticket) -> bool:
         return bool(_end_event(ticket).query())
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
-from ..device import Device, cuda, numa, open_device
+from ..device import Device, cuda, numa, open_device, pinned
 from ..device.cgroup import cgroup_memory
 from ..device.host import available_bytes
 from ..errors import OffloadError
@@ -71,19 +71,16 @@ def time_copies(device: Device, num_bytes: int, while_copying: Callable[[], None
     """Pins `num_bytes` and copies the first of them to the device, over and over; `while_copying` is called when copies are
     under way. FitError when there is no room for the test."""
     piece_bytes = min(num_bytes, COPY_BYTES)
-    start_s = time.monotonic()
-    buffer = device.pin(num_bytes, [*range(piece_bytes, num_bytes, piece_bytes), num_bytes])
-    register_s = time.monotonic() - start_s
-    try:
-        slot, source = device.alloc(piece_bytes), buffer.tensor[:piece_bytes]
+    slot, start_s = device.alloc(piece_bytes), time.monotonic()
+    with pinned(device, num_bytes, [*range(piece_bytes, num_bytes, piece_bytes), num_bytes]) as buffer:
+        register_s = time.monotonic() - start_s
+        source = buffer.tensor[:piece_bytes]
         device.drain(device.copy_async(slot, source, device.mark()))
         tickets = [device.copy_async(slot, source, device.mark()) for _ in range(NUM_COPIES)]
         while_copying()
         device.drain(tickets[-1])
         times_s = sorted(interval.end_s - interval.start_s for interval in map(device.interval, tickets))
         pinned_bytes = buffer.pinned_bytes
-    finally:
-        buffer.close()
     return CopyFacts(
         tried_bytes=num_bytes,
         pinned_bytes=pinned_bytes,

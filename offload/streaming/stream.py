@@ -161,7 +161,11 @@ class LayerStream:
     def prefetch(self) -> None:
         """Start the next pass's first copies, if they are not under way already, so that they hide what comes before it."""
         if self._pass_number < 0:
-            self._start_over()
+            try:
+                self._start_over()
+            except BaseException:
+                self._abandon()
+                raise
 
     def one_pass(self) -> Iterator[Weights]:
         """The weights of layers 0, 1, ...; each is valid until the next is asked for. Errors of a copy are raised here."""
@@ -215,13 +219,16 @@ class LayerStream:
         self._views = [self._store.layout.views(slot) for slot in self._slots]
 
     def _abandon(self) -> None:
-        """Let copies under way land, those that compute waits for, too; forget the rest. The next pass fills all slots anew."""
-        for ticket in [*self._flying.values(), self._device.mark()]:
-            self._device.drain(ticket)
-        self._flying.clear()
-        self._queue.clear()
-        self._store.start_over()
-        self._pass_number = -1
+        """Let copies under way land, those that compute waits for, too; forget the rest. The next pass fills all slots anew.
+        Waiting fails on a device that is lost: then, too, nothing of the old pass is remembered."""
+        try:
+            self._device.drain_copies()
+            self._device.drain(self._device.mark())
+        finally:
+            self._flying.clear()
+            self._queue.clear()
+            self._pass_number = -1
+            self._store.start_over()
 
     def _copy_any(self) -> CopyTicket:
         return self._device.copy_async(self._slots[0], self._store.any_direct_layer(), self._device.mark())

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from ..device import Device, Ticket
+from ..device import CopyTicket, Device, Ticket, pinned
 from ..device.host import move_by_threads
 from ..errors import HostMemoryError
 from .host_layers import HostLayers
@@ -113,10 +113,12 @@ class WeightStore:
 
     def start_over(self) -> None:
         """The next layer asked for is the first of a pass."""
-        if self._ring is not None:
-            self._ring.close()
-            self._ring = None
-        self._files.close()
+        ring, self._ring = self._ring, None
+        try:
+            if ring is not None:
+                ring.close()
+        finally:
+            self._files.close()
 
     def take_fills(self) -> list[RingFill]:
         """What the ring has brought since the last call, for the trace."""
@@ -205,18 +207,19 @@ def load_through_host(
 ) -> None:
     """Fill device `buffers`, each by the views that it lays into a host buffer, through `staging` host buffers (arena memory
     whose own contents come later; one is made when there is none). One copy flies while the next buffer is read."""
-    owned = None
     if not staging:
-        owned = device.pin(max(buffer.numel() for buffer, _ in buffers), ())
-        staging = [owned.tensor]
-    flying: list[Ticket] = []
-    for number, (buffer, views) in enumerate(buffers):
-        if number >= len(staging):
-            device.drain(flying[number - len(staging)])
-        host = staging[number % len(staging)][: buffer.numel()]
-        feed.fill(views(host), progress)
-        flying.append(device.copy_async(buffer, host, device.mark()))
+        with pinned(device, max(buffer.numel() for buffer, _ in buffers)) as owned:
+            load_through_host(device, buffers, [owned.tensor], feed, progress)
+        return
+    flying: list[CopyTicket] = []
+    try:
+        for number, (buffer, views) in enumerate(buffers):
+            if number >= len(staging):
+                device.drain(flying[number - len(staging)])
+            host = staging[number % len(staging)][: buffer.numel()]
+            feed.fill(views(host), progress)
+            flying.append(device.copy_async(buffer, host, device.mark()))
+    finally:
+        device.drain_copies()
     for ticket in flying:
-        device.drain(ticket)
-    if owned is not None:
-        owned.close()
+        device.wait(ticket)  # an error of a copy is raised here
