@@ -49,6 +49,8 @@ def load(
     slots: str | int = "auto",
     max_context: str | int = "auto",
     emulate_link: str | float | None = None,
+    draft_passes: str = "auto",
+    small_uploads: str = "auto",
     seed: int = 0,
 ) -> "Engine":
     """Load a model, and a draft model, and return an Engine that serves any number of calls. Arguments are the command
@@ -70,5 +72,7 @@ def load(
         slots=slots,
         max_context=max_context,
         emulate_link=emulate_link,
+        draft_passes=draft_passes,
+        small_uploads=small_uploads,
     )
     return open_engine(settings, seed=seed)

@@ -9,12 +9,14 @@ from dataclasses import replace
 from .admission import Admission
 from .config import EngineSettings, bytes_text
 from .decode import DecodeLoop
-from .device import Device, open_device
+from .device import Device, choose_passes, device_of
 from .device.host import available_bytes
 from .engine import Engine
+from .errors import DeviceError, FitError, reason
 from .loading import HOST_RESERVE_BYTES, Progress, ReadCounter, bytes_to_read, load_draft, load_target, share_memory
 from .measuring import look_at_machine
 from .model.architecture import check_window
+from .model.drafter import ModelDrafter
 from .model.locate import read_eos_token_ids
 from .model.masks import TreeMasks
 from .planner.fallback import Fallbacks
@@ -54,7 +56,7 @@ def open_engine(
     """
     start_s = time.monotonic()
     with ExitStack() as stack:
-        device = device or open_device(settings.device, settings.emulate_link_bytes_per_s)
+        device = choose_passes(device, settings.draft_passes) if device else device_of(settings)
         stack.callback(device.close)
         target = check_source(settings.model, "--model", settings.dtype, device.torch_device.type)
         drafts = _drafts(settings, target, device.torch_device.type)
@@ -77,6 +79,8 @@ def open_engine(
         stack.callback(masks.close)
         plan, model, stream, store = load_target(device, target, plan, shared, fallbacks, counter, stack)
         drafter = load_draft(device, draft, plan, target.architecture.vocab_size, masks, counter, stack) if draft else None
+        if drafter is not None:
+            plan, fallbacks = _record(drafter, plan, fallbacks, device)
         plan, fallbacks = _see_placed(plan, fallbacks, stream, store)
         plan = replace(plan, link_bytes_per_s=settings.emulate_link_bytes_per_s or stream.measure_link())
         method = resolve_method(settings.verifier)
@@ -148,6 +152,28 @@ def _see_placed(plan: Plan, fallbacks: Fallbacks, stream: LayerStream, store: We
         sizes = bytes_text(store.pinned_bytes), bytes_text(store.host_bytes)
         logger.warning("%s of %s of host memory could be pinned: %s", *sizes, placed.notes[-1])
     return placed, fallbacks
+
+
+def _record(drafter: ModelDrafter, plan: Plan, fallbacks: Fallbacks, device: Device) -> tuple[Plan, Fallbacks]:
+    """With the draft's passes recorded. A driver that cannot leaves nobody without a way: they are launched one by one then,
+    unless graphs were asked for, which is a DeviceError."""
+    why = "" if drafter.records else "this model waits for the device in a pass"
+    try:
+        with device.translated():
+            drafter.prepare(plan.tree)
+    except (RuntimeError, FitError) as error:
+        why = reason(error).partition("\n")[0]
+    if not why or plan.draft_passes == "eager":
+        return plan, fallbacks
+    if fallbacks.settings.draft_passes == "graphs":
+        raise DeviceError(
+            f"the draft's passes could not be recorded: {why}", where="--draft-passes graphs", cure="take eager, or auto"
+        )
+    drafter.record_nothing()
+    note = f"the draft's passes are launched one by one, as they could not be recorded: {why}"
+    logger.warning("%s", note)
+    fallbacks = replace(fallbacks, budgets=replace(fallbacks.budgets, replays=False))
+    return replace(plan, draft_passes="eager", notes=(*plan.notes, note)), fallbacks
 
 
 def _memory_of(device: Device, store: WeightStore) -> Callable[[], Memory]:

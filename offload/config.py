@@ -17,6 +17,8 @@ LEAST_PLAIN_RATE = 1e6  # bytes per second; nobody who writes less without a uni
 DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 LawKind = Literal["greedy", "sampled", "nucleus"]
 VERIFIERS = ("auto", "sample", "traversal", "rejection")
+DRAFT_PASSES = ("auto", "eager", "graphs")
+SMALL_UPLOADS = ("auto", "copy", "mapped")
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 
 
@@ -84,6 +86,9 @@ class EngineSettings:
     the best, or none. `acceptances` are acceptance files, one for each draft or one for all; `profile` a hardware profile.
     `tree` is a spec such as "4x6:kary", "none", "auto" or the path of a TreeShape JSON. Sizes are bytes, rates bytes/s.
 
+    `draft_passes` says whether the draft's passes are recorded as CUDA graphs, `small_uploads` how small tensors reach the
+    device.
+
     What is known of the requests to come makes plans better: their `law`, how many tokens prompt and answer have together at
     most, and how many of them an average pass looks back on.
     """
@@ -102,6 +107,8 @@ class EngineSettings:
     emulate_link_bytes_per_s: float | None = None
     acceptances: tuple[str, ...] = ()
     profile: str | None = None
+    draft_passes: str = "auto"
+    small_uploads: str = "auto"
     law: LawKind = "greedy"
     text_tokens: int | None = None
     context_tokens: int | None = None
@@ -129,6 +136,8 @@ class EngineSettings:
         emulate_link: str | float | None = None,
         acceptance: str | Sequence[str] | None = None,
         profile: str | None = None,
+        draft_passes: str = "auto",
+        small_uploads: str = "auto",
     ) -> "EngineSettings":
         """From values as the command line has them: "auto", "24GiB", "200MB/s", "3". UsageError names the flag at fault."""
         return cls(
@@ -146,13 +155,21 @@ class EngineSettings:
             emulate_link_bytes_per_s=None if emulate_link is None else parse_rate(emulate_link, flag="--emulate-link"),
             acceptances=_names(acceptance),
             profile=profile,
+            draft_passes=draft_passes,
+            small_uploads=small_uploads,
         )
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UsageError(f"unknown dtype {self.dtype!r}", where="--dtype", cure=f"one of {', '.join(DTYPES)}")
-        if self.verifier not in VERIFIERS:
-            raise UsageError(f"unknown verifier {self.verifier!r}", where="--verifier", cure=f"one of {', '.join(VERIFIERS)}")
+        for flag, word, known in (
+            ("--dtype", self.dtype, DTYPES),
+            ("--verifier", self.verifier, VERIFIERS),
+            ("--draft-passes", self.draft_passes, DRAFT_PASSES),
+            ("--small-uploads", self.small_uploads, SMALL_UPLOADS),
+        ):
+            if word not in known:
+                raise UsageError(
+                    f"unknown {flag[2:].replace('-', ' ')} {word!r}", where=flag, cure=f"one of {', '.join(known)}"
+                )
         if not _DEVICE.fullmatch(self.device):
             raise UsageError(f"unknown device {self.device!r}", where="--device", cure="one of auto, cpu, cuda, cuda:N")
         if len(self.acceptances) > 1 and len(self.acceptances) != len(self.draft_models):
@@ -174,6 +191,16 @@ class EngineSettings:
                 where="--emulate-link with --device cuda",
                 cure="leave one of the two out",
             )
+
+
+def check_draft_passes(draft_passes: str, replays: bool, device_name: str) -> None:
+    """UsageError when graphs are asked for of a device that has none."""
+    if draft_passes == "graphs" and not replays:
+        raise UsageError(
+            f"{device_name} does not replay recorded passes: only CUDA devices do",
+            where="--draft-passes graphs",
+            cure="leave it at auto, or give --device cuda",
+        )
 
 
 def _names(value: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -189,7 +189,7 @@ class DecodeLoop:
             plan, self._fallbacks = self._fallbacks.as_placed(plan, self._stream.placement, self._stream.measure_move())
             self.sessions.limit(host_limit_bytes(plan))
         if self._drafter is not None:
-            self._drafter.limit(plan.pass_rows, plan.tree.num_nodes)
+            self._drafter.limit(plan.pass_rows, plan.tree)
         if plan.tree != old.tree:
             self._masks.hold(plan.tree)
         self._plan = plan

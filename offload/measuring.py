@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from .calibrate import QUICK, Effort, Subject, measure_hardware, own_threads
 from .config import EngineSettings, LawKind
-from .device import Device, open_device
+from .device import Device, device_of
 from .planner.hardware import HardwareProfile
 from .planner.hardware_file import find_hardware
 from .planner.memory import Budgets
@@ -52,7 +52,7 @@ def measure_machine(
     """A quick look at this machine with the layers that `settings` will run, on a device of its own: what measuring allocates
     is gone when it returns. `laws` begin with the one that drafts draw from; `disk` is a checkpoint to read from."""
     acceptances = read_acceptances(settings)
-    own = open_device(settings.device, settings.emulate_link_bytes_per_s)
+    own = device_of(settings)
     try:
         return measure_hardware(
             own,

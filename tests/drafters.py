@@ -12,17 +12,25 @@ from offload.config import EngineSettings
 from offload.device import Device
 from offload.engine import Engine
 from offload.model.drafter import ModelDrafter
+from planning import L40
 from tree.shape import TreeShape
 
 PROMPT = [5, 9, 33, 2, 71]
 
 
-def open_tiny(folder: Path, device: Device, *, max_context: int = 128, tree: str = "3x3:kary") -> Engine:
+def open_tiny(
+    folder: Path, device: Device, *, max_context: int = 128, tree: str = "3x3:kary", draft_passes: str = "auto"
+) -> Engine:
     """A model that is its own draft, in float32."""
     settings = EngineSettings(
-        model=str(folder), draft_models=(str(folder),), dtype="float32", tree=tree, max_context=max_context
+        model=str(folder),
+        draft_models=(str(folder),),
+        dtype="float32",
+        tree=tree,
+        max_context=max_context,
+        draft_passes=draft_passes,
     )
-    return open_engine(settings, device=device)
+    return open_engine(settings, device=device, hardware=L40)
 
 
 @contextmanager
@@ -43,7 +51,10 @@ def open_drafters(
 
 
 def run_round(drafters: list[ModelDrafter], shape: TreeShape, generator: torch.Generator, tolerance: float = 1e-5) -> None:
-    """Every level's logits agree, for random tokens; then the path to a random node is accepted."""
+    """Every level's logits agree, for random tokens; then the path to a random node is accepted. What is not recorded by then
+    is."""
+    for drafter in drafters:
+        drafter.prepare(shape)
     assert_same([drafter.begin(shape) for drafter in drafters], tolerance)
     tokens = torch.randint(VOCAB_SIZE, (shape.num_nodes,), generator=generator)
     for nodes in shape.expanded[1:-1]:

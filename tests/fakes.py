@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from offload.device.base import CopyTicket, Ticket
+from offload.device.chunks import register_chunks
 from offload.device.cpu import CpuCopy, CpuDevice, CpuMark
-from offload.device.cuda import register_chunks
 from offload.device.host import HostMapping, move
 from offload.engine import Engine
 from offload.errors import HostMemoryError

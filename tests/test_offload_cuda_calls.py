@@ -18,7 +18,8 @@ from fakes import Tape
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.device import cuda, numa
-from offload.device.cuda import CudaDevice, RegisteredBuffer, register_chunks
+from offload.device.chunks import register_chunks
+from offload.device.cuda import CudaDevice, RegisteredBuffer
 from offload.device.host import HostMapping
 from offload.errors import DeviceError
 from offload.model.attention import tree_attention
@@ -304,6 +305,33 @@ def test_attention_leaves_the_process_its_kernels(runtime: Runtime, monkeypatch:
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
     assert seen == [False] * 4
+
+
+def test_an_engine_whose_small_tensors_are_mapped_writes_the_same_text(
+    runtime: Runtime, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped_bytes: list[int] = []
+
+    def map_memory(num_bytes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        mapped_bytes.append(num_bytes)
+        memory = torch.zeros(num_bytes, dtype=torch.uint8)
+        return memory, memory
+
+    monkeypatch.setattr(cuda, "_map_host_memory", map_memory)
+    settings = EngineSettings(model=str(models()), draft_models=(str(models()),), device="cpu", tree="4x3:kary", slots=2)
+    texts = []
+    for way in ("copy", "mapped"):
+        device = CudaDevice(small_uploads=way)
+        device.torch_device = torch.device("cpu")
+        with open_engine(settings, device=device, hardware=L40) as engine:
+            texts.append(engine.generate(PROMPT, max_new_tokens=24, ignore_eos=True).token_ids)
+    assert texts[0] == texts[1] and len(mapped_bytes) == 1
+
+
+def test_pinned_memory_is_described_to_torch_as_the_device_sees_it() -> None:
+    host = torch.empty(4096, dtype=torch.uint8)
+    described = cuda._OnDevice(host).__cuda_array_interface__
+    assert described == {"data": (host.data_ptr(), False), "shape": (4096,), "typestr": "|u1", "version": 3}
 
 
 def test_a_device_that_is_not_there_is_refused(runtime: Runtime) -> None:

@@ -184,6 +184,7 @@ def open_loop(
     masks = TreeMasks(device, TREE)
     draft = check_source(str(folder), "--model", "bfloat16", "cuda").model
     drafter = ModelDrafter(resident(device, draft), device, VOCAB_SIZE, masks)
+    drafter.prepare(TREE)
     plan: Any = SimpleNamespace(tree=TREE, pass_rows=1024, host_budget_bytes=0, host_ledger={})
     return DecodeLoop(device, target, stream, drafter, masks, plan, method=method), waits
 

@@ -1,5 +1,6 @@
 """The draft's passes in fixed shapes, recorded and replayed, against passes of the size needed: same logits, same trees."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from conftest import FAMILIES, VOCAB_SIZE
 from drafters import PROMPT, open_drafters, open_tiny, run_round
 from fakes import CountingDevice, RecordingDevice
 from offload.device.cpu import CpuDevice
-from offload.errors import FitError
+from offload.errors import DeviceError, FitError, UsageError
 from offload.model.buckets import LEAST_CACHED_ROWS, MAX_ROWS, rows_bucket, widest_pass, width_bucket
 from tree.draft import grow
 from tree.sampling import SamplingParams
@@ -23,6 +24,35 @@ class FixedDevice(CpuDevice):
     """Fixed shapes without a recording: `record` returns the work itself."""
 
     replays = True
+
+
+class OrderedDevice(RecordingDevice):
+    """Remembers what it recorded, by new and by attended rows, and counts replays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorded: list[tuple[int, int]] = []
+        self.num_replays = 0
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        mask = inspect.getclosurevars(work).nonlocals["mask"]
+        self.recorded.append(tuple(mask.shape[2:]))
+        replay = super().record(work)
+
+        def counted() -> None:
+            self.num_replays += 1
+            replay()
+
+        return counted
+
+
+class BrokenDevice(RecordingDevice):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self._error = error
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        raise self._error
 
 
 DEVICES = (CpuDevice, FixedDevice, RecordingDevice)
@@ -68,6 +98,8 @@ def test_trees_are_identical_over_rounds_and_commits(models: Models, sampled: bo
     shapes = [TreeShape.chains(4, 5), TreeShape.from_widths((9, 2, 2)), TreeShape.chain(6), TreeShape.chains(17, 2)]
     with open_drafters(DEVICES, models()) as drafters:
         for seed, shape in enumerate(shapes * 2):
+            for drafter in drafters:
+                drafter.prepare(shape)
             params = SamplingParams(0.8, top_p=0.9) if sampled else SamplingParams()
             generators = [torch.Generator().manual_seed(seed) for _ in drafters]
             drafts = [
@@ -92,12 +124,63 @@ def test_an_engine_that_replays_writes_the_same_text(models: Models, temperature
     assert texts[0] == texts[1] == texts[2] and texts[0][0] == texts[0][2]
 
 
-def test_each_shape_is_recorded_once(models: Models) -> None:
+def test_each_shape_is_recorded_once_and_before_any_round(models: Models) -> None:
+    """The widths of the tree and of catching up, the widest first, at each length of the cache; whatever the rounds bring."""
+    device = OrderedDevice()
+    folder = models(max_position_embeddings=1500)
+    with open_tiny(folder, device, max_context=1400, tree="9x3:kary") as engine:
+        shapes = [(width, rows) for width in (16, 2, 1) for rows in (1400, 1024, 512)]
+        assert device.recorded == shapes
+        for prompt in (PROMPT, [3] * 40, [3] * 600, [3] * 1100):
+            for params in ({"max_new_tokens": 30}, {"max_new_tokens": 3}, {"max_new_tokens": 20, "temperature": 0.7}):
+                engine.generate(prompt, ignore_eos=True, **params)  # type: ignore[arg-type]
+        assert device.recorded == shapes and device.num_replays > 20
+
+
+def test_passes_of_the_planned_tree_are_replayed_and_not_computed_again(models: Models) -> None:
+    """Only the first pass of a request, which reads the prompt, is computed as it comes."""
+    device = OrderedDevice()
+    with open_tiny(models(), device, tree="4x4:kary") as engine:
+        drafter = engine.loop._drafter
+        assert drafter is not None
+        computed: list[int] = []
+        forward = drafter._model.forward
+        drafter._model.forward = lambda ids, *rest: (computed.append(len(ids)), forward(ids, *rest))[1]  # type: ignore[method-assign]
+        engine.generate(PROMPT, max_new_tokens=40, ignore_eos=True)
+        assert computed == [len(PROMPT)] and device.num_replays > 10
+
+
+@pytest.mark.parametrize("error", [RuntimeError("operation not permitted when stream is capturing"), torch.OutOfMemoryError()])
+def test_a_device_that_cannot_record_computes_as_it_goes(
+    models: Models, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = BrokenDevice(error)
+    with open_tiny(models(), CpuDevice()) as engine:
+        expected = engine.generate(PROMPT, max_new_tokens=20, ignore_eos=True).token_ids
+    with open_tiny(models(), device) as engine:
+        assert engine.plan.draft_passes == "eager" and "could not be recorded" in engine.plan.notes[-1]
+        assert engine.generate(PROMPT, max_new_tokens=20, ignore_eos=True).token_ids == expected
+    assert "could not be recorded" in caplog.text
+    with pytest.raises(DeviceError, match="could not be recorded"):
+        open_tiny(models(), BrokenDevice(error), draft_passes="graphs")
+
+
+@pytest.mark.parametrize(("draft_passes", "recorded"), [("auto", True), ("graphs", True), ("eager", False)])
+def test_who_asks_for_eager_passes_gets_them_and_the_plan_says_so(models: Models, draft_passes: str, recorded: bool) -> None:
     device = RecordingDevice()
-    with open_tiny(models(), device, tree="9x3:kary") as engine:
-        for _ in range(3):
-            engine.generate(PROMPT, max_new_tokens=30, ignore_eos=True)
-        assert 1 <= device.num_recordings <= 5  # rows 1, 2, 4, 8, 16
+    with open_tiny(models(), device, draft_passes=draft_passes) as engine:
+        text = engine.generate(PROMPT, max_new_tokens=12, ignore_eos=True)
+        assert (device.num_recordings > 0) is recorded
+        assert text.to_json()["plan"]["draft_passes"] == ("graphs" if recorded else "eager")  # type: ignore[index]
+        assert (engine.plan.device_ledger["draft recordings"] > 0) is recorded
+
+
+def test_graphs_are_refused_where_there_are_none(models: Models) -> None:
+    with pytest.raises(UsageError, match="does not replay"):
+        open_tiny(models(), CpuDevice(), draft_passes="graphs")
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(DeviceError, match="waits for the device"):
+        open_tiny(models(rope_parameters=rope), RecordingDevice(), draft_passes="graphs")
 
 
 def test_recordings_keep_the_memory_of_the_widest_however_many_there_are(models: Models) -> None:
@@ -111,7 +194,7 @@ def test_recordings_keep_the_memory_of_the_widest_however_many_there_are(models:
         kept_bytes, rows = device.held_bytes - least_bytes, widest_pass(engine.plan.tree.num_nodes)
         for length in (5, 600, 1100):
             engine.generate([3] * length, max_new_tokens=30, ignore_eos=True)
-        assert device.num_recordings > 6 and device.held_bytes == kept_bytes + least_bytes
+        assert device.num_recordings >= 9 and device.held_bytes == kept_bytes + least_bytes
         assert kept_bytes == rows * (3 * 8 + 1400 + VOCAB_SIZE * 4) < engine.plan.device_ledger["draft recordings"]
 
 
@@ -122,17 +205,19 @@ def test_a_drafter_that_takes_less_memory_has_the_same_logits(models: Models) ->
         before_bytes, generator = device.held_bytes, torch.Generator().manual_seed(6)
         run_round(drafters, TreeShape.from_widths((70, 1)), generator)
         for drafter in drafters:
-            drafter.limit(1024, 8)
+            drafter.limit(1024, TreeShape.from_widths((7,)))
         assert device.held_bytes < before_bytes
         run_round(drafters, TreeShape.from_widths((70, 2, 1)), generator)
 
 
 def test_prompts_are_not_recorded(models: Models) -> None:
-    """A pass for one logit out of a hundred would keep the memory of a hundred."""
+    """However short: recording stops the device for longer than such a pass takes."""
     device = RecordingDevice()
     with open_tiny(models(), device) as engine:
-        engine.generate([3] * 100, max_new_tokens=1)
-        assert device.num_recordings == 0
+        num_recordings = device.num_recordings
+        for length in (1, 3, 10, 60, 100):
+            engine.generate([3] * length, max_new_tokens=1)
+        assert device.num_recordings == num_recordings
         texts = [engine.generate([3] * length, max_new_tokens=9, ignore_eos=True).token_ids for length in (2, 66)]
     with open_tiny(models(), CpuDevice()) as engine:
         assert texts == [engine.generate([3] * length, max_new_tokens=9, ignore_eos=True).token_ids for length in (2, 66)]

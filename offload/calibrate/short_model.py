@@ -18,7 +18,7 @@ from ..model.masks import TreeMasks
 from ..planner.hardware import Role
 from ..source import TypedModel
 from .effort import Effort
-from .growing import growth, num_levels, peaked_logits
+from .growing import growth, num_levels, peaked_logits, tree_of_levels
 from .stopwatch import Work
 
 # Layers share weights, from several buffers in turn, so that those of a small model do not stay in a cache.
@@ -65,6 +65,7 @@ class ShortModel:
             return Work(self._pass(rows, context_rows))
         self._drafter.restart([0] * (context_rows + 1))
         vocab_size = self._model.architecture.vocab_size
+        self._drafter.prepare(tree_of_levels(rows, vocab_size))
         model = _AlwaysTheSame(self._drafter, context_rows, peaked_logits(self._device, rows, vocab_size))
         return growth(self._device, model, rows, vocab_size, law_kind)
 

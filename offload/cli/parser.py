@@ -3,7 +3,7 @@
 import argparse
 from typing import NoReturn
 
-from ..config import DTYPES, VERIFIERS
+from ..config import DRAFT_PASSES, DTYPES, SMALL_UPLOADS, VERIFIERS
 from ..errors import UsageError
 from .flag_types import flops, percent, positive, probability, rate, seconds, temperature, whole
 
@@ -91,6 +91,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--resident-layers", default="auto", metavar="N", help="layers that stay on the device")
     machine.add_argument("--slots", default="auto", metavar="N", help="device buffers for streamed layers")
     machine.add_argument("--max-context", default="auto", metavar="N", help="rows of the key/value caches")
+    machine.add_argument("--draft-passes", default="auto", choices=DRAFT_PASSES, help="CUDA graphs for the draft, or not")
     machine.add_argument("--context", type=whole(1), metavar="N", help="tokens that attention looks back on, for timing")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
@@ -196,6 +197,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--slots", default="auto", metavar="N", help="device buffers for streamed layers")
     group.add_argument("--max-context", default="auto", metavar="N", help="prompt + new tokens + tree")
     group.add_argument("--emulate-link", metavar="RATE", help="CPU device: throttle copies, e.g. 200MB/s")
+    group.add_argument("--draft-passes", default="auto", choices=DRAFT_PASSES, help="CUDA graphs for the draft, or not")
+    group.add_argument(
+        "--small-uploads", default="auto", choices=SMALL_UPLOADS, help="CUDA: how small tensors get past layers under way"
+    )
 
 
 def add_request_flags(parser: argparse.ArgumentParser) -> None:

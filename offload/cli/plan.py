@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import EngineSettings, law_kind, parse_rate, parse_size
+from ..config import EngineSettings, check_draft_passes, law_kind, parse_rate, parse_size
 from ..errors import FitError, ModelError, UsageError
 from ..planner.tree_choice import DEFAULT_ACCEPTANCE, read_acceptance, read_acceptances, read_tree
 from .plan_screen import json_document, refusal_document, screen, sweep_lines, verdict_lines
@@ -153,6 +153,8 @@ def _question(arguments: argparse.Namespace) -> Question:
     anything = settings.profile is None and settings.resident_layers is not None  # on whatever machine they fit
     if device_bytes is None and hardware.device_memory_bytes is not None and not anything:
         device_bytes = max(hardware.device_memory_bytes - RESERVE_BYTES, 0)
+    replays = hardware.device_type != "cpu"
+    check_draft_passes(settings.draft_passes, replays, hardware.device_name)
     host_bytes = settings.host_memory_bytes if settings.host_memory_bytes is not None else hardware.host_memory_bytes
     return Question(
         settings=settings,
@@ -160,7 +162,7 @@ def _question(arguments: argparse.Namespace) -> Question:
         drafts=drafts,
         hardware=hardware,
         tree=tree,
-        budgets=Budgets(device_bytes=device_bytes, host_bytes=host_bytes, replays=hardware.device_type != "cpu"),
+        budgets=Budgets(device_bytes=device_bytes, host_bytes=host_bytes, replays=replays and settings.draft_passes != "eager"),
         dtype_bytes=DTYPE_BYTES[target.dtype if settings.dtype == "auto" else settings.dtype],
     )
 

@@ -41,6 +41,7 @@ def json_document(made: "Plan") -> dict[str, object]:
             "expected_tokens_per_pass": prediction.expected_tokens,
         },
         "draft": made.draft,
+        "draft_passes": made.draft_passes,
         "memory": {
             "device_bytes": dict(made.device_ledger),
             "device_budget_bytes": made.device_budget_bytes,

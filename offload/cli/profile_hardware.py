@@ -41,9 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output and arguments.output != "-":
         check_writable("--output", Path(arguments.output))
     with leaving_at_once():
-        from ..device import open_device
+        from ..device import device_of
 
-    device = open_device(settings.device, settings.emulate_link_bytes_per_s)
+    device = device_of(settings)
     try:
         profile = _measure(settings, device, quiet=arguments.quiet)
     finally:

@@ -38,6 +38,7 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
         acceptance=acceptance,
         device=arguments.device,
         emulate_link=emulate_link,
+        small_uploads=arguments.small_uploads,
         **planned(arguments),
     )
     return replace(settings, law=law_kind(temperature, getattr(arguments, "top_p", 1.0)))
@@ -45,7 +46,7 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
 
 def planned(arguments: argparse.Namespace) -> dict[str, Any]:
     """The flags that say what to plan, on whatever machine, by name."""
-    names = ("tree", "profile", "dtype", "gpu_memory", "host_memory", "resident_layers", "slots", "max_context")
+    names = ("tree", "profile", "dtype", "gpu_memory", "host_memory", "resident_layers", "slots", "max_context", "draft_passes")
     return {name: getattr(arguments, name) for name in names}
 
 

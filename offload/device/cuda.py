@@ -16,9 +16,11 @@ import torch
 from ..config import bytes_text
 from ..errors import DeviceError, DeviceMemoryError
 from .base import CopyTicket, Interval, Ticket
+from .chunks import register_chunks
 from .faults import translated
 from .host import HostMapping
 from .numa import near_cpus
+from .small_uploads import SMALL_BYTES, choose_uploads
 
 logger = logging.getLogger(__name__)
 
@@ -91,23 +93,6 @@ class RegisteredBuffer:
         return True
 
 
-def register_chunks(num_bytes: int, cuts: Sequence[int], most_bytes: int, register: Callable[[int, int], bool]) -> int:
-    """Register [0, num_bytes) in chunks of at most `most_bytes` that end at `cuts` (ascending), so that no copy straddles two
-    of them; returns how many leading bytes `register(start, end)` did. A chunk that it refuses is tried again by halves, down
-    to what lies between two cuts, which may be more: where that is refused, the driver has no more to give."""
-    start, ends = 0, [*(cut for cut in cuts if 0 < cut < num_bytes), num_bytes]
-    while start < num_bytes:
-        reached = max(sum(end - start <= most_bytes for end in ends), 1)
-        end = ends[reached - 1]
-        if register(start, end):
-            start, ends = end, ends[reached:]
-        elif reached == 1:
-            break
-        else:
-            most_bytes = (end - start) // 2
-    return start
-
-
 def _succeeded(result: Any) -> bool:
     """Of a call of CUDA's runtime. A failure stays behind as the thread's last error, which the next kernel launch would
     report as its own. torch does not bind cudaGetLastError, but a launch of ours reads it just as well."""
@@ -126,7 +111,7 @@ class CudaDevice:
     host_addressable = False
     replays = True
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self, index: int = 0, *, small_uploads: str = "copy") -> None:
         if not torch.cuda.is_available() or index >= torch.cuda.device_count():
             raise DeviceError(
                 f"no CUDA device {index}: {torch.cuda.device_count()} found",
@@ -140,9 +125,11 @@ class CudaDevice:
         # One for all recordings: libraries keep a workspace of tens of MiB for every stream that they have run on.
         self._recording_stream = torch.cuda.Stream()
         self._graph_pool = torch.cuda.graph_pool_handle()  # shared: graphs run one at a time, and keep their outputs
-        torch.cuda.reset_peak_memory_stats()
         self._clock = _Clock()
         self._near_cpus = _near_cpus(index)
+        self._mapped = choose_uploads(self, small_uploads, self._copy_up, _map_host_memory)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
     def alloc(self, num_bytes: int) -> torch.Tensor:
         try:
@@ -158,6 +145,11 @@ class CudaDevice:
         return RegisteredBuffer(num_bytes, cuts, self._near_cpus)
 
     def upload(self, host: torch.Tensor) -> torch.Tensor:
+        if self._mapped is not None and 0 < host.nbytes <= SMALL_BYTES:
+            return self._mapped.upload(host)
+        return self._copy_up(host)
+
+    def _copy_up(self, host: torch.Tensor) -> torch.Tensor:
         # Pageable sources of up to 64 KiB are taken along with the command: no sync, no turn behind a layer on the copy engine,
         # and `host` may go at once. Larger ones may wait for the stream, so a round has none of them.
         return host.to(self.torch_device, non_blocking=True)
@@ -250,6 +242,20 @@ def _end_event(ticket: Ticket) -> torch.cuda.Event:
         return ticket.ready
     assert isinstance(ticket, CudaMark)
     return ticket.event
+
+
+class _OnDevice:
+    """Pinned host memory, at the address under which the device reads it: with one address space for both, the same."""
+
+    def __init__(self, host: torch.Tensor) -> None:
+        address = {"data": (host.data_ptr(), False), "shape": tuple(host.shape), "typestr": "|u1", "version": 3}
+        self.__cuda_array_interface__ = address
+
+
+def _map_host_memory(num_bytes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Host memory, and the same bytes as a tensor of the device. RuntimeError where that cannot be."""
+    host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    return host, torch.as_tensor(_OnDevice(host), device=device)
 
 
 def _near_cpus(index: int) -> frozenset[int] | None:

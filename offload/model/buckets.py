@@ -1,7 +1,7 @@
 """Pure: the few shapes that passes of a fixed shape have, and so how many rows the widest of a run has."""
 
 MAX_ROWS = 256  # of one pass; beyond, computing takes longer than launching, and padding would cost more than it saves
-MAX_UNWANTED = 64  # logits that are computed for rows whose logits nobody asked for; reading a prompt is not worth recording
+CATCH_UP_ROWS = (1, 2)  # of a pass that reads what was accepted: the next root, behind a leaf that had no row
 POWERS_UP_TO = 64  # buckets of new rows: powers of two, then multiples of this
 LEAST_CACHED_ROWS = 512  # buckets of attended rows: powers of two from here to the cache's capacity
 
@@ -18,10 +18,16 @@ def rows_bucket(num_rows: int, capacity: int) -> int:
     return min(max(_power_of_two(num_rows), LEAST_CACHED_ROWS), capacity)
 
 
+def rows_buckets(capacity: int) -> tuple[int, ...]:
+    """All that `rows_bucket` can say, ascending."""
+    powers = (LEAST_CACHED_ROWS << exponent for exponent in range(capacity.bit_length()))
+    return (*(power for power in powers if power < capacity), capacity)
+
+
 def widest_pass(tree_nodes: int) -> int:
     """Rows of the widest pass that is worth recording where no level has more than `tree_nodes`. One that catches up with
     what was accepted is recorded, however small the tree."""
-    return width_bucket(max(min(tree_nodes, MAX_ROWS), MAX_UNWANTED))
+    return width_bucket(max(min(tree_nodes, MAX_ROWS), *CATCH_UP_ROWS))
 
 
 def _power_of_two(number: int) -> int:

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from tree.shape import TreeShape
 
 from ..device import Device
+from ..errors import FitError
 from .attention import pass_mask
-from .buckets import MAX_ROWS, widest_pass
+from .buckets import CATCH_UP_ROWS, MAX_ROWS, widest_pass
 from .causal_lm import CausalLM
 from .fixed_pass import FixedPasses, waits_in_a_pass
 from .kv_cache import KVCache
@@ -22,9 +23,9 @@ class ModelDrafter:
     """Implements tree.draft.TreeModel over a CausalLM with its own cache.
 
     `vocab_size` is the target's: draft logits are cut or padded (never proposed) to it, for families whose sizes pad one
-    vocabulary differently. Small passes have fixed shapes where the device replays recordings; elsewhere each is as large
-    as it must be, which is the same but for rounding. A prompt is read in chunks of at most `chunk_tokens`: only its last
-    token's logits are wanted. Recordings have memory for levels of `max_nodes`; wider ones are computed as they come.
+    vocabulary differently. Passes that were prepared have fixed shapes where the device replays recordings; all others are as
+    large as they must be, which is the same but for rounding. A prompt is read in chunks of at most `chunk_tokens`: only its
+    last token's logits are wanted. Recordings have memory for levels of `max_nodes`; wider ones are computed as they come.
     """
 
     def __init__(
@@ -54,12 +55,29 @@ class ModelDrafter:
         self._fixed = None
         self._model.close()
 
-    def limit(self, chunk_tokens: int, max_nodes: int) -> None:
-        """Take less memory from here on: the one or the other may be less than before."""
+    @property
+    def records(self) -> bool:
+        return self._fixed is not None
+
+    def prepare(self, shape: TreeShape) -> None:
+        """Record the passes that trees of `shape` take, if any are to be. The cache needs room for a row."""
+        if self._fixed is not None:
+            self._fixed.prepare([*CATCH_UP_ROWS, *(len(nodes) for nodes in shape.expanded[1:-1])])
+
+    def record_nothing(self) -> None:
+        """Compute all passes as they come from here on, and give back the memory of recordings."""
+        self._fixed = None
+
+    def limit(self, chunk_tokens: int, shape: TreeShape) -> None:
+        """Take less memory from here on: pieces of a prompt or the tree may be smaller than before."""
         self._chunk_tokens = min(self._chunk_tokens, chunk_tokens)
-        if self._fixed is not None and (max_rows := widest_pass(max_nodes)) < self._fixed.max_rows:
+        if self._fixed is not None and (max_rows := widest_pass(shape.num_nodes)) < self._fixed.max_rows:
             self._fixed = None  # its memory goes before the smaller one's comes
-            self._fixed = FixedPasses(self._model, self._device, max_rows)
+            try:
+                self._fixed = FixedPasses(self._model, self._device, max_rows)
+                self.prepare(shape)
+            except (FitError, torch.OutOfMemoryError):
+                self._fixed = None
 
     def restart(self, token_ids: Sequence[int]) -> None:
         """Another sequence. The cache, which is the caller's to cut, holds rows of a beginning of it, not all."""
@@ -107,7 +125,7 @@ class ModelDrafter:
     def _forward(self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, num_logits: int) -> torch.Tensor:
         known = self._model.architecture.vocab_size
         token_ids, positions = self._device.upload(token_ids).clamp(max=known - 1), self._device.upload(positions)
-        if self._fixed is not None and self._fixed.suit(len(token_ids), num_logits):
+        if self._fixed is not None and self._fixed.has(len(token_ids)):
             logits = self._fixed.run(token_ids, positions, mask)[-num_logits:]
         else:
             logits = self._model.forward(token_ids, positions, mask, num_logits).float()

@@ -36,8 +36,9 @@ NOTHING_STREAMED = "the model fits on the device entirely: nothing is streamed"
 class Plan:
     """Every decision of a run. Ledgers are bytes by named part; `context_rows` counts prompt, new tokens and tree.
 
-    `draft` is the place of the chosen draft among those offered, None for none. `link_bytes_per_s` is what copies can
-    reach, None when nothing is streamed.
+    `draft` is the place of the chosen draft among those offered, None for none. `draft_passes` says how its passes run:
+    "graphs", recorded and replayed, or "eager", launched kernel by kernel; None without one. `link_bytes_per_s` is what copies
+    can reach, None when nothing is streamed.
     """
 
     draft: int | None
@@ -55,6 +56,7 @@ class Plan:
     link_bytes_per_s: float | None
     prediction: Prediction
     autoregressive_s_per_token: float | None
+    draft_passes: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -74,6 +76,7 @@ class Plan:
             "autoregressive_s_per_token": self.autoregressive_s_per_token,
             "expected_tokens_per_pass": prediction.expected_tokens,
             "link_bytes_per_s": self.link_bytes_per_s,
+            "draft_passes": self.draft_passes,
             "context_rows": self.context_rows,
             "pass_rows": self.pass_rows,
             "device_bytes": dict(self.device_ledger),
@@ -159,6 +162,7 @@ def plan_run(
         link_bytes_per_s=workload.link_bytes_per_s if streams else None,
         prediction=prediction,
         autoregressive_s_per_token=plain_s,
+        draft_passes=None if draft is None else "graphs" if budgets.replays else "eager",
         notes=tuple(_notes(workload, memory, drafts if tree is None else (), draft)),
     )
 
