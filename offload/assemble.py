@@ -79,13 +79,11 @@ def open_engine(
         stack.callback(masks.close)
         plan, model, stream, store = load_target(device, target, plan, shared, fallbacks, counter, stack)
         drafter = load_draft(device, draft, plan, target.architecture.vocab_size, masks, counter, stack) if draft else None
-        if drafter is not None:
-            plan, fallbacks = _record(drafter, plan, fallbacks, device)
+        plan, fallbacks = _record(drafter, plan, fallbacks, device)
         plan, fallbacks = _see_placed(plan, fallbacks, stream, store)
         plan = replace(plan, link_bytes_per_s=settings.emulate_link_bytes_per_s or stream.measure_link())
         method = resolve_method(settings.verifier)
         loop = DecodeLoop(device, model, stream, drafter, masks, plan, method=method, trace=trace, fallbacks=fallbacks)
-        memory = _memory_of(device, store)
         close = stack.pop_all().close
     return Engine(
         loop=loop,
@@ -95,7 +93,7 @@ def open_engine(
         method=method,
         emulated_link=settings.emulate_link_bytes_per_s is not None,
         device_name=device.name,
-        memory=memory,
+        memory=_memory_of(device, store),
         close=close,
     )
 
@@ -154,9 +152,11 @@ def _see_placed(plan: Plan, fallbacks: Fallbacks, stream: LayerStream, store: We
     return placed, fallbacks
 
 
-def _record(drafter: ModelDrafter, plan: Plan, fallbacks: Fallbacks, device: Device) -> tuple[Plan, Fallbacks]:
+def _record(drafter: ModelDrafter | None, plan: Plan, fallbacks: Fallbacks, device: Device) -> tuple[Plan, Fallbacks]:
     """With the draft's passes recorded. A driver that cannot leaves nobody without a way: they are launched one by one then,
     unless graphs were asked for, which is a DeviceError."""
+    if drafter is None:
+        return plan, fallbacks
     why = "" if drafter.records else "this model waits for the device in a pass"
     try:
         with device.translated():
