@@ -82,7 +82,8 @@ class DecodeLoop:
         self._device, self._target, self._stream, self._drafter, self._masks = device, target, stream, drafter, masks
         self._plan, self._method, self._trace, self._fallbacks = plan, method, trace, fallbacks
         caches = [target.cache, *([drafter.cache] if drafter is not None else [])]
-        self.sessions = Sessions(caches, max_bytes=host_limit_bytes(plan))
+        ropes = [target.rope, *([drafter.rope] if drafter is not None else [])]
+        self.sessions = Sessions(caches, ropes, max_bytes=host_limit_bytes(plan))
         self._committed: list[int] = []
         self._params = SamplingParams()
         self._scoring: Scoring | None = None
@@ -97,18 +98,27 @@ class DecodeLoop:
         """Randomness for one text."""
         return torch.Generator(self._device.torch_device).manual_seed(seed)
 
-    def start(self, text: Sequence[int], params: SamplingParams, generator: torch.Generator, scoring: Scoring | None) -> int:
-        """Begin with `text`, or go on from it. Returns how many of its tokens need no pass, as an earlier sequence began
-        with them; a prompt that is to be scored needs them all. `scoring` changes no token."""
+    def start(
+        self,
+        text: Sequence[int],
+        prompt_tokens: int,
+        params: SamplingParams,
+        generator: torch.Generator,
+        scoring: Scoring | None,
+    ) -> int:
+        """Begin with `text`, or go on from it; its first `prompt_tokens` are a prompt. Returns how many of its tokens need no
+        pass, as an earlier sequence began with them; a prompt that is to be scored needs them all. `scoring` changes no
+        token."""
         with self._device.translated():
-            num_reused = self.sessions.resume(self._committed, text)
+            num_reused = self.sessions.resume(self._committed, text, prompt_tokens)
         if scoring is not None and scoring.prompt:
             num_reused = 0
             self._target.cache.truncate(0)
         self._params, self._generator = params, generator
         self._scoring, self._prompt_scores = scoring, ()
+        self._target.begin_text(prompt_tokens, len(text))
         if self._drafter is not None:
-            self._drafter.restart(text)
+            self._drafter.restart(text, prompt_tokens)
         return num_reused
 
     def run_round(self, max_tokens: int) -> StepResult:
@@ -135,6 +145,7 @@ class DecodeLoop:
     def _try_round(self, max_tokens: int, start_s: float) -> StepResult:
         self._stream.prefetch()
         extra_bytes = self._read_ahead_of_tree()
+        max_tokens = min(max_tokens, self._target.rope.room(len(self._committed)))
         shape = self._plan.tree.truncated(max_tokens) if self._drafter is not None else TreeShape.root_only()
         draft = self._grow(shape)
         logits, cached = self._run_target(draft)
@@ -280,3 +291,5 @@ class DecodeLoop:
         if self._drafter is not None:
             self._drafter.commit(verdict.path)
             self._drafter.extend_context(verdict.token_ids)
+        self._target.start_over_if_outgrown(len(self._committed))
+        self.sessions.grown(len(self._committed))

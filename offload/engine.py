@@ -113,7 +113,7 @@ class Generation:
         engine.answering = None  # until all is in place
         scoring = replace(request.scoring, prompt=False) if request.scoring and begun else request.scoring
         text = (*request.prompt, *self.token_ids)
-        num_reused = engine.loop.start(text, request.params, self._generator, scoring)
+        num_reused = engine.loop.start(text, len(request.prompt), request.params, self._generator, scoring)
         if not begun:
             self.stats.reused_tokens = num_reused
         engine.answering = self

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from .errors import ModelError
-from .model.architecture import Architecture, architecture_of, check_weights, read_architecture
+from .model.architecture import Architecture, architecture_of, match_weights, read_architecture
 from .model.locate import locate_model
 from .model.transformers_api import make_config
 from .planner.cost import ModelCost, kv_bytes_per_row
@@ -87,7 +87,7 @@ def _open_folder(name: str, flag: str) -> tuple[Path, Architecture, TensorSource
     folder = locate_model(name, flag)
     checkpoint = open_checkpoint(folder)  # first: a damaged config is told from one of another architecture here
     architecture = read_architecture(folder)
-    check_weights(architecture, checkpoint)
+    architecture, checkpoint = match_weights(architecture, checkpoint)
     return folder, architecture, CheckpointSource(checkpoint)
 
 

@@ -43,7 +43,7 @@ def open_drafters(
         drafters = [engine.loop._drafter for engine in engines if engine.loop._drafter is not None]
         assert len(drafters) == len(devices)
         for drafter in drafters:
-            drafter.restart(PROMPT)
+            drafter.restart(PROMPT, len(PROMPT))
         yield drafters
     finally:
         for engine in engines:

@@ -230,17 +230,9 @@ def test_what_an_earlier_text_left_behind_is_not_read(models: Models) -> None:
         for drafter in drafters:
             drafter._model.cache.truncate(0)
             drafter._model.cache.poison_tail()
-            drafter.restart(PROMPT)
+            drafter.restart(PROMPT, len(PROMPT))
         run_round(drafters, TreeShape.chains(3, 3), generator)
         assert all(drafter.begin(TreeShape.chain(2)).isfinite().all() for drafter in drafters)
-
-
-def test_a_model_that_waits_in_a_pass_is_not_recorded(models: Models) -> None:
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    device = RecordingDevice()
-    with open_tiny(models(rope_parameters=rope), device) as engine:
-        assert len(engine.generate(PROMPT, max_new_tokens=12, ignore_eos=True).token_ids) == 12
-    assert device.num_recordings == 0
 
 
 def test_buckets_are_few_and_near() -> None:

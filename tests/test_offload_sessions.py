@@ -21,8 +21,9 @@ from offload.demo import DRAFT, TARGET
 from offload.device import Device
 from offload.device.cpu import CpuDevice
 from offload.engine import Engine
-from offload.errors import FitError
+from offload.errors import HostMemoryError
 from offload.model.kv_cache import KVCache
+from offload.model.rope import Rope
 from offload.report import Report
 from offload.sessions import MIN_KEPT_ROWS, Sessions, host_limit_bytes, num_common
 from test_offload_engine import open_tiny
@@ -236,11 +237,12 @@ class Rig:
     def __init__(self, device: Device, **bounds: int) -> None:
         sizes: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 3, "head_dim": 4, "capacity": 200, "dtype": torch.float32}
         self.caches = [KVCache(device, **sizes), KVCache(device, **{**sizes, "num_layers": 1})]
-        self.sessions = Sessions(self.caches, **{"max_bytes": 2**30, **bounds})
+        ropes = [Rope(kind="fixed", native_tokens=200, max_positions=200)] * 2
+        self.sessions = Sessions(self.caches, ropes, **{"max_bytes": 2**30, **bounds})
         self.live: list[int] = []
 
     def ask(self, prompt: list[int]) -> int:
-        reused = self.sessions.resume(self.live, prompt)
+        reused = self.sessions.resume(self.live, prompt, len(prompt))
         self.fill()
         return reused
 
@@ -277,7 +279,7 @@ def test_an_interruption_at_any_line_files_no_row_under_another_token() -> None:
         rig = Rig(device, max_kept=2)
         with InterruptAtLine(fail_at) as counter, suppress(KeyboardInterrupt):
             for prompt in script:
-                rig.sessions.resume(rig.live, prompt)
+                rig.sessions.resume(rig.live, prompt, len(prompt))
                 counter.pause(rig.fill)
         return rig, counter.num_lines
 
@@ -340,7 +342,7 @@ def test_a_short_tail_is_not_worth_a_copy_and_a_beginning_is_not_kept_twice(devi
 
 def test_a_host_without_room_keeps_nothing(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(num_bytes: int) -> None:
-        raise FitError(f"{num_bytes} refused", where="host", cure="none")
+        raise HostMemoryError(f"{num_bytes} refused", where="host", cure="none")
 
     places: dict[str, Any] = {"offload.sessions.available_bytes": lambda: 1000, "offload.model.kv_cache.HostMapping": refuse}
     for place, replacement in places.items():

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..device.host import available_bytes
-from ..model.causal_lm import rebuild_rotary
+from ..model.rotary import rebuild_rotary
 from ..model.transformers_api import build_on_meta
 from ..source import ModelSource
 from ..weights.source import share_layers
@@ -21,7 +21,7 @@ def build_model(source: ModelSource) -> Any:
     state = host_tensors(source)
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
-    rebuild_rotary(model, source.architecture.config, torch.device("cpu"))
+    rebuild_rotary(model, None, torch.device("cpu"))
     return model.eval()
 
 

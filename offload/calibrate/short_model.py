@@ -63,7 +63,7 @@ class ShortModel:
         self._look_back_on(context_rows)
         if self._drafter is None:
             return Work(self._pass(rows, context_rows))
-        self._drafter.restart([0] * (context_rows + 1))
+        self._drafter.restart([0] * (context_rows + 1), context_rows + 1)
         vocab_size = self._model.architecture.vocab_size
         self._drafter.prepare(tree_of_levels(rows, vocab_size))
         model = _AlwaysTheSame(self._drafter, context_rows, peaked_logits(self._device, rows, vocab_size))

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from ..config import bytes_text, counted
-from ..model.architecture import check_weights, read_architecture
+from ..model.architecture import match_weights, read_architecture
 from ..model.locate import locate_model
 from ..weights.checkpoint import open_checkpoint
 from ..weights.manifest import MANIFEST_NAME, check_manifest, write_manifest
@@ -15,8 +15,7 @@ from .terminal import LoadProgress
 def run(arguments: argparse.Namespace) -> int:
     folder = locate_model(arguments.model, "--model")
     checkpoint = open_checkpoint(folder)
-    architecture = read_architecture(folder)
-    check_weights(architecture, checkpoint)
+    architecture, _ = match_weights(read_architecture(folder), checkpoint)
     manifest = Path(arguments.manifest) if arguments.manifest else folder / MANIFEST_NAME
     done, total = 0, sum(path.stat().st_size for path in checkpoint.files)
     with LoadProgress(enabled=not arguments.quiet) as bar:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..config import bytes_text, counted
 from ..errors import ModelError, OffloadError
-from ..model.architecture import check_weights, read_architecture
+from ..model.architecture import match_weights, read_architecture
 from ..model.locate import find_config
 from ..planner.cost import GIB, ModelCost
 from ..planner.shapes import ModelShape, find_shape, is_preset
@@ -73,8 +73,7 @@ def time_disk(checkpoint: Checkpoint, limit_s: float = DISK_TEST_S) -> DiskFacts
 
 def _inspect_folder(folder: Path, flag: str, label: str, on_gpu: bool) -> Inspected:
     checkpoint = open_checkpoint(folder)
-    architecture = read_architecture(folder)
-    check_weights(architecture, checkpoint)
+    architecture, checkpoint = match_weights(read_architecture(folder), checkpoint)
     size, files = bytes_text(checkpoint.num_bytes), counted(len(checkpoint.files), "file")
     layers = counted(architecture.num_layers, "layer")
     value = f"{architecture.config.model_type}, {layers}, {size} in {files}, headers and index sound"

@@ -4,14 +4,22 @@ The model is built on the meta device, which costs no memory and asks transforme
 """
 
 import copy
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from ..errors import ModelError
-from ..weights.checkpoint import Checkpoint, check_tensors, is_rotary_buffer
+from ..weights.checkpoint import Checkpoint, check_tensors, have_same_bytes
 from .attention import ATTENTION, register
-from .transformers_api import PreTrainedModel, build_on_meta, read_config
+from .rope import Rope, read_rope
+from .rotary import check_rotary
+from .transformers_api import PreTrainedModel, build_on_meta, keeps_float32, read_config, tied_parameters
+
+logger = logging.getLogger(__name__)
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -29,6 +37,7 @@ class Architecture:
 
     config: Any
     model: PreTrainedModel
+    rope: Rope
     prefix: str
     num_layers: int
     layer_shapes: Shapes
@@ -57,7 +66,7 @@ class Architecture:
 
     @property
     def max_positions(self) -> int:
-        return int(self.config.max_position_embeddings)
+        return self.rope.max_positions
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -86,6 +95,11 @@ def architecture_of(config: Any, where: str) -> Architecture:
     except Exception as error:
         raise _not_buildable(error, where) from error
     _refuse_unsupported(config, model, where)
+    try:
+        rope = read_rope(config.to_dict())
+        check_rotary(model, rope)
+    except ValueError as error:
+        raise _unsupported(str(error), config, where) from error
     prefix = "model.layers"
     layers = list(model.get_submodule(prefix).children())
     shapes = [{name: tuple(p.shape) for name, p in layer.named_parameters()} for layer in layers]
@@ -95,6 +109,7 @@ def architecture_of(config: Any, where: str) -> Architecture:
     return Architecture(
         config=config,
         model=model.eval(),
+        rope=rope,
         prefix=prefix,
         num_layers=len(layers),
         layer_shapes=shapes[0],
@@ -111,15 +126,35 @@ def shortened(architecture: Architecture, num_layers: int) -> Architecture:
     return architecture_of(config, "a shortened model")
 
 
-def check_weights(architecture: Architecture, checkpoint: Checkpoint) -> None:
-    """CheckpointError naming every difference between the tensors that the config asks for and those that are there. A head
-    tied to the embedding may be in the files all the same."""
-    tied = bool(architecture.config.tie_word_embeddings)
-    check_tensors(
-        checkpoint,
-        architecture.expected_tensors,
-        ignore=lambda name: is_rotary_buffer(name) or (tied and name == "lm_head.weight"),
-    )
+def match_weights(architecture: Architecture, checkpoint: Checkpoint) -> tuple[Architecture, Checkpoint]:
+    """The architecture and the tensors as transformers would put the two together. CheckpointError naming every tensor that
+    the config asks for and the files have not.
+
+    Where the config ties two tensors of which the files have both, and they differ, they are not tied; where the files have
+    the other of the two, it is taken. Tensors that the model has no place for are left out, with a warning.
+    """
+    tied = tied_parameters(architecture.model)
+    tensors = dict(checkpoint.tensors)
+    for name, owner in tied.items():
+        if name in tensors and owner in tensors:
+            if not have_same_bytes(tensors[name], tensors[owner]):
+                logger.warning("config.json ties %s to %s, and the files hold two: both are used", name, owner)
+                return match_weights(_untied(architecture, str(checkpoint.folder)), checkpoint)
+        elif name in tensors:
+            tensors[owner] = tensors[name]
+    checkpoint = replace(checkpoint, tensors=MappingProxyType(tensors))
+    others = check_tensors(checkpoint, architecture.expected_tensors)
+    unknown = [name for name in others if name not in tied and "rotary_emb." not in name]
+    if unknown:
+        few, more = ", ".join(unknown[:3]), f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        logger.warning("tensors that this model has no place for are left out, as in transformers: %s%s", few, more)
+    return architecture, checkpoint
+
+
+def _untied(architecture: Architecture, where: str) -> Architecture:
+    config = copy.deepcopy(architecture.config)
+    config.tie_word_embeddings = False
+    return architecture_of(config, where)
 
 
 def check_window(architecture: Architecture, max_positions: int, where: str) -> None:
@@ -153,9 +188,13 @@ def _refuse_unsupported(config: Any, model: PreTrainedModel, where: str) -> None
         raise _unsupported("its weights are quantised", config, where)
     if not any(name.startswith("model.layers.0.") for name in names):
         raise _unsupported("its decoder layers are not at model.layers", config, where)
-    buffers = sorted(name for name, _ in model.named_buffers() if "rotary_emb" not in name)
+    buffers = sorted(name for name, _ in model.named_buffers() if "rotary_emb" not in name.split("."))
+    # Tensors that are neither weights nor buffers would stay on the meta device.
+    buffers += [key for module in model.modules() for key, value in vars(module).items() if isinstance(value, torch.Tensor)]
     if buffers:
         raise _unsupported(f"it keeps buffers that are not weights ({buffers[0]})", config, where)
+    if kept := keeps_float32(model):
+        raise _unsupported(f"a part of it stays in float32 whatever the dtype ({kept[0]})", config, where)
     num_kv_heads = getattr(config, "num_key_value_heads", None)
     if getattr(config, "attn_logit_softcapping", None) or not num_kv_heads or config.num_attention_heads % num_kv_heads:
         raise _unsupported("its attention is not plain grouped-query attention", config, where)

@@ -14,6 +14,7 @@ from ..device import Device
 from ..streaming.stream import Weights
 from .architecture import Architecture
 from .kv_cache import KVCache
+from .rotary import rebuild_rotary
 from .transformers_api import Forward, Rows
 
 
@@ -57,13 +58,27 @@ class CausalLM:
         self._pass = under_way = _Pass()
         self._model = architecture.model
         _materialise(self._model, device.torch_device, dtype, shared)
-        rebuild_rotary(self._model, architecture.config, device.torch_device)
+        self.rope = architecture.rope
+        self._row_rotary = rebuild_rotary(self._model, self.rope, device.torch_device)
+        self._prompt_tokens = 0
         layers = list(self._model.get_submodule(architecture.prefix).children())
         self._forward = Forward(self._model, len(layers))
         self._parameters = [dict(layer.named_parameters()) for layer in layers]
         for layer, parameters in zip(layers, self._parameters, strict=True):
             layer.register_forward_pre_hook(lambda _module, _args, parameters=parameters: under_way.bind(parameters))
         layers[-1].register_forward_hook(lambda _module, _args, _output: under_way.end())
+
+    def begin_text(self, prompt_tokens: int, num_tokens: int) -> None:
+        """The passes to come belong to a text of `num_tokens` tokens so far, of which `prompt_tokens` are its prompt."""
+        self._prompt_tokens = self.rope.counted_prompt(prompt_tokens, num_tokens)
+        for rotary in self._row_rotary:
+            rotary.begin_text(self._prompt_tokens)
+
+    def start_over_if_outgrown(self, num_tokens: int) -> None:
+        """The text has grown to `num_tokens`. Where its family computes all rows anew at that length, none are left."""
+        if self.rope.counted_prompt(self._prompt_tokens, num_tokens) != self._prompt_tokens:
+            self.cache.truncate(0)
+            self.begin_text(self._prompt_tokens, num_tokens)
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, num_logits: int) -> torch.Tensor:
         """One pass over rows `token_ids` [N] int64 at `positions` [N] int64 under `mask` [1, 1, N, cached + N] bool.
@@ -109,8 +124,8 @@ class CausalLM:
 
 
 def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, shared: Weights) -> None:
-    """Replace every meta parameter: shared ones by their tensors, the layers' by empty ones that `_bind` will point
-    somewhere. A tied parameter stays one object."""
+    """Replace every meta parameter: shared ones by their tensors, the layers' by empty ones that a pass points
+    at its weights. A tied parameter stays one object."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -120,11 +135,3 @@ def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, sha
                 tensor = shared[name] if name in shared else torch.empty(0, device=device, dtype=dtype)
                 made[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
             setattr(module, key, made[id(parameter)])
-
-
-def rebuild_rotary(model: nn.Module, config: object, device: torch.device) -> None:
-    """Rotary tables are not in checkpoints and were lost on the meta device; transformers computes them again."""
-    for name, module in list(model.named_modules()):
-        if name.rpartition(".")[2] == "rotary_emb":
-            parent = model.get_submodule(name.rpartition(".")[0])
-            parent.rotary_emb = type(module)(config).to(device)

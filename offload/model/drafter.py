@@ -12,9 +12,10 @@ from ..errors import FitError
 from .attention import pass_mask
 from .buckets import CATCH_UP_ROWS, MAX_ROWS, widest_pass
 from .causal_lm import CausalLM
-from .fixed_pass import FixedPasses, waits_in_a_pass
+from .fixed_pass import FixedPasses
 from .kv_cache import KVCache
 from .masks import TreeMasks
+from .rope import Rope
 
 PROMPT_CHUNK_TOKENS = 1024
 
@@ -40,8 +41,7 @@ class ModelDrafter:
     ) -> None:
         self._chunk_tokens = chunk_tokens
         self._model, self._device, self._vocab_size, self._masks = model, device, vocab_size, masks
-        fixed = device.replays and not waits_in_a_pass(model.architecture.config)
-        self._fixed = FixedPasses(model, device, widest_pass(max_nodes)) if fixed else None
+        self._fixed = FixedPasses(model, device, widest_pass(max_nodes)) if device.replays else None
         self._context: list[int] = []
         self._shape = TreeShape.root_only()
         self._nodes: list[int] = []  # expanded nodes, in the order of their pending cache rows
@@ -49,6 +49,10 @@ class ModelDrafter:
     @property
     def cache(self) -> KVCache:
         return self._model.cache
+
+    @property
+    def rope(self) -> Rope:
+        return self._model.rope
 
     def close(self) -> None:
         """Give back the model's memory, and that of recordings."""
@@ -79,15 +83,18 @@ class ModelDrafter:
             except (FitError, torch.OutOfMemoryError):
                 self._fixed = None
 
-    def restart(self, token_ids: Sequence[int]) -> None:
-        """Another sequence. The cache, which is the caller's to cut, holds rows of a beginning of it, not all."""
+    def restart(self, token_ids: Sequence[int], prompt_tokens: int) -> None:
+        """Another sequence, the first `prompt_tokens` of it a prompt. The cache, which is the caller's to cut, holds rows of a
+        beginning of it, not all."""
         self._context = list(token_ids)
+        self._model.begin_text(prompt_tokens, len(token_ids))
         if self._fixed is not None:
             self._fixed.restart()
 
     def extend_context(self, token_ids: Sequence[int]) -> None:
         """Committed tokens, the last of which is the next root. Host only; `begin` catches up."""
         self._context.extend(token_ids)
+        self._model.start_over_if_outgrown(len(self._context))
 
     def begin(self, shape: TreeShape) -> torch.Tensor:
         """Logits [1, V] of the token after the context; drops what is left of an earlier tree."""

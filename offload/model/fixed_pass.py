@@ -88,10 +88,3 @@ class FixedPasses:
 
     def _mask_of(self, width: int, num_attended: int) -> torch.Tensor:
         return self._mask[: width * num_attended].view(1, 1, width, num_attended)
-
-
-def waits_in_a_pass(config: object) -> bool:
-    """Whether a model of this config asks the device something in the middle of a pass, which cannot be recorded: rotary
-    embeddings that change with the length of the text do."""
-    parameters = str(getattr(config, "rope_parameters", ""))  # which some families nest by kind of layer
-    return any(kind in parameters for kind in ("dynamic", "longrope"))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 __all__ = ["PreTrainedModel"]
 
@@ -59,6 +60,12 @@ def keeps_float32(model: PreTrainedModel) -> list[str]:
     """Names of modules that transformers leaves in float32 whatever dtype is asked for."""
     kept = [getattr(model, name, None) or () for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")]
     return sorted({name for names in kept for name in names})
+
+
+def rope_frequencies(config: Any, kind: str, length: int) -> torch.Tensor:
+    """Inverse frequencies [C / 2] float32 of a text of `length` tokens, by the formula that transformers calls `kind`."""
+    frequencies: torch.Tensor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=torch.tensor(length))[0]
+    return frequencies
 
 
 def watched_by_deepspeed(config: Mapping[str, Any]) -> Any:

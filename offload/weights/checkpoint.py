@@ -7,7 +7,8 @@ waits an hour for each of five missing shards would rather know about them toget
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +26,10 @@ CONFIG_NAME: Final = "config.json"
 MAX_INDEX_BYTES: Final = 64 * 2**20  # Llama-2-70B's index has 66,725 bytes
 MAX_CONFIG_BYTES: Final = 16 * 2**20
 MAX_MISSING_LISTED: Final = 64
+COMPARED_BYTES: Final = 2**24  # at a time
 FOREIGN_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
+
+_SEPARATORS = re.compile(r"[._]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,30 +69,49 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder=folder, tensors=MappingProxyType(tensors), files=tuple(folder / shard for shard in shards))
 
 
-def is_rotary_buffer(name: str) -> bool:
-    """Old Llama checkpoints carry the rotary frequencies, which every implementation computes itself."""
-    return name.endswith(".rotary_emb.inv_freq")
-
-
 def check_tensors(
     checkpoint: Checkpoint,
     expected: Mapping[str, tuple[int, ...]],
-    *,
-    ignore: Callable[[str], bool] = is_rotary_buffer,
-) -> None:
-    """Every name of `expected` is there with that shape and nothing else is, except names for which `ignore` is true.
-    Dtypes are the reader's business. Raises CheckpointError, which names all differences."""
+) -> tuple[str, ...]:
+    """Every name of `expected` is there with that shape. Returns the names that are not in `expected`: other layers, other
+    heads, tables that every implementation computes itself. A name that begins with an expected one, such as
+    `q_proj.weight_scale`, is no such thing: that weight alone is not what the model computes with. Dtypes are the reader's
+    business. Raises CheckpointError, which names all differences."""
     tensors = checkpoint.tensors
+    others = tuple(name for name in tensors if name not in expected)
     problems = [f"tensor {quoted(name)} is missing" for name in expected if name not in tensors]
     problems += [
         f"tensor {quoted(name)} has shape {tensors[name].shape}, the model needs {tuple(shape)}"
         for name, shape in expected.items()
         if name in tensors and tensors[name].shape != tuple(shape)
     ]
-    problems += [f"tensor {quoted(name)} is unexpected" for name in tensors if name not in expected and not ignore(name)]
+    problems += [
+        f"tensor {quoted(name)} says that {quoted(whole)} is packed, and config.json does not"
+        for name in others
+        for whole in (name[: separator.start()] for separator in _SEPARATORS.finditer(name))
+        if whole in expected
+    ]
     if problems:
         cure = "use the config.json that belongs to these weights; if it does, this architecture is not supported"
         raise problems_error(problems, where=str(checkpoint.folder), cure=cure)
+    return others
+
+
+def have_same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors on disk are the same, without holding either in memory. CheckpointError when they cannot be read."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    try:
+        with one.path.open("rb") as first, other.path.open("rb") as second:
+            first.seek(one.offset_bytes)
+            second.seek(other.offset_bytes)
+            for start in range(0, one.num_bytes, COMPARED_BYTES):
+                num_bytes = min(COMPARED_BYTES, one.num_bytes - start)
+                if first.read(num_bytes) != second.read(num_bytes):
+                    return False
+    except OSError as error:
+        raise problems_error([str(error.strerror)], where=str(one.path), cure=_download_again(one.path.parent)) from error
+    return True
 
 
 def _read_index(folder: Path) -> dict[str, str]:
