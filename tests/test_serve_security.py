@@ -144,6 +144,42 @@ def test_every_answer_carries_the_security_headers(locked: Server) -> None:
             assert response.headers["x-content-type-options"] == "nosniff"
 
 
+# -- HEAD ---------------------------------------------------------------------------------------------------------------
+
+
+def get_paths(server: Server) -> list[str]:
+    with client(server, Authorization=f"Bearer {KEY}") as http:
+        described = http.get("/openapi.json").json()["paths"]
+    found = [path.replace("{name}", MODEL) for path, methods in described.items() if "get" in methods]
+    assert {"/health", "/metrics", "/v1/models", f"/v1/models/{MODEL}", "/v1/engine/events", "/version"} <= set(found)
+    return [*found, "/", "/page/page.js", "/v1/health", "/openapi.json", "/nothing", "/v1/models/other", "/v1/completions"]
+
+
+@pytest.mark.parametrize("key", [KEY, "another-key"])
+def test_head_is_get_without_the_body_on_every_route(locked: Server, key: str) -> None:
+    """Also of streams that never end, of refusals, and for those who may not ask."""
+    with client(locked, Authorization=f"Bearer {key}") as http:
+        for path in get_paths(locked):
+            head = http.head(path)
+            with http.stream("GET", path) as got:
+                pass
+            assert (head.status_code, head.content) == (got.status_code, b""), path
+            if path == "/metrics":  # its length depends on the time
+                del head.headers["content-length"], got.headers["content-length"]
+            assert {**head.headers, "date": ""} == {**got.headers, "date": ""}, path
+    until(lambda: not locked.feed._listeners)
+
+
+def test_a_connection_goes_on_after_head(locked: Server) -> None:
+    connection = raw(locked, "HEAD /health HTTP/1.1", "Host: localhost", "", "GET /health HTTP/1.1", "Host: localhost", "")
+    connection.settimeout(10)
+    received = b""
+    with connection:
+        while not received.endswith(b'{"status":"ok"}'):
+            received += connection.recv(65536)
+    assert received.count(b"HTTP/1.1 200 OK") == 2 and received.count(b'{"status":"ok"}') == 1
+
+
 # -- what may be sent -----------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import hmac
 import ipaddress
 import logging
 import re
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -17,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .problems import Problem, from_error, place_of
 from .settings import MAX_BODY_BYTES, ServeSettings
-from .streams import Hangup
+from .streams import Hangup, head_only
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,12 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
+        if scope["method"] == "HEAD":  # answered as GET is, without the body: by every route, and by the checks before it
+            scope, send = {**scope, "method": "GET"}, head_only(send)
+        with suppress(Hangup):
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
         async def send_secured(message: Message) -> None:
@@ -106,7 +113,7 @@ class Gate:
         except Problem as problem:
             await problem.response()(scope, receive, send_secured)
         except Hangup:
-            pass
+            raise
         except Exception as error:
             logger.error("a request failed: %s", place_of(error))
             if not started:

@@ -17,6 +17,17 @@ class Hangup(Exception):
     """The client has gone; there is nobody to answer."""
 
 
+def head_only(send: Send) -> Send:
+    """Of an answer its status and headers. Hangup then ends whoever would go on."""
+
+    async def send_head(message: Message) -> None:
+        await send(message)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        raise Hangup
+
+    return send_head
+
+
 def data(document: object) -> str:
     return f"data: {json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
