@@ -15,14 +15,15 @@ from .text import TextCodec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What to generate. `stop` strings end the text before them; every EOS id ends it unless `ignore_eos`. `scoring` asks for
-    log-probabilities, None for none."""
+    """What to generate. `stop` strings and `stop_token_ids` end the text before them; every EOS id ends it unless `ignore_eos`.
+    `scoring` asks for log-probabilities, None for none."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int = 128
     params: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
     stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     scoring: Scoring | None = None
 
@@ -60,6 +61,7 @@ class Admission:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
         scoring: Scoring | None = None,
     ) -> Request:
@@ -75,6 +77,7 @@ class Admission:
             params=params,
             seed=self.seed if seed is None else _whole_numbers([seed], "--seed")[0],
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            stop_token_ids=frozenset(stop_token_ids),
             ignore_eos=ignore_eos,
             scoring=scoring,
         )

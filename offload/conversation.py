@@ -24,9 +24,12 @@ class Prompt:
     templated: bool
 
 
-def render(codec: TextCodec, messages: Sequence[object], *, template: bool = True) -> Prompt:
+def render(
+    codec: TextCodec, messages: Sequence[object], *, template: bool = True, values: Mapping[str, object] | None = None
+) -> Prompt:
     """The prompt for an answer to `messages`, [{"role": "system" | "user" | "assistant", "content": str}, ...]. With
-    `template` False, or without a template, it is a transcript.
+    `template` False, or without a template, it is a transcript. `values` are what a template may know beside the messages,
+    such as enable_thinking.
 
     Raises UsageError for messages that make no sense, ModelError for a template that fails or refuses them.
     """
@@ -34,7 +37,7 @@ def render(codec: TextCodec, messages: Sequence[object], *, template: bool = Tru
     if not checked:
         raise UsageError("no messages", where="messages", cure="give at least one")
     if template and codec.has_chat_template:
-        text = codec.lay_out(checked)
+        text = codec.lay_out(checked, values)
         return Prompt(text=text, token_ids=tuple(codec.encode_laid_out(text)), stop=(), templated=True)
     text = transcript(checked)
     return Prompt(text=text, token_ids=tuple(codec.encode(text)), stop=TRANSCRIPT_STOPS, templated=False)

@@ -125,6 +125,9 @@ class Generation:
         for token_id in result.token_ids:
             self.token_ids.append(token_id)
             taken += 1
+            if token_id in request.stop_token_ids:
+                reason = "stop"
+                break
             if self._text is not None:
                 text += self._text.push(token_id)
                 if self._text.stopped:

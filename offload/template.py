@@ -16,14 +16,14 @@ _PROCESS = Path(__file__).with_name("template_process.py")
 
 
 def apply_template(
-    template: str, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str], *, limit_s: int = LIMIT_S
+    template: str, messages: Sequence[Mapping[str, str]], values: Mapping[str, object], *, limit_s: int = LIMIT_S
 ) -> str:
-    """The text of `messages` ({"role", "content"} each) and the opening of an answer. `special_tokens` are names such as
-    bos_token that a template may use.
+    """The text of `messages` ({"role", "content"} each) and the opening of an answer. `values` are what else a template may
+    use by name, such as bos_token or enable_thinking: what JSON can hold.
 
     Raises ModelError for a template that fails, exceeds its bounds, or refuses these messages.
     """
-    context = {**special_tokens, "messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True}
+    context = {**values, "messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True}
     limits = {"limit_s": limit_s, "limit_bytes": LIMIT_BYTES, "limit_characters": LIMIT_CHARACTERS}
     command = [sys.executable, "-I", str(_PROCESS)]
     try:

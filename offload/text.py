@@ -49,8 +49,9 @@ class TextCodec:
         messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
         return self.encode_laid_out(self.lay_out([*messages, {"role": "user", "content": text}]))
 
-    def lay_out(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Messages as text that opens an answer, by the model's own chat template. Raises as `apply_template` does."""
+    def lay_out(self, messages: Sequence[Mapping[str, str]], values: Mapping[str, object] | None = None) -> str:
+        """Messages as text that opens an answer, by the model's own chat template, which may use `values` by their names.
+        Raises as `apply_template` does."""
         if not self.has_chat_template:
             raise UsageError(
                 "the model has no chat template", where="--chat or --system-prompt", cure="use --raw, or leave them out"
@@ -63,7 +64,8 @@ class TextCodec:
                 where="chat template of the model",
                 cure="use --raw",
             ) from error
-        return apply_template(template, messages, {name: str(it) for name, it in self._tokenizer.special_tokens_map.items()})
+        special_tokens = {name: str(it) for name, it in self._tokenizer.special_tokens_map.items()}
+        return apply_template(template, messages, {**special_tokens, **(values or {})})
 
     def encode_laid_out(self, text: str) -> list[int]:
         """Token ids of what `lay_out` made: a template writes the special tokens itself."""

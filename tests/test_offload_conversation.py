@@ -77,6 +77,17 @@ def test_a_template_gives_what_it_gives_in_transformers(codec_with: Make, tmp_pa
     assert prompt.templated and prompt.stop == ()
 
 
+def test_a_template_may_be_told_more_than_the_messages(codec_with: Make, tmp_path: Path) -> None:
+    template = (
+        "{{ messages | length }}{{ 'x' if enable_thinking is defined and not enable_thinking }}{{ level }}{{ bos_token }}"
+    )
+    codec = codec_with(template)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "codec-0")
+    for values in ({}, {"enable_thinking": False, "level": [1, {"a": None}]}, {"bos_token": "other"}):
+        wanted = tokenizer.apply_chat_template(DIALOGUE, tokenize=False, add_generation_prompt=True, **values)
+        assert render(codec, DIALOGUE, values=values).text == wanted
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_template_that_misbehaves_is_a_model_error(name: str) -> None:
     with pytest.raises(ModelError, match="the chat template failed: ") as caught:

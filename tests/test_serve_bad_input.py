@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 
 from offload.assemble import open_engine
 from offload.config import EngineSettings
+from offload.serve.fields import CHAT
 from offload.serve.server import Server
 from serving import MODEL, chat, client, completion, demo_engine, is_idle, running, tiny_engine, until
 from text_models import save_text_model
@@ -22,6 +24,14 @@ JSON = {"Content-Type": "application/json"}
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     with running(lambda _: demo_engine(max_context=96)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def quick_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Some of what the schema allows is computed, up to the last row of the context."""
+    folder = tmp_path_factory.mktemp("pair")
+    with running(lambda _: tiny_engine(folder, max_context=48)) as server:
         yield server
 
 
@@ -65,16 +75,17 @@ def test_what_is_no_json_object_is_refused(server: Server, path: str, body: byte
 
 
 BAD_FIELDS: dict[str, list[Any]] = {
-    "model": [None, 1, "", "other", "../demo", "x" * 1000],
-    "max_tokens": ["8", 1.5, -1, True, 10**9, 10**30, [8]],
+    "model": [1, "", "other", "../demo", "x" * 1000],
+    "max_tokens": ["8", 1.5, -2, True, 10**9, 10**30, [8]],
     "temperature": [-0.1, 2.1, "hot", True, [1]],
-    "top_p": [0, -1, 1.01, "x"],
-    "top_k": [0, -1, 1.5, 2**40],
+    "top_p": [-1, 1.01, "x"],
+    "top_k": [-2, 1.5, 2**40],
     "n": [0, 5, 10**9, "2", 1.5],
     "seed": ["x", 1.5, 2**63, 10**40],
-    "stop": [1, [1], [""], "", "x" * 257, ["x"] * 17, {"a": 1}],
+    "stop": [1, [1], ["", 1], "x" * 257, ["x"] * 17, {"a": 1}],
+    "stop_token_ids": [5, [-1], ["x"], [5] * 65],
     "stream": ["yes", 1],
-    "stream_options": [1, {"include_usage": "yes"}],
+    "stream_options": [1, {"include_usage": "yes"}, {"continuous_usage_stats": 1}],
     "tools": [[{"type": "function"}]],
     "logit_bias": [{"5": 100}],
 }
@@ -131,6 +142,48 @@ def test_a_prompt_beyond_the_context_is_refused_with_the_counts(server: Server) 
         assert "rows of context" in error["message"] and "Congress" not in error["message"]
 
 
+@pytest.mark.parametrize("depth", [50, 400, 900, 980, 100_000])
+@pytest.mark.parametrize("field", ["metadata", "chat_template_kwargs", "logit_bias", "messages", "stop"])
+def test_values_within_values_are_bounded_by_what_can_be_read(quick_server: Server, field: str, depth: int) -> None:
+    """Each reader gives up at another depth; none may take the others by surprise."""
+    for value in ("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth):
+        body = json.dumps({**chat(), field: "HERE"}).replace('"HERE"', value).encode()
+        with client(quick_server) as http:
+            response = http.post("/v1/chat/completions", content=body, headers=JSON)
+        assert response.status_code in (200, 400), response.text
+        assert response.status_code == 400 or field in ("metadata", "chat_template_kwargs")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/v1/chat/completions/", b"{}", 404),
+        ("GET", "/v1/models/", b"", 404),
+        ("GET", "/v1/models/%ff%00%ed%a0%80", b"", 404),
+        ("GET", "/v1//models", b"", 404),
+        ("GET", "/health?a=%ff&b", b"", 200),
+        ("POST", "/health", b"{}", 405),
+        ("DELETE", f"/v1/models/{MODEL}", b"", 405),
+        ("HEAD", "/v1/completions", b"", 405),
+        ("TRACE", "/v1/models", b"", 405),
+        ("POST", "/v1/completions", b'{"model": "demo", "model": "other", "prompt": "a"}', 404),
+        ("POST", "/v1/completions", b'\xef\xbb\xbf{"prompt": "a"}', 200),
+        ("POST", "/v1/completions", b'{"prompt": "a", "min_p": NaN}', 400),
+        ("POST", "/v1/completions", b'{"prompt": "a", "seed": 1e400}', 400),
+        ("POST", "/v1/completions", b'{"prompt": "a"} {"prompt": "b"}', 400),
+        ("POST", "/v1/completions", "{'prompt': 'a'}".encode("utf-16"), 400),
+    ],
+)
+def test_odd_requests_are_answered_with_an_error_object(
+    quick_server: Server, method: str, path: str, body: bytes, status: int
+) -> None:
+    with client(quick_server) as http:
+        response = http.request(method, path, content=body, headers=JSON if body else {})
+    assert response.status_code == status
+    if status != 200 and method != "HEAD":
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
 def test_absurd_numbers_of_alternatives_are_refused(server: Server) -> None:
     for path, body in (("/v1/completions", completion(logprobs=21)), ("/v1/completions", completion(logprobs=-1))):
         assert refused(server, path, json.dumps(body).encode())[1]["param"] == "logprobs"
@@ -165,14 +218,6 @@ def test_a_template_that_loops_or_refuses_is_an_error_and_the_server_goes_on(tmp
 # -- whatever the schema allows -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def quick_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Some of what the schema allows is computed, up to the last row of the context."""
-    folder = tmp_path_factory.mktemp("pair")
-    with running(lambda _: tiny_engine(folder, max_context=48)) as server:
-        yield server
-
-
 FUZZED = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/models/{name}", "/health", "/metrics")
 
 
@@ -190,4 +235,33 @@ def test_nothing_that_the_schema_describes_is_a_server_error(quick_server: Serve
         case.call_and_validate(base_url=quick_server.url, checks=(not_a_server_error,), timeout=60)
 
     given(case=operation.as_strategy())(fuzz)()
+    until(lambda: is_idle(quick_server))
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from([MODEL, "user", "system"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "a"]), inner)
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", completion()), ("/v1/chat/completions", chat())])
+def test_nothing_in_any_field_is_a_server_error(quick_server: Server, path: str, body: dict[str, Any]) -> None:
+    """Also what the schema forbids, and fields that it does not know."""
+    described = quick_server.config.loaded_app._app.openapi()["components"]["schemas"]
+    names = sorted(
+        {name for schema in described.values() for name in schema.get("properties", ())} | CHAT.keys() | {"metadata"}
+    )
+    with client(quick_server) as http:
+
+        @given(st.dictionaries(st.sampled_from(names), ANYTHING, min_size=1, max_size=2))
+        @settings(max_examples=60, deadline=None, database=None)
+        def fuzz(fields: dict[str, Any]) -> None:
+            response = http.post(path, content=json.dumps({**body, **fields}).encode(), headers=JSON)
+            assert response.status_code in (200, 400, 404), response.text
+            assert response.status_code == 200 or response.headers["content-type"] == "application/json"
+
+        fuzz()
     until(lambda: is_idle(quick_server))

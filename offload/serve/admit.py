@@ -42,24 +42,30 @@ def require_codec(codec: "TextCodec | None") -> "TextCodec":
     return codec
 
 
-def admit_chat(engine: "Engine", body: ChatRequest) -> Order:
+def admit_chat(engine: "Engine", body: ChatRequest, model_name: str) -> Order:
     codec = require_codec(engine.codec)
+    if body.top_logprobs and not body.logprobs:
+        raise Problem(400, "invalid_value", "top_logprobs needs logprobs true beside it", "top_logprobs")
+    values = _template_values(codec, body)
     with engine_errors_as_problems():
         try:
-            prompt = render(codec, [message.plain() for message in body.messages])
+            prompt = render(codec, [message.plain() for message in body.messages], values=values)
         except ModelError as error:  # most templates refuse some order of roles, so this is the client's, too
             raise Problem(400, "chat_template_error", error.what, "messages") from None
     token_ids = list(prompt.token_ids)
     scoring = _scoring(body.top_logprobs or 0) if body.logprobs else None
-    wanted = body.max_completion_tokens or body.max_tokens
-    room = max(engine.plan.text_tokens - len(token_ids), 1)
-    requests = _requests(engine, body, token_ids, wanted or room, (*body.stop_strings, *prompt.stop), scoring)
-    header = Header(id=f"chatcmpl-{secrets.token_hex(12)}", created=int(time.time()), model=body.model)
+    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    wanted = getattr(body, name)
+    if wanted == 0:
+        raise Problem(400, "invalid_value", f"{name} 0 asks for nothing", name)
+    num_new = _num_new(engine, len(token_ids), -1 if wanted is None else wanted)
+    requests = _requests(engine, body, token_ids, num_new, (*body.stop_strings, *prompt.stop), scoring)
+    header = Header(id=f"chatcmpl-{secrets.token_hex(12)}", created=int(time.time()), model=model_name)
     layout = ChatFormat(header, codec, with_logprobs=bool(body.logprobs))
     return Order(requests=requests, choices_per_prompt=len(requests), format=layout)
 
 
-def admit_completion(engine: "Engine", body: CompletionRequest) -> Order:
+def admit_completion(engine: "Engine", body: CompletionRequest, model_name: str) -> Order:
     codec = require_codec(engine.codec)
     echo, num_choices = bool(body.echo), body.n or 1
     num_new = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
@@ -69,15 +75,33 @@ def admit_completion(engine: "Engine", body: CompletionRequest) -> Order:
     requests: list[Request] = []
     texts: list[str] = []
     for prompt in body.prompts:
-        token_ids = prompt if isinstance(prompt, list) else codec.encode(prompt)
-        made = _requests(engine, body, token_ids, max(num_new, 1), body.stop_strings, scoring)
+        special = body.add_special_tokens is not False
+        token_ids = prompt if isinstance(prompt, list) else codec.encode(prompt, add_special_tokens=special)
+        made = _requests(engine, body, token_ids, _num_new(engine, len(token_ids), num_new), body.stop_strings, scoring)
         requests += made
         if echo:
             texts += [prompt if isinstance(prompt, str) else codec.decode(token_ids)] * len(made)
-    header = Header(id=f"cmpl-{secrets.token_hex(12)}", created=int(time.time()), model=body.model)
+    header = Header(id=f"cmpl-{secrets.token_hex(12)}", created=int(time.time()), model=model_name)
     with_logprobs = body.logprobs is not None
     layout = CompletionFormat(header, codec, with_logprobs=with_logprobs, echo=echo, num_new=num_new, prompt_texts=texts)
     return Order(requests=tuple(requests), choices_per_prompt=num_choices, format=layout)
+
+
+def _template_values(codec: "TextCodec", body: ChatRequest) -> dict[str, object]:
+    """What the model's template is told beside the messages. A template that knows no effort gives none: Problem."""
+    given = body.chat_template_kwargs or {}
+    effort = body.reasoning_effort
+    if effort is None:
+        return given
+    known = any(name in (codec.chat_template or "") for name in ("reasoning_effort", "enable_thinking"))
+    if not known and effort != "none":
+        raise Problem(400, "unsupported_parameter", "the model's chat template knows no reasoning_effort", "reasoning_effort")
+    return {"reasoning_effort": effort, "enable_thinking": effort != "none", **given}
+
+
+def _num_new(engine: "Engine", num_prompt: int, wanted: int) -> int:
+    """At least 1, as scoring alone takes a pass, too. -1 is all that the context has room for."""
+    return max(engine.plan.text_tokens - num_prompt if wanted == -1 else wanted, 1)
 
 
 def _requests(
@@ -89,17 +113,18 @@ def _requests(
     scoring: "Scoring | None",
 ) -> "tuple[Request, ...]":
     """One request per choice; they differ by their seeds. Without a seed, every answer is another."""
-    seed = secrets.randbelow(2**62) if body.seed is None else body.seed % 2**62
+    seed = secrets.randbelow(2**62) if body.seed in (None, -1) else body.seed % 2**62
     with engine_errors_as_problems():
         return tuple(
             engine.admission.request(
                 prompt,
                 max_new_tokens=max_new_tokens,
                 temperature=1.0 if body.temperature is None else body.temperature,
-                top_k=body.top_k,
-                top_p=1.0 if body.top_p is None else body.top_p,
+                top_k=1 if body.top_p == 0 else max(body.top_k or 0, 0) or None,
+                top_p=body.top_p or 1.0,
                 seed=seed + number,
                 stop=stop,
+                stop_token_ids=body.stop_token_ids or (),
                 ignore_eos=bool(body.ignore_eos),
                 scoring=scoring,
             )

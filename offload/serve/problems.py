@@ -63,11 +63,21 @@ def engine_errors_as_problems() -> Iterator[None]:
         raise from_error(error) from None
 
 
+NOT_UNICODE = "not Unicode: it holds half a character (a lone surrogate)"
+# Where pydantic's words speak of its own classes.
+_WORDS = {
+    "missing": "it is needed",
+    "model_attributes_type": "not a JSON object",
+    "model_type": "not a JSON object",
+    "string_unicode": NOT_UNICODE,
+}
+
+
 def from_validation(error: RequestValidationError) -> Problem:
     """The first field at fault: where and why, without the value, which may be a prompt."""
     first = error.errors()[0]
     place = [str(part) for part in first["loc"] if part != "body"]
-    if first["type"] == "json_invalid":
-        return Problem(400, "invalid_json", "the body is not JSON")
-    param = ".".join(place[:4]) or None
-    return Problem(400, "invalid_value", f"{param or 'body'}: {first['msg']}", param)
+    if first["type"] == "json_invalid" or not place:
+        return Problem(400, "invalid_json", "the body is not a JSON object" if not place else "the body is not JSON")
+    param = ".".join(place)
+    return Problem(400, "invalid_value", f"{param}: {_WORDS.get(first['type'], first['msg'])}", param)

@@ -75,7 +75,9 @@ def text_routes(service: Service) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, object]:
         codec = require_codec(service.worker.ready().codec)
-        tokens = await run_in_threadpool(lambda: codec.encode(body.prompt, add_special_tokens=body.add_special_tokens))
+        tokens = await run_in_threadpool(
+            lambda: codec.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        )
         return {"tokens": tokens, "count": len(tokens), "max_model_len": service.worker.ready().plan.text_tokens}
 
     @router.post("/detokenize")

@@ -11,7 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from .admit import Order, admit_chat, admit_completion
-from .answers import Choice, usage
+from .answers import Choice, Json, usage
 from .feed import Feed
 from .problems import Problem
 from .protocol import ChatRequest, CompletionRequest, Sampling
@@ -65,9 +65,11 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     admitting: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_ADMITTING))
 
-    def check_model(self, name: str) -> None:
-        if name != self.settings.model_name:
-            raise Problem(404, "model_not_found", "no model of that name here; see /v1/models", "model")
+    def check_model(self, name: str | None) -> None:
+        """Problem for another model than the one. Who names none asks for that one."""
+        ours = self.settings.model_name
+        if name is not None and name != ours:
+            raise Problem(404, "model_not_found", f"no model {name[:80]!r} here: this is {ours!r}", "model")
 
     async def chat(self, body: ChatRequest, http: HttpRequest) -> Response:
         self.check_model(body.model)
@@ -79,9 +81,10 @@ class Service:
         ignored = body.ignored()
         return await self._answer(await self._admit(admit_completion, body), body, ignored, http)
 
-    async def _admit(self, admit: "Callable[[Engine, T], Order]", body: T) -> Order:
+    async def _admit(self, admit: "Callable[[Engine, T, str], Order]", body: T) -> Order:
         self.worker.check_room()
-        return await to_thread.run_sync(admit, self.worker.ready(), body, limiter=self.admitting)
+        name = self.settings.model_name
+        return await to_thread.run_sync(admit, self.worker.ready(), body, name, limiter=self.admitting)
 
     async def _answer(self, order: Order, body: Sampling, ignored: Sequence[str], http: HttpRequest) -> Response:
         answer = Answer(order)
@@ -98,11 +101,17 @@ class Service:
 
     async def _stream(self, answer: Answer, body: Sampling) -> AsyncIterator[str]:
         layout = answer.order.format
+
+        def chunk(document: Json) -> str:
+            if body.wants_usage:  # all chunks have the field then, in OpenAI's interface null but for the last
+                document["usage"] = answer.usage() if body.wants_usage_so_far else None
+            return data(document)
+
         try:
             for document in layout.opening(answer.choices):
-                yield data(document)
+                yield chunk(document)
             async for event in answer.steps():
-                yield data(layout.chunk(event.index, answer.choices[event.index], event.step))
+                yield chunk(layout.chunk(event.index, answer.choices[event.index], event.step))
             if body.wants_usage:
                 yield data(layout.closing(answer.usage()))
             yield DONE
@@ -120,4 +129,4 @@ async def _all(steps: AsyncIterator[Stepped]) -> None:
 
 
 def _header_safe(names: Sequence[str]) -> list[str]:
-    return [name[:40] for name in names if name.isascii() and name.isidentifier()][:16]
+    return [name[:40] for name in names if name.isascii() and name.replace(".", "_").isidentifier()][:16]
