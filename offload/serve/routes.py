@@ -36,7 +36,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         415: "The body is not JSON",
         429: "The queue is full; see Retry-After",
         500: "The engine failed",
-        503: "The engine is loading, draining or gone",
+        503: "The engine is loading, draining or gone, or there is no memory for a pass",
     }.items()
 }
 
