@@ -58,6 +58,7 @@ def open_engine(
     with ExitStack() as stack:
         device = choose_passes(device, settings.draft_passes) if device else device_of(settings)
         stack.callback(device.close)
+        stack.enter_context(device.translated())
         target = check_source(settings.model, "--model", settings.dtype, device.torch_device.type)
         drafts = _drafts(settings, target, device.torch_device.type)
         settings = expect(settings, target.codec) if expect is not None else settings
@@ -72,8 +73,7 @@ def open_engine(
         if admit is not None:
             admit(admission)
         eos_token_ids = read_eos_token_ids(target.folder, target.architecture.eos_token_ids)
-        left_bytes = _left_for_layers(host, plan)
-        shared = share_memory(target, plan.placement, left_bytes, may_refuse=not device.host_addressable)
+        shared = share_memory(target, plan.placement, _left_for_layers(host, plan), may_refuse=not device.host_addressable)
         counter = ReadCounter(progress, lambda plan: bytes_to_read(target, draft, plan, shared))
         masks = TreeMasks(device, plan.tree)
         stack.callback(masks.close)

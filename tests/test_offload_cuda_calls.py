@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from fakes import Tape
 from offload.assemble import open_engine
 from offload.config import EngineSettings
-from offload.device import cuda, numa
+from offload.device import allocator, cuda, numa, small_uploads
 from offload.device.chunks import register_chunks
 from offload.device.cuda import CudaDevice, RegisteredBuffer
 from offload.device.host import HostMapping
-from offload.errors import DeviceError
+from offload.errors import DeviceError, DeviceMemoryError
 from offload.model.attention import tree_attention
 from offload.weights.placement import RING_BUFFERS
 from planning import L40
@@ -29,6 +29,7 @@ from planning import L40
 Models = Callable[..., Path]
 PROMPT = [5, 9, 33, 2, 71]
 CHUNK_BYTES = 8192
+ACCELERATOR_ERROR = getattr(torch, "AcceleratorError", RuntimeError)  # since torch 2.8
 
 
 class Runtime:
@@ -113,6 +114,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     runtime, compute = Runtime(), Stream()
     stand_ins: dict[str, Any] = {
         "is_available": lambda: True,
+        "is_initialized": lambda: False,
         "device_count": lambda: 1,
         "set_device": lambda device: None,
         "get_device_name": lambda index: "a stand-in",
@@ -140,6 +142,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
         runtime.errors_read += 1
 
     monkeypatch.setattr(cuda, "_launch_anything", read_error)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(cuda, "REGISTER_CHUNK_BYTES", CHUNK_BYTES)
     return runtime
 
@@ -317,7 +320,7 @@ def test_an_engine_whose_small_tensors_are_mapped_writes_the_same_text(
         memory = torch.zeros(num_bytes, dtype=torch.uint8)
         return memory, memory
 
-    monkeypatch.setattr(cuda, "_map_host_memory", map_memory)
+    monkeypatch.setattr(small_uploads, "map_host_memory", map_memory)
     settings = EngineSettings(model=str(models()), draft_models=(str(models()),), device="cpu", tree="4x3:kary", slots=2)
     texts = []
     for way in ("copy", "mapped"):
@@ -330,8 +333,117 @@ def test_an_engine_whose_small_tensors_are_mapped_writes_the_same_text(
 
 def test_pinned_memory_is_described_to_torch_as_the_device_sees_it() -> None:
     host = torch.empty(4096, dtype=torch.uint8)
-    described = cuda._OnDevice(host).__cuda_array_interface__
+    described = small_uploads._OnDevice(host).__cuda_array_interface__
     assert described == {"data": (host.data_ptr(), False), "shape": (4096,), "typestr": "|u1", "version": 3}
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    ACCELERATOR_ERROR("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."),
+    RuntimeError("CUDA driver error: out of memory"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+]
+LOST = [
+    "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronously reported",
+    "CUDA error: unspecified launch failure",
+    "CUDA error: uncorrectable ECC error encountered",
+    "CUDA error: misaligned address",
+    "CUDA error: device-side assert triggered",
+    "CUDA error: the launch timed out and was terminated",
+    "CUDA error: unknown error",
+    "CUDA error: CUDA-capable device(s) is/are busy or unavailable",
+    "CUDA error: no CUDA-capable device is detected",
+    "CUDA error: Invalid access of peer GPU memory over nvlink or a hardware error",
+    "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( handle, opa, opb, m, n, k, ...)`",
+    "CUDA driver error: device not ready, GPU is lost or device lost",
+]
+OURS = [
+    RuntimeError("CUDA error: invalid argument"),
+    RuntimeError("CUDA error: operation not permitted when stream is capturing"),
+    RuntimeError("CUDA error: no kernel image is available for execution on the device"),
+    RuntimeError("The size of tensor a (3) must match the size of tensor b (4) at non-singleton dimension 0"),
+    ValueError("CUDA error: out of memory"),
+    KeyboardInterrupt(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
+def test_memory_that_libraries_and_graphs_run_out_of_is_the_devices(runtime: Runtime, error: Exception) -> None:
+    with pytest.raises(DeviceMemoryError) as caught, open_device().translated():
+        raise error
+    assert len(str(caught.value).splitlines()) == 3 and caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ACCELERATOR_ERROR])
+@pytest.mark.parametrize("words", LOST, ids=str)
+def test_a_gpu_that_is_lost_is_a_device_error(runtime: Runtime, words: str, kind: type[Exception]) -> None:
+    with pytest.raises(DeviceError, match="the GPU failed") as caught, open_device().translated():
+        raise kind(words)
+    assert len(str(caught.value).splitlines()) == 3 and caught.value.exit_code == 7
+
+
+@pytest.mark.parametrize("error", OURS, ids=str)
+def test_faults_of_ours_are_not_the_gpus(runtime: Runtime, error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught, open_device().translated():
+        raise error
+    assert caught.value is error
+
+
+def test_a_pass_for_which_a_library_has_no_memory_is_run_with_less(runtime: Runtime, models: Models) -> None:
+    """As torch's own exception would be: the tree becomes smaller, the text stays."""
+    settings = EngineSettings(model=str(models()), draft_models=(str(models()),), device="cpu", tree="4x3:kary", slots=2)
+    texts = []
+    for fails in (False, True):
+        with open_engine(settings, device=open_device(), hardware=L40) as engine:
+            forward, nodes = engine.loop._target.forward, engine.plan.tree.num_nodes
+
+            def full(ids: torch.Tensor, *rest: Any, fails: bool = fails, nodes: int = nodes, forward: Any = forward) -> Any:
+                if fails and len(ids) >= nodes:
+                    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+                return forward(ids, *rest)
+
+            engine.loop._target.forward = full  # type: ignore[method-assign]
+            texts.append(engine.generate([5], max_new_tokens=16, ignore_eos=True).token_ids)
+            assert (engine.plan.tree.num_nodes < nodes) is fails
+    assert texts[0] == texts[1]
+
+
+def test_a_gpu_lost_while_loading_or_in_a_pass_is_exit_7_however_it_is_closed(
+    runtime: Runtime, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    settings = EngineSettings(model=str(models()), device="cpu", tree="none", slots=2)
+    with pytest.raises(DeviceError), open_engine(settings, device=open_device(), hardware=L40) as engine:
+        monkeypatch.setattr(torch.cuda, "synchronize", lost)
+        monkeypatch.setattr(engine.loop._target, "forward", lambda *_: lost())
+        engine.generate(PROMPT, max_new_tokens=3)
+    device = open_device()
+    monkeypatch.setattr(device, "copy_async", lambda *_: lost())
+    with pytest.raises(DeviceError):
+        open_engine(settings, device=device, hardware=L40)
+
+
+def test_segments_grow_unless_the_user_has_settings_or_cuda_runs(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, wanted = (allocator.NAME, allocator.NEW_NAME), "expandable_segments:True"
+    for version, name in (((2, 6, 0), names[0]), ((2, 8, 1), names[0]), ((2, 9, 0), names[1]), ((2, 13), names[1])):
+        environment: dict[str, str] = {}
+        allocator.prefer_growing_segments(environment, version)
+        assert environment == {name: wanted}
+    for name in names:
+        environment = {name: "max_split_size_mb:64"}
+        allocator.prefer_growing_segments(environment)
+        assert environment == {name: "max_split_size_mb:64"}
+    for running in (False, True):
+        for name in names:
+            os.environ.pop(name, None)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda running=running: running)
+        open_device()
+        assert (wanted in [os.environ.get(name) for name in names]) is not running
 
 
 def test_a_device_that_is_not_there_is_refused(runtime: Runtime) -> None:

@@ -49,20 +49,21 @@ def map_nothing(num_bytes: int, device: torch.device) -> tuple[torch.Tensor, tor
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[QueueingDevice]:
     monkeypatch.setattr(small_uploads, "PROBE_BYTES", 4096)
     monkeypatch.setattr(small_uploads, "_lets_pass", {})
+    monkeypatch.setattr(small_uploads, "map_host_memory", map_memory)
     device = QueueingDevice()
     yield device
     device.close()
 
 
 def test_a_driver_that_lets_uploads_pass_is_left_to_it(device: QueueingDevice) -> None:
-    assert choose_uploads(device, "auto", device.pass_by, map_memory) is None
+    assert choose_uploads(device, "auto", device.pass_by) is None
 
 
 def test_uploads_that_would_wait_are_mapped_and_the_machine_is_asked_once(device: QueueingDevice) -> None:
-    assert isinstance(choose_uploads(device, "auto", device.copy_up, map_memory), MappedUploads)
+    assert isinstance(choose_uploads(device, "auto", device.copy_up), MappedUploads)
     num_copies = len(device.copies)
     assert num_copies > 1, "a machine that is busy for a moment is asked again"
-    assert isinstance(choose_uploads(device, "auto", device.copy_up, map_memory), MappedUploads)
+    assert isinstance(choose_uploads(device, "auto", device.copy_up), MappedUploads)
     assert len(device.copies) == num_copies
 
 
@@ -70,29 +71,31 @@ def test_where_nothing_passes_uploads_stay_with_the_driver_and_a_warning_says_so
     device: QueueingDevice, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MappedUploads, "upload", lambda self, host: device.copy_up(host))
-    assert choose_uploads(device, "auto", device.copy_up, map_memory) is None
+    assert choose_uploads(device, "auto", device.copy_up) is None
     assert "wait for the layer under way" in caplog.text
 
 
-def test_numbers_that_arrive_wrong_are_not_trusted(device: QueueingDevice) -> None:
+def test_numbers_that_arrive_wrong_are_not_trusted(device: QueueingDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """As through an address that is not the device's."""
 
     def map_another(num_bytes: int, where: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         return map_memory(num_bytes, where)[0], map_memory(num_bytes, where)[0]
 
-    assert choose_uploads(device, "auto", device.copy_up, map_another) is None
+    monkeypatch.setattr(small_uploads, "map_host_memory", map_another)
+    assert choose_uploads(device, "auto", device.copy_up) is None
 
 
-def test_a_device_that_cannot_map_goes_on_unless_it_must(device: QueueingDevice) -> None:
-    assert choose_uploads(device, "auto", device.copy_up, map_nothing) is None
+def test_a_device_that_cannot_map_goes_on_unless_it_must(device: QueueingDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_uploads, "map_host_memory", map_nothing)
+    assert choose_uploads(device, "auto", device.copy_up) is None
     with pytest.raises(DeviceError, match="operation not supported") as caught:
-        choose_uploads(device, "mapped", device.copy_up, map_nothing)
+        choose_uploads(device, "mapped", device.copy_up)
     assert "--small-uploads" in caught.value.where
 
 
 def test_who_names_a_way_gets_it_unasked(device: QueueingDevice) -> None:
-    assert choose_uploads(device, "copy", device.copy_up, map_memory) is None
-    assert isinstance(choose_uploads(device, "mapped", device.pass_by, map_memory), MappedUploads)
+    assert choose_uploads(device, "copy", device.copy_up) is None
+    assert isinstance(choose_uploads(device, "mapped", device.pass_by), MappedUploads)
     assert device.copies == []
 
 

@@ -6,20 +6,24 @@ compute waits (on the compute stream) for the event recorded behind the copy. Th
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..config import bytes_text
 from ..errors import DeviceError, DeviceMemoryError
+from .allocator import prefer_growing_segments
 from .base import CopyTicket, Interval, Ticket
 from .chunks import register_chunks
+from .cuda_faults import kind_of, translate
 from .faults import translated
 from .host import HostMapping
-from .numa import near_cpus
+from .numa import bus_id_of, near_cpus
 from .small_uploads import SMALL_BYTES, choose_uploads
 
 logger = logging.getLogger(__name__)
@@ -112,6 +116,8 @@ class CudaDevice:
     replays = True
 
     def __init__(self, index: int = 0, *, small_uploads: str = "copy") -> None:
+        if not torch.cuda.is_initialized():
+            prefer_growing_segments(os.environ)
         if not torch.cuda.is_available() or index >= torch.cuda.device_count():
             raise DeviceError(
                 f"no CUDA device {index}: {torch.cuda.device_count()} found",
@@ -127,14 +133,16 @@ class CudaDevice:
         self._graph_pool = torch.cuda.graph_pool_handle()  # shared: graphs run one at a time, and keep their outputs
         self._clock = _Clock()
         self._near_cpus = _near_cpus(index)
-        self._mapped = choose_uploads(self, small_uploads, self._copy_up, _map_host_memory)
+        self._mapped = choose_uploads(self, small_uploads, self._copy_up)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
     def alloc(self, num_bytes: int) -> torch.Tensor:
         try:
             return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
-        except torch.cuda.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if kind_of(error) is not DeviceMemoryError:
+                raise
             raise DeviceMemoryError(
                 f"the GPU has no room for {bytes_text(num_bytes)} more, {bytes_text(self.free_bytes())} are free",
                 where=f"{self.name}, memory",
@@ -213,7 +221,7 @@ class CudaDevice:
             self._clock = _Clock()
 
     def translated(self) -> AbstractContextManager[None]:
-        return translated(self._translate)
+        return translated(partial(translate, self.name))
 
     def free_bytes(self) -> int:
         # What torch has cached but not in use can be given out again.
@@ -223,18 +231,11 @@ class CudaDevice:
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated()
 
-    def _translate(self, error: Exception) -> None:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise DeviceMemoryError(
-                f"out of memory: {str(error).partition(chr(10))[0]}",
-                where=f"{self.name}, memory",
-                cure="lower --gpu-memory, --resident-layers or --max-context, or end what else uses the GPU",
-            ) from error
-
     def close(self) -> None:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # for whoever else is on this GPU, such as the next engine of a benchmark
-        torch.cuda.reset_peak_memory_stats()  # what was measured on a device of its own is no part of a later run
+        with contextlib.suppress(RuntimeError):  # of a GPU that is lost, which whoever closes it knows by now
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # for whoever else is on this GPU, such as the next engine of a benchmark
+            torch.cuda.reset_peak_memory_stats()  # what was measured on a device of its own is no part of a later run
 
 
 def _end_event(ticket: Ticket) -> torch.cuda.Event:
@@ -244,30 +245,10 @@ def _end_event(ticket: Ticket) -> torch.cuda.Event:
     return ticket.event
 
 
-class _OnDevice:
-    """Pinned host memory, at the address under which the device reads it: with one address space for both, the same."""
-
-    def __init__(self, host: torch.Tensor) -> None:
-        address = {"data": (host.data_ptr(), False), "shape": tuple(host.shape), "typestr": "|u1", "version": 3}
-        self.__cuda_array_interface__ = address
-
-
-def _map_host_memory(num_bytes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Host memory, and the same bytes as a tensor of the device. RuntimeError where that cannot be."""
-    host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-    return host, torch.as_tensor(_OnDevice(host), device=device)
-
-
 def _near_cpus(index: int) -> frozenset[int] | None:
-    """See numa.near_cpus. torch does not tell the bus of a GPU in all its versions; then nobody knows."""
-    found = torch.cuda.get_device_properties(index)
-    numbers = [getattr(found, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
-    known = [number for number in numbers if number is not None]
-    cpus = near_cpus("{:04x}:{:02x}:{:02x}.0".format(*known)) if len(known) == len(numbers) else None
+    cpus = near_cpus(bus_id_of(torch.cuda.get_device_properties(index)))
     if cpus is not None and not cpus:
-        logger.warning(
-            "host memory will be far from the GPU: this process may not use the CPUs near it; see `doctor`, and numactl"
-        )
+        logger.warning("host memory will be far from the GPU: this process may use no CPU near it; see `doctor`, and numactl")
     return cpus
 
 

@@ -22,6 +22,13 @@ def node_of(bus_id: str) -> int | None:
     return node if node >= 0 else None
 
 
+def bus_id_of(properties: object) -> str | None:
+    """Of a GPU, as torch describes it. Not all its versions tell."""
+    numbers = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    known = [number for number in numbers if number is not None]
+    return "{:04x}:{:02x}:{:02x}.0".format(*known) if len(known) == len(numbers) else None
+
+
 def near_cpus(bus_id: str | None) -> frozenset[int] | None:
     """The CPUs whose memory is near a device, where that makes a difference: those of its node, of several, that this process
     may use. An empty set: it may use none of them. None: there is one node, or nobody knows the device's."""

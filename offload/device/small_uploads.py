@@ -58,15 +58,27 @@ class MappedUploads:
         return start
 
 
-def choose_uploads(
-    device: Device, way: str, copy: Upload, map_memory: Callable[[int, torch.device], tuple[torch.Tensor, torch.Tensor]]
-) -> MappedUploads | None:
+class _OnDevice:
+    """Pinned host memory, at the address under which the device reads it: with one address space for both, the same."""
+
+    def __init__(self, host: torch.Tensor) -> None:
+        address = {"data": (host.data_ptr(), False), "shape": tuple(host.shape), "typestr": "|u1", "version": 3}
+        self.__cuda_array_interface__ = address
+
+
+def map_host_memory(num_bytes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Host memory, and the same bytes as a tensor of the device. RuntimeError where that cannot be."""
+    host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    return host, torch.as_tensor(_OnDevice(host), device=device)
+
+
+def choose_uploads(device: Device, way: str, copy: Upload) -> MappedUploads | None:
     """What small tensors go through on `device` if `way` is "mapped"; None for `copy`. "auto" asks the machine, once in a
-    process. `map_memory` makes the two tensors of MappedUploads. DeviceError for "mapped" where there is none."""
+    process. DeviceError for "mapped" where there is no such memory."""
     if way == "copy" or (way == "auto" and _lets_pass.get(device.torch_device, False)):
         return None
     try:
-        mapped = MappedUploads(device, *map_memory(2 * HALF_BYTES, device.torch_device))
+        mapped = MappedUploads(device, *map_host_memory(2 * HALF_BYTES, device.torch_device))
     except RuntimeError as error:
         if way == "auto":
             return None
