@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "conversation": {*FLOOR, "text"},
     "model": MACHINE,
     # shapes come from where models are found, without building any; buckets say what recordings of the draft will take
-    "planner": {*FLOOR, "device", "weights", "model.locate", "model.buckets"},
+    "planner": {*FLOOR, "device", "weights", "model.locate", "model.rope", "model.buckets"},
     "deviation": {"planner", "stats"},
     "report": {*FLOOR, *NUMBERS, "deviation", "planner"},
     "admission": {*FLOOR, *NUMBERS, "planner"},

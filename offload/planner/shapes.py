@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import ModelError
 from ..model.locate import find_config
+from ..model.rope import read_rope
 from .cost import ModelCost, kv_bytes_per_row
 from .files import read_file
 
@@ -138,7 +139,7 @@ def shape_from_config(config: Mapping[str, object], *, where: str) -> ModelShape
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         vocab_size=_count(config, "vocab_size", where),
-        max_positions=_count(config, "max_position_embeddings", where),
+        max_positions=_max_positions(config, where),
         tied_embeddings=_flag(config, "tie_word_embeddings", where),
         query_key_value_bias=attention_bias or family == "qwen2",
         output_bias=attention_bias,
@@ -185,6 +186,14 @@ def _flag(config: Mapping[str, object], key: str, where: str) -> bool:
     if type(value) is not bool:
         raise _invalid(f"{key} is {value!r}, not true or false", where)
     return value
+
+
+def _max_positions(config: Mapping[str, object], where: str) -> int:
+    _count(config, "max_position_embeddings", where)
+    try:
+        return read_rope(config).max_positions
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _invalid(f"its rotary embedding cannot be read: {error}", where) from error
 
 
 def _dtype(config: Mapping[str, object], where: str) -> str:
