@@ -94,18 +94,19 @@ def _open_folder(name: str, flag: str) -> tuple[Path, Architecture, TensorSource
 def typed_preset(name: str, dtype: str, device_type: str) -> TypedModel:
     """The preset `name` of profiles/models, which has a shape and no weights."""
     config, where = read_preset_config(name)
-    stored = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[str(config["dtype"])]
+    stored = DTYPES[str(config["dtype"])]
     architecture = architecture_of(make_config(config), where)
     return TypedModel(architecture=architecture, dtype=resolve_dtype(dtype, stored, device_type))
 
 
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
 def resolve_dtype(name: str, stored: torch.dtype, device_type: str) -> torch.dtype:
-    """auto: the checkpoint's own on a GPU, float32 on the CPU, where 16-bit arithmetic is slow or emulated."""
+    """auto: the checkpoint's own on a GPU, bfloat16 where nobody computes in that, such as eight bits; float32 on the CPU,
+    where 16-bit arithmetic is slow or emulated."""
     if name != "auto":
-        return {
-            "float16": torch.float16,
-            "bfloat16": torch.bfloat16,
-            "float32": torch.float32,
-            "float64": torch.float64,
-        }[name]
-    return torch.float32 if device_type == "cpu" else stored
+        return DTYPES[name]
+    if device_type == "cpu":
+        return torch.float32
+    return stored if stored in DTYPES.values() else torch.bfloat16

@@ -17,6 +17,7 @@ from offload.config import EngineSettings
 from offload.errors import CheckpointError, ModelError
 from offload.model import architecture
 from offload.model.architecture import architecture_of
+from offload.source import resolve_dtype
 from planning import L40
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -157,3 +158,11 @@ def test_tensors_that_are_neither_weights_nor_buffers_are_refused(monkeypatch: p
     monkeypatch.setattr(modeling_llama, "LlamaMLP", Scaled)
     with pytest.raises(ModelError, match="not weights \\(gain\\)"):
         architecture_of(tiny_config("llama"), "test")
+
+
+def test_auto_is_a_dtype_that_layers_are_computed_in() -> None:
+    stored = (torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.int32)
+    on_gpu = [resolve_dtype("auto", dtype, "cuda") for dtype in stored]
+    assert on_gpu == [torch.float16, torch.float32, torch.float64, torch.bfloat16, torch.bfloat16]
+    assert {resolve_dtype("auto", dtype, "cpu") for dtype in stored} == {torch.float32}
+    assert resolve_dtype("float16", torch.int8, "cuda") == torch.float16
