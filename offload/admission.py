@@ -2,7 +2,7 @@
 cost anything, on the command line even before the weights are read."""
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tree.logprobs import Scoring
@@ -66,17 +66,23 @@ class Admission:
         scoring: Scoring | None = None,
     ) -> Request:
         """A request that can be finished. UsageError for values that make no sense, FitError with the counts for a prompt
-        and an answer that do not fit into the context. One `stop` string need not be in a list."""
+        and an answer that do not fit into the context. One `stop` string need not be in a list, and an empty one stops
+        nothing, as a `top_k` of 0 or -1, which other programs have for None, leaves no token out."""
+        top_k = None if top_k is None else _whole_numbers([top_k], "--top-k")[0]
         try:
-            params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-        except (ValueError, TypeError) as error:
+            params = SamplingParams(
+                temperature=_number(temperature, "--temperature"),
+                top_k=None if top_k in (0, -1) else top_k,
+                top_p=_number(top_p, "--top-p"),
+            )
+        except ValueError as error:
             raise UsageError(str(error), where="--temperature, --top-k, --top-p", cure="see `generate --help`") from error
         request = Request(
-            prompt=tuple(self.encode(prompt)) if isinstance(prompt, str) else _whole_numbers(prompt, "--prompt-ids"),
+            prompt=tuple(self.encode(prompt)) if isinstance(prompt, str) else _token_ids(prompt),
             max_new_tokens=_whole_numbers([max_new_tokens], "--max-new-tokens")[0],
             params=params,
             seed=self.seed if seed is None else _whole_numbers([seed], "--seed")[0],
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            stop=_stop_strings(stop),
             stop_token_ids=frozenset(stop_token_ids),
             ignore_eos=ignore_eos,
             scoring=scoring,
@@ -127,7 +133,50 @@ def _ways_out(plan: Plan, num_prompt: int) -> Iterator[str]:
 
 def _whole_numbers(values: Sequence[int], flag: str) -> tuple[int, ...]:
     """As Python's own: numbers of numpy and torch count, and would not go into JSON."""
+    for value in values:
+        if not hasattr(value, "__index__"):
+            raise UsageError(f"not a whole number: {_shown(value)}", where=flag, cure="give whole numbers")
     try:
         return tuple(operator.index(value) for value in values)
-    except TypeError as error:
+    except TypeError as error:  # a tensor of floats, or of more than one number
         raise UsageError(f"not a whole number: {error}", where=flag, cure="give whole numbers") from error
+
+
+def _token_ids(prompt: object) -> tuple[int, ...]:
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | bytearray | Mapping):
+        raise UsageError(
+            f"a prompt is text or token ids, not {type(prompt).__name__}",
+            where="--prompt, --prompt-ids",
+            cure="give a str, or a list of whole numbers",
+        )
+    values = list(prompt)
+    if any(isinstance(value, Mapping) for value in values):
+        raise UsageError(
+            "a prompt is text or token ids, not a list of messages",
+            where="--prompt, --prompt-ids",
+            cure="lay messages out with the tokenizer's chat template, or ask through `serve`",
+        )
+    return _whole_numbers(values, "--prompt-ids")
+
+
+def _number(value: object, flag: str) -> float:
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise UsageError(f"not a number: {_shown(value)}", where=flag, cure="give a number") from None
+
+
+def _stop_strings(stop: object) -> tuple[str, ...]:
+    values = list(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else [stop]
+    texts = [value for value in values if isinstance(value, str)]
+    for value in values:
+        if not isinstance(value, str) and value is not None:
+            raise UsageError(f"not a text: {_shown(value)}", where="--stop", cure="give a str, or a list of them")
+    return tuple(text for text in texts if text)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -201,7 +201,7 @@ def test_a_hub_id_that_cannot_be_fetched_says_what_the_hub_said(run: Run, monkey
     def refuse(*_: object, **__: object) -> str:
         raise OSError("no\nroute to host")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     assert_error(run("someone/some-model"), INVALID, "someone/some-model", "no route to host", "hf download")
 
 
@@ -509,7 +509,7 @@ def test_an_acceptance_file_that_is_not_there_is_named(run: Run, models: Models,
         (["--temperature", "inf"], ["--temperature", "inf"]),
         (["--top-p", "0"], ["--top-p", "0 is not in (0, 1]"]),
         (["--top-p", "1.1"], ["--top-p", "1.1 is not in (0, 1]"]),
-        (["--top-k", "0"], ["--top-k", "0 is too small"]),
+        (["--top-k", "-2"], ["--top-k", "-2 is too small, the least is 1"]),
         (["--top-k", "2.5"], ["--top-k", "not a whole number: '2.5'"]),
         (["--seed", "-1"], ["--seed", "-1 is too small"]),
         (["--seed", str(2**63)], ["--seed", "too large"]),

@@ -177,6 +177,11 @@ def test_set_reads_values_as_the_command_line_does(chat: Chat, tmp_path: Path) -
     assert_holds(chat("/set").stderr, "max-new-tokens 8", "temperature 0.0", "top-k None")
 
 
+@pytest.mark.parametrize(("flag", "line"), [("0", ""), ("-1", ""), ("7", "/set top-k 0"), ("7", "/set top-k -1")])
+def test_a_top_k_by_which_others_say_off_keeps_all_tokens(chat: Chat, tmp_path: Path, flag: str, line: str) -> None:
+    assert saved(chat, tmp_path, line, flags=("--top-k", flag))["settings"]["top_k"] is None
+
+
 def test_help_and_stats_go_to_stderr(chat: Chat) -> None:
     finished = chat("/stats", "hi", "/stats", "/help", "/system")
     assert finished.stdout.count("\n") == 1

@@ -313,20 +313,41 @@ def test_values_of_numpy_and_torch_are_numbers_and_one_stop_string_is_one(models
 
 
 @pytest.mark.parametrize(
-    ("prompt", "values"),
+    ("prompt", "values", "said"),
     [
-        ([1.5], {}),
-        (["5"], {}),
-        (None, {}),
-        ([5], {"max_new_tokens": 2.5}),
-        ([5], {"seed": 0.5}),
-        ([5], {"temperature": "warm"}),
+        ([1.5], {}, "not a whole number: 1.5"),
+        (["5"], {}, "not a whole number: '5'"),
+        (torch.tensor([1.5]), {}, "not a whole number"),
+        (None, {}, "text or token ids, not NoneType"),
+        (b"text", {}, "text or token ids, not bytes"),
+        ({"role": "user"}, {}, "text or token ids, not dict"),
+        ([{"role": "user", "content": "hi"}], {}, "not a list of messages"),
+        ([5], {"max_new_tokens": 2.5}, "not a whole number: 2.5"),
+        ([5], {"seed": 0.5}, "not a whole number: 0.5"),
+        ([5], {"temperature": "warm"}, "not a number: 'warm'"),
+        ([5], {"temperature": None}, "not a number: None"),
+        ([5], {"top_p": [1]}, r"not a number: \[1\]"),
+        ([5], {"top_k": "all" * 50}, "not a whole number: 'allall.*\\.\\.\\."),
+        ([5], {"top_k": -2}, "top_k"),
+        ([5], {"stop": 5}, "not a text: 5"),
+        ([5], {"stop": ["a", 5]}, "not a text: 5"),
     ],
     ids=str,
 )
-def test_values_of_another_kind_are_refused_before_anything_runs(models: Models, prompt: Any, values: dict[str, Any]) -> None:
-    with open_tiny(models(), None) as engine, pytest.raises(UsageError):
+def test_values_of_another_kind_are_refused_before_anything_runs(
+    models: Models, prompt: Any, values: dict[str, Any], said: str
+) -> None:
+    with open_tiny(models(), None) as engine, pytest.raises(UsageError, match=said):
         engine.generate(prompt, **values)
+
+
+def test_values_by_which_others_say_off_ask_for_nothing(models: Models) -> None:
+    sampled: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3}
+    with open_tiny(models(), None) as engine:
+        expected = engine.generate(PROMPT, **sampled).token_ids
+        assert expected != engine.generate(PROMPT, **sampled, top_k=1).token_ids
+        for values in ({"top_k": 0}, {"top_k": -1}, {"stop": ""}, {"stop": [""]}, {"stop": None}):
+            assert engine.generate(PROMPT, **sampled, **values).token_ids == expected, values
 
 
 def test_a_closed_engine_says_so(models: Models) -> None:

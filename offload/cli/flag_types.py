@@ -20,6 +20,11 @@ def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
     return parse
 
 
+def top_k(text: str) -> int | None:
+    """A type for argparse: how many tokens to keep. 0 and -1 are how other programs say: all."""
+    return None if text in ("0", "-1") else whole(1)(text)
+
+
 def number(law: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
     """A type for argparse: a number for which `law` holds."""
 

@@ -5,7 +5,7 @@ from typing import NoReturn
 
 from ..config import DRAFT_PASSES, DTYPES, SMALL_UPLOADS, VERIFIERS
 from ..errors import UsageError
-from .flag_types import flops, percent, positive, probability, rate, seconds, temperature, whole
+from .flag_types import flops, percent, positive, probability, rate, seconds, temperature, top_k, whole
 
 COMMANDS = ("generate", "chat", "serve", "plan", "bench", "profile", "doctor", "verify", "version")
 DEMO_NAME = "treestream-demo"
@@ -243,7 +243,7 @@ def add_prompt_flags(prompt: argparse._MutuallyExclusiveGroup) -> None:
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max-new-tokens", "-n", type=whole(1), default=128, metavar="N", help="default 128")
     group.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="default 0 (greedy)")
-    group.add_argument("--top-k", type=whole(1), metavar="K", help="keep the K most probable tokens")
+    group.add_argument("--top-k", type=top_k, metavar="K", help="keep the K most probable tokens; 0: all")
     group.add_argument("--top-p", type=probability, default=1.0, metavar="P", help="keep the smallest set reaching P")
     group.add_argument("--seed", type=whole(0), default=0, metavar="S", help="default 0")
 
