@@ -17,7 +17,7 @@ from .loading import HOST_RESERVE_BYTES, Progress, ReadCounter, bytes_to_read, l
 from .measuring import look_at_machine
 from .model.architecture import check_window
 from .model.drafter import ModelDrafter
-from .model.locate import read_eos_token_ids
+from .model.generation_config import read_generation_defaults
 from .model.masks import TreeMasks
 from .planner.fallback import Fallbacks
 from .planner.hardware import HardwareProfile
@@ -72,7 +72,7 @@ def open_engine(
         admission = Admission(plan=plan, codec=target.codec, vocab_size=target.architecture.vocab_size, seed=seed)
         if admit is not None:
             admit(admission)
-        eos_token_ids = read_eos_token_ids(target.folder, target.architecture.eos_token_ids)
+        eos_token_ids = _ends_of_text(target)
         shared = share_memory(target, plan.placement, _left_for_layers(host, plan), may_refuse=not device.host_addressable)
         counter = ReadCounter(progress, lambda plan: bytes_to_read(target, draft, plan, shared))
         masks = TreeMasks(device, plan.tree)
@@ -96,6 +96,14 @@ def open_engine(
         memory=_memory_of(device, store),
         close=close,
     )
+
+
+def _ends_of_text(target: ModelSource) -> frozenset[int]:
+    """Of the model's generation config, with a warning for what else that asks for."""
+    defaults = read_generation_defaults(target.folder, target.architecture.eos_token_ids)
+    if (remark := defaults.warning()) is not None:
+        logger.warning("%s", remark)
+    return defaults.eos_token_ids
 
 
 def _drafts(settings: EngineSettings, target: ModelSource, device_type: str) -> list[ModelSource]:

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without the model's characters shows them escaped
             sys.stdout.reconfigure(errors="backslashreplace")
         arguments = parse_arguments(argv)
-        _configure_logging(verbose)
+        _configure_logging(verbose, quiet=getattr(arguments, "quiet", False))
         if arguments.command == "generate":
             from .generate import run
         elif arguments.command == "plan":
@@ -99,11 +99,10 @@ def _place_of(error: BaseException) -> str:
     return f"{os.path.basename(frames[-1].filename)} line {frames[-1].lineno}" if frames else "unknown"
 
 
-def _configure_logging(verbose: bool) -> None:
+def _configure_logging(verbose: bool, *, quiet: bool) -> None:
     # Read by transformers and huggingface_hub when they are imported, which has not happened yet.
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s"
-    )
+    level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(levelname)s: %(message)s")

@@ -1,6 +1,5 @@
 """From what the user calls a model to a folder on disk: a path, or a hub id from the local cache or the network."""
 
-import json
 import re
 from pathlib import Path
 
@@ -69,20 +68,3 @@ def _from_hub(name: str, flag: str) -> Path:
             where=flag,
             cure=f"check the name, or run `hf download {name}` where there is a network",
         ) from error
-
-
-def read_eos_token_ids(folder: Path, default: tuple[int, ...]) -> frozenset[int]:
-    """Every EOS id of generation_config.json, or `default` when it names none. ModelError when the file is damaged."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return frozenset(default)
-    try:
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        ids = [eos] if isinstance(eos, int) else list(eos or ())
-        if not all(isinstance(token_id, int) for token_id in ids):
-            raise ValueError(f"eos_token_id is {eos!r}")
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ModelError(
-            f"the generation config cannot be read: {error}", where=str(path), cure="repair or delete the file"
-        ) from error
-    return frozenset(ids or default)
