@@ -4,14 +4,14 @@ import re
 from pathlib import Path
 
 from ..errors import ModelError
+from .hub import fetch_model
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 
 
 def locate_model(name: str, flag: str) -> Path:
     """The folder of `name`. ModelError when there is none, naming `flag`."""
-    return check_name(name, flag) or _from_hub(name, flag)
+    return check_name(name, flag) or fetch_model(name, flag)
 
 
 def check_name(name: str, flag: str) -> Path | None:
@@ -49,22 +49,3 @@ def _existing_folder(name: str, flag: str) -> Path | None:
             cure="give the folder that transformers' save_pretrained wrote, with config.json and *.safetensors",
         )
     return folder if is_folder else None
-
-
-def _from_hub(name: str, flag: str) -> Path:
-    import huggingface_hub
-
-    try:
-        cached = huggingface_hub.snapshot_download(name, allow_patterns=_FILES, local_files_only=True)
-        if (Path(cached) / "config.json").is_file():
-            return Path(cached)
-    except Exception:  # not in the cache, or incomplete: the hub decides
-        pass
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES))
-    except Exception as error:  # network, authentication, no such repository: the hub's own words say which
-        raise ModelError(
-            f"{name} is neither a folder nor in the local cache, and cannot be fetched: {' '.join(str(error).split())[:200]}",
-            where=flag,
-            cure=f"check the name, or run `hf download {name}` where there is a network",
-        ) from error
