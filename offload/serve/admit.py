@@ -47,7 +47,7 @@ def admit_chat(engine: "Engine", body: ChatRequest, model_name: str) -> Order:
     if body.top_logprobs and not body.logprobs:
         raise Problem(400, "invalid_value", "top_logprobs needs logprobs true beside it", "top_logprobs")
     values = _template_values(codec, body)
-    with engine_errors_as_problems():
+    with engine_errors_as_problems("messages"):
         try:
             prompt = render(codec, [message.plain() for message in body.messages], values=values)
         except ModelError as error:  # most templates refuse some order of roles, so this is the client's, too
@@ -114,7 +114,7 @@ def _requests(
 ) -> "tuple[Request, ...]":
     """One request per choice; they differ by their seeds. Without a seed, every answer is another."""
     seed = secrets.randbelow(2**62) if body.seed in (None, -1) else body.seed % 2**62
-    with engine_errors_as_problems():
+    with engine_errors_as_problems("prompt" if isinstance(body, CompletionRequest) else "messages"):
         return tuple(
             engine.admission.request(
                 prompt,

@@ -31,7 +31,7 @@ def build_app(service: Service) -> ASGIApp:
 
     @app.exception_handler(HTTPException)
     async def on_http(_request: Request, error: HTTPException) -> Response:
-        codes = {404: "not_found", 405: "method_not_allowed"}
+        codes = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}  # 400: nested too deeply to be read
         code = codes.get(error.status_code, "invalid_request")
         return Problem(error.status_code, code, code.replace("_", " "), headers=dict(error.headers or {})).response()
 

@@ -56,11 +56,15 @@ def place_of(error: BaseException) -> str:
 
 
 @contextmanager
-def engine_errors_as_problems() -> Iterator[None]:
+def engine_errors_as_problems(prompt: str) -> Iterator[None]:
+    """`prompt` is the field that holds it: the engine names a flag of the command line."""
     try:
         yield
     except OffloadError as error:
-        raise from_error(error) from None
+        problem = from_error(error)
+        if problem.code == "context_length_exceeded" or (problem.status == 400 and "--prompt" in error.where):
+            problem.param = prompt
+        raise problem from None
 
 
 NOT_UNICODE = "not Unicode: it holds half a character (a lone surrogate)"
