@@ -13,12 +13,10 @@ from .device import Device, choose_passes, device_of
 from .device.host import available_bytes
 from .engine import Engine
 from .errors import DeviceError, FitError, reason
-from .loading import HOST_RESERVE_BYTES, Progress, ReadCounter, bytes_to_read, load_draft, load_target, share_memory
+from .loading import HOST_RESERVE_BYTES, Loaded, Progress, ReadCounter, bytes_to_read, share_memory, take_memory
 from .measuring import look_at_machine
 from .model.architecture import check_window
-from .model.drafter import ModelDrafter
 from .model.generation_config import read_generation_defaults
-from .model.masks import TreeMasks
 from .planner.fallback import Fallbacks
 from .planner.hardware import HardwareProfile
 from .planner.memory import Budgets
@@ -26,7 +24,6 @@ from .planner.plan import Plan, make_option, make_workload, plan_run
 from .planner.tree_choice import read_acceptances, read_tree, resolve_method
 from .report import Memory
 from .source import ModelSource, check_source
-from .streaming.stream import LayerStream
 from .text import TextCodec, check_same_vocabulary
 from .trace import Trace
 from .weights.store import WeightStore
@@ -75,15 +72,14 @@ def open_engine(
         eos_token_ids = _ends_of_text(target)
         shared = share_memory(target, plan.placement, _left_for_layers(host, plan), may_refuse=not device.host_addressable)
         counter = ReadCounter(progress, lambda plan: bytes_to_read(target, draft, plan, shared))
-        masks = TreeMasks(device, plan.tree)
-        stack.callback(masks.close)
-        plan, model, stream, store = load_target(device, target, plan, shared, fallbacks, counter, stack)
-        drafter = load_draft(device, draft, plan, target.architecture.vocab_size, masks, counter, stack) if draft else None
-        plan, fallbacks = _record(drafter, plan, fallbacks, device)
-        plan, fallbacks = _see_placed(plan, fallbacks, stream, store)
-        plan = replace(plan, link_bytes_per_s=settings.emulate_link_bytes_per_s or stream.measure_link())
+        loaded = take_memory(device, target, draft, plan, shared, fallbacks, stack)
+        plan, fallbacks = _record(loaded, fallbacks, device)
+        loaded.read(counter)
+        plan, fallbacks = _see_placed(loaded, plan, fallbacks)
+        plan = replace(plan, link_bytes_per_s=settings.emulate_link_bytes_per_s or loaded.stream.measure_link())
         method = resolve_method(settings.verifier)
-        loop = DecodeLoop(device, model, stream, drafter, masks, plan, method=method, trace=trace, fallbacks=fallbacks)
+        parts = loaded.target, loaded.stream, loaded.drafter, loaded.masks
+        loop = DecodeLoop(device, *parts, plan, method=method, trace=trace, fallbacks=fallbacks)
         close = stack.pop_all().close
     return Engine(
         loop=loop,
@@ -93,7 +89,7 @@ def open_engine(
         method=method,
         emulated_link=settings.emulate_link_bytes_per_s is not None,
         device_name=device.name,
-        memory=_memory_of(device, store),
+        memory=_memory_of(device, loaded.store),
         close=close,
     )
 
@@ -151,8 +147,9 @@ def _plan(
     return plan, Fallbacks(settings=settings, workload=workload, draft=chosen, budgets=budgets)
 
 
-def _see_placed(plan: Plan, fallbacks: Fallbacks, stream: LayerStream, store: WeightStore) -> tuple[Plan, Fallbacks]:
+def _see_placed(loaded: Loaded, plan: Plan, fallbacks: Fallbacks) -> tuple[Plan, Fallbacks]:
     """With what the device refused to pin, which takes another way."""
+    stream, store = loaded.stream, loaded.store
     placed, fallbacks = fallbacks.as_placed(plan, stream.placement, stream.measure_move())
     if placed is not plan:
         sizes = bytes_text(store.pinned_bytes), bytes_text(store.host_bytes)
@@ -160,9 +157,10 @@ def _see_placed(plan: Plan, fallbacks: Fallbacks, stream: LayerStream, store: We
     return placed, fallbacks
 
 
-def _record(drafter: ModelDrafter | None, plan: Plan, fallbacks: Fallbacks, device: Device) -> tuple[Plan, Fallbacks]:
-    """With the draft's passes recorded. A driver that cannot leaves nobody without a way: they are launched one by one then,
-    unless graphs were asked for, which is a DeviceError."""
+def _record(loaded: Loaded, fallbacks: Fallbacks, device: Device) -> tuple[Plan, Fallbacks]:
+    """With the draft's passes recorded, before there are weights, as that takes memory, too. A driver that cannot leaves nobody
+    without a way: they are launched one by one then, unless graphs were asked for, which is a DeviceError."""
+    plan, drafter = loaded.plan, loaded.drafter
     if drafter is None:
         return plan, fallbacks
     why = "" if drafter.records else "this model waits for the device in a pass"

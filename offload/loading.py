@@ -1,15 +1,18 @@
-"""Weights into memory: the target's layers where a plan puts them, the draft whole. What fails leaves nothing behind."""
+"""Weights into memory: the target's layers where a plan puts them, the draft whole. What fails leaves nothing behind.
+
+Memory is taken before any weight is read, the device's first: what does not fit is refused in a moment, not after minutes.
+"""
 
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from .config import bytes_text
 from .device import Device
 from .device.host import available_bytes
 from .errors import FitError, HostMemoryError
-from .model.causal_lm import CausalLM
+from .model.causal_lm import CausalLM, WeightSource
 from .model.drafter import PROMPT_CHUNK_TOKENS, ModelDrafter
 from .model.kv_cache import KVCache
 from .model.masks import TreeMasks
@@ -17,7 +20,7 @@ from .planner.cost import ledger_lines, size_text
 from .planner.fallback import Fallbacks
 from .planner.plan import Plan
 from .source import ModelSource
-from .streaming.stream import LayerStream, ResidentWeights, Weights
+from .streaming.stream import LayerStream, ResidentWeights
 from .weights.placement import RING_BUFFERS, Placement
 from .weights.source import share_layers
 from .weights.store import WeightStore, load_through_host
@@ -38,12 +41,7 @@ class ReadCounter:
 
     def begin(self, plan: Plan) -> None:
         """Count what loading under `plan` reads."""
-        self._read_bytes = 0
-        self.expect(plan)
-
-    def expect(self, plan: Plan) -> None:
-        """Go on counting, for `plan`."""
-        self._total_bytes = self._total_bytes_of(plan)
+        self._read_bytes, self._total_bytes = 0, self._total_bytes_of(plan)
 
     def __call__(self, num_bytes: int) -> None:
         self._read_bytes += num_bytes
@@ -79,28 +77,48 @@ def share_memory(source: ModelSource, placement: Placement, host_bytes: int, *, 
     return shared
 
 
-def load_target(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A pair in its memory, ready to run once it is `read`, and the plan that it runs under. `masks` are those of its tree."""
+
+    plan: Plan
+    target: CausalLM
+    stream: LayerStream
+    store: WeightStore
+    drafter: ModelDrafter | None
+    masks: TreeMasks
+    parts: "tuple[_Memory, ...]"
+
+    def read(self, counter: ReadCounter) -> None:
+        """The weights, from wherever they come."""
+        counter.begin(replace(self.plan, placement=self.store.placement))  # a ring may have sent layers to disk
+        for part in self.parts:
+            part.fill(counter)
+
+
+def take_memory(
     device: Device,
-    source: ModelSource,
+    target: ModelSource,
+    draft: ModelSource | None,
     plan: Plan,
     shared: Mapping[int, int],
     fallbacks: Fallbacks,
-    counter: ReadCounter,
     stack: ExitStack,
-) -> tuple[Plan, CausalLM, LayerStream, WeightStore]:
-    """Under `plan`, or, if by now the host has less memory than was planned, under a smaller one: once, then it is an error."""
+) -> Loaded:
+    """Under `plan`, or, if by now the host has less memory than was planned, under a smaller one: once, then it is an error.
+    `stack` is given what ends the use of all that was taken."""
     in_host_bytes = sum(plan.device_ledger.values()) if device.host_addressable else 0
     try:
-        borrowed_bytes = len(shared) * source.model.layout.num_bytes
+        borrowed_bytes = len(shared) * target.model.layout.num_bytes
         _check_host(sum(plan.host_ledger.values()) - borrowed_bytes + in_host_bytes)
-        return plan, *_load_streamed(device, source, plan, shared, counter, stack)
+        return _take_memory(device, target, draft, plan, shared, stack)
     except HostMemoryError as error:
-        if source.tensors.equal_layers:
+        if target.tensors.equal_layers:
             raise  # nothing of it could come from disk
         refused = error.what  # not the error itself: its traceback holds all that was allocated
     plan = fallbacks.less_host(plan, available_bytes() - HOST_RESERVE_BYTES - in_host_bytes)
     logger.warning("%s: %s", refused, plan.notes[-1])
-    return plan, *_load_streamed(device, source, plan, shared, counter, stack)
+    return _take_memory(device, target, draft, plan, shared, stack)
 
 
 def _check_host(needed_bytes: int) -> None:
@@ -113,71 +131,88 @@ def _check_host(needed_bytes: int) -> None:
         )
 
 
-def _load_streamed(
-    device: Device, source: ModelSource, plan: Plan, shared: Mapping[int, int], counter: ReadCounter, stack: ExitStack
-) -> tuple[CausalLM, LayerStream, WeightStore]:
-    counter.begin(plan)
-    with ExitStack() as own:
-        outside = _load_outside(device, source, counter)
-        cache = _cache(device, source, plan.context_rows)
-        prefix, most_bytes = source.architecture.prefix, plan.host_budget_bytes
-        store = WeightStore(device, source.tensors, source.model.layout, prefix, plan.placement, shared, most_bytes)
-        own.callback(store.close)
-        counter.expect(replace(plan, placement=store.placement))  # a ring may have sent layers to disk
-        store.load(counter)
-        stream = LayerStream(device, store, plan.num_slots)
-        own.callback(stream.close)
-        model = CausalLM(source.architecture, device, source.model.dtype, outside, stream, cache)
-        own.callback(model.close)
-        stack.push(own.pop_all())
-    return model, stream, store
-
-
-def load_draft(
+def _take_memory(
     device: Device,
-    source: ModelSource,
+    target: ModelSource,
+    draft: ModelSource | None,
     plan: Plan,
-    vocab_size: int,
-    masks: TreeMasks,
-    counter: ReadCounter,
+    shared: Mapping[int, int],
     stack: ExitStack,
-) -> ModelDrafter:
-    """The draft stays on the device whole."""
-    outside = _load_outside(device, source, counter)
+) -> Loaded:
+    with ExitStack() as own:
+        masks = TreeMasks(device, plan.tree)
+        own.callback(masks.close)
+        main = _Memory(device, target, plan.placement, plan.context_rows, own, shared, plan.host_budget_bytes)
+        stream = LayerStream(device, main.store, plan.num_slots)
+        own.callback(stream.close)
+        model = main.model(stream, own)
+        parts, drafter = [main], None
+        if draft is not None:
+            aside = _Memory(device, draft, _resident(draft), plan.context_rows, own)
+            parts.append(aside)
+            drafter = _drafter(device, aside, plan, target.architecture.vocab_size, masks, own)
+        for part in parts:
+            part.store.take_host_memory()
+        stack.push(own.pop_all())
+    return Loaded(plan=plan, target=model, stream=stream, store=main.store, drafter=drafter, masks=masks, parts=tuple(parts))
+
+
+class _Memory:
+    """Of a model on the device: its layers as `placement` has them, its cache, and one buffer for what lies outside the layers.
+    Taken here, filled by `fill`; `stack` is given what ends its use."""
+
+    def __init__(
+        self,
+        device: Device,
+        source: ModelSource,
+        placement: Placement,
+        context_rows: int,
+        stack: ExitStack,
+        shared: Mapping[int, int] | None = None,
+        most_host_bytes: int | None = None,
+    ) -> None:
+        self._device, self._source, architecture = device, source, source.architecture
+        self._outside = device.alloc(source.model.shared_layout.num_bytes)
+        self._cache = KVCache(
+            device,
+            num_layers=architecture.num_layers,
+            num_kv_heads=architecture.num_kv_heads,
+            head_dim=architecture.head_dim,
+            capacity=context_rows,
+            dtype=source.model.dtype,
+        )
+        layout, prefix = source.model.layout, architecture.prefix
+        self.store = WeightStore(device, source.tensors, layout, prefix, placement, shared, most_host_bytes)
+        stack.callback(self.store.close)
+
+    def model(self, weights: WeightSource, stack: ExitStack) -> CausalLM:
+        """The model in this memory, which need not be filled yet."""
+        outside = self._source.model.shared_layout.views(self._outside)
+        model = CausalLM(self._source.architecture, self._device, self._source.model.dtype, outside, weights, self._cache)
+        stack.callback(model.close)
+        return model
+
+    def fill(self, counter: ReadCounter) -> None:
+        layout = self._source.model.shared_layout
+        with self._source.tensors.open() as feed:
+            if self._device.host_addressable:
+                feed.fill(layout.views(self._outside), counter)
+            else:
+                load_through_host(self._device, [(self._outside, layout.views)], [], feed, counter)
+        self.store.load(counter)
+
+
+def _resident(source: ModelSource) -> Placement:
     num_layers = source.architecture.num_layers
-    everything = Placement(num_layers=num_layers, resident=frozenset(range(num_layers)))
-    store = WeightStore(device, source.tensors, source.model.layout, source.architecture.prefix, everything)
-    stack.callback(store.close)
-    store.load(counter)
-    weights = ResidentWeights([store.resident[layer] for layer in range(num_layers)])
+    return Placement(num_layers=num_layers, resident=frozenset(range(num_layers)))
+
+
+def _drafter(device: Device, memory: _Memory, plan: Plan, vocab_size: int, masks: TreeMasks, stack: ExitStack) -> ModelDrafter:
+    """The draft stays on the device whole."""
+    weights = ResidentWeights(list(memory.store.resident.values()))
     stack.callback(weights.close)
-    cache = _cache(device, source, plan.context_rows)
-    model = CausalLM(source.architecture, device, source.model.dtype, outside, weights, cache)
+    model = memory.model(weights, stack)
     chunk_tokens = min(PROMPT_CHUNK_TOKENS, plan.pass_rows)
     drafter = ModelDrafter(model, device, vocab_size, masks, chunk_tokens=chunk_tokens, max_nodes=plan.tree.num_nodes)
     stack.callback(drafter.close)
     return drafter
-
-
-def _load_outside(device: Device, source: ModelSource, counter: ReadCounter) -> Weights:
-    """The tensors outside the decoder layers, in one device buffer."""
-    layout = source.model.shared_layout
-    buffer = device.alloc(layout.num_bytes)
-    with source.tensors.open() as feed:
-        if device.host_addressable:
-            feed.fill(layout.views(buffer), counter)
-        else:
-            load_through_host(device, [(buffer, layout.views)], [], feed, counter)
-    return layout.views(buffer)
-
-
-def _cache(device: Device, source: ModelSource, rows: int) -> KVCache:
-    architecture = source.architecture
-    return KVCache(
-        device,
-        num_layers=architecture.num_layers,
-        num_kv_heads=architecture.num_kv_heads,
-        head_dim=architecture.head_dim,
-        capacity=rows,
-        dtype=source.model.dtype,
-    )

@@ -274,15 +274,73 @@ class CountingDevice(RecordingDevice):
         return sum(num_bytes for given, num_bytes in self._given if given() is not None)
 
     def alloc(self, num_bytes: int) -> torch.Tensor:
-        return self.pin(num_bytes, ()).tensor
+        return self._give(num_bytes)
 
     def pin(self, num_bytes: int, cuts: Sequence[int]) -> HostMapping:
         buffer = HostMapping(0)
-        if num_bytes:
-            mapping = mmap.mmap(-1, num_bytes)
-            self._given.append((weakref.ref(mapping), num_bytes))
-            buffer.tensor = torch.frombuffer(mapping, dtype=torch.uint8)
+        buffer.tensor = self._give(num_bytes)
         return buffer
+
+    def _give(self, num_bytes: int) -> torch.Tensor:
+        if not num_bytes:
+            return torch.empty(0, dtype=torch.uint8)
+        mapping = mmap.mmap(-1, num_bytes)
+        self._given.append((weakref.ref(mapping), num_bytes))
+        return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+class _WatchedBuffer(HostMapping):
+    """Whoever closes it has seen to it that no copy from it is under way."""
+
+    def __init__(self, device: "WatchedDevice", tensor: torch.Tensor) -> None:
+        super().__init__(0)
+        self._device, self.tensor = device, tensor
+
+    def close(self) -> None:
+        start, sources = self.tensor.data_ptr(), [source.data_ptr() for source in self._device._sources.values()]
+        assert not any(start <= source < start + self.tensor.numel() for source in sources), "its memory is still read"
+        super().close()
+
+
+class WatchedDevice(CountingDevice, LateDevice):
+    """Memory of its own, as a GPU has. Its memory and its copies are asked for in `calls`, before and behind each: the
+    `interrupt_at`-th of them (from 1) is where Ctrl-C comes, and where `fault`, if that is given, is raised instead."""
+
+    name = "watched"
+    host_addressable = False
+
+    def __init__(self, interrupt_at: int = 0, fault: BaseException | None = None) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+        self._interrupt_at, self._fault = interrupt_at, fault
+
+    @property
+    def num_under_way(self) -> int:
+        return len(self._sources)
+
+    def called(self, name: str) -> None:
+        self.calls.append(name)
+        if len(self.calls) == self._interrupt_at:
+            raise self._fault or KeyboardInterrupt
+
+    def alloc(self, num_bytes: int) -> torch.Tensor:
+        self.called("alloc")
+        memory = super().alloc(num_bytes)
+        self.called("allocated")
+        return memory
+
+    def pin(self, num_bytes: int, cuts: Sequence[int]) -> HostMapping:
+        self.called("pin")
+        buffer = _WatchedBuffer(self, self._give(num_bytes))
+        buffer.pinned_bytes = num_bytes
+        self.called("pinned")
+        return buffer
+
+    def copy_async(self, dst: torch.Tensor, src: torch.Tensor, after: Ticket) -> CopyTicket:
+        self.called("copy")
+        ticket = super().copy_async(dst, src, after)
+        self.called("copied")
+        return ticket
 
 
 DEVICES = {"cpu": CpuDevice, "eager": EagerDevice, "late": LateDevice}

@@ -446,6 +446,42 @@ def test_segments_grow_unless_the_user_has_settings_or_cuda_runs(runtime: Runtim
         assert (wanted in [os.environ.get(name) for name in names]) is not running
 
 
+def test_an_interruption_at_any_registration_of_loading_leaves_nothing_registered(runtime: Runtime, models: Models) -> None:
+    settings = EngineSettings(
+        model=str(models(num_layers=3)),
+        draft_models=(str(models(num_layers=1)),),
+        device="cpu",
+        tree="4x3:kary",
+        resident_layers=1,
+    )
+
+    def load() -> None:
+        with open_engine(settings, device=open_device(), hardware=L40):
+            pass
+
+    load()
+    num_calls = runtime.calls
+    assert num_calls > 4 and runtime.registered == {}
+    for number in range(1, num_calls):
+        runtime.calls, runtime.interrupt_at = 0, number
+        with pytest.raises(KeyboardInterrupt):
+            load()
+        assert runtime.calls == number + 1 and runtime.registered == {}
+
+
+def test_registered_memory_that_nobody_closed_is_let_go_of(runtime: Runtime, models: Models) -> None:
+    """As when Ctrl-C comes before anybody has it, or an error before somebody closes it."""
+    device = open_device()
+
+    def broken_off() -> None:
+        device.pin(3 * CHUNK_BYTES, [CHUNK_BYTES, 2 * CHUNK_BYTES])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_off()
+    assert runtime.calls > 0 and runtime.registered == {}
+
+
 def test_a_device_that_is_not_there_is_refused(runtime: Runtime) -> None:
     with pytest.raises(DeviceError, match="no CUDA device 1"):
         CudaDevice(1)

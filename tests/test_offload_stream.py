@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -48,12 +48,14 @@ def open_stream(
     placement = Placement(num_layers=num_layers, resident=in_memory, disk=frozenset(rest[:disk]))
     most_bytes = None if most_host_layers is None else most_host_layers * LAYOUT.num_bytes
     source = CheckpointSource(open_checkpoint(folder))
-    store = WeightStore(device, source, LAYOUT, "model.layers", placement, most_host_bytes=most_bytes)
-    store.load()
-    stream = LayerStream(device, store, slots)
-    yield stream, store
-    stream.close()
-    store.close()
+    with ExitStack() as stack:
+        store = WeightStore(device, source, LAYOUT, "model.layers", placement, most_host_bytes=most_bytes)
+        stack.callback(store.close)
+        store.take_host_memory()
+        store.load()
+        stream = LayerStream(device, store, slots)
+        stack.callback(stream.close)
+        yield stream, store
 
 
 def check_pass(stream: LayerStream, num_layers: int) -> None:
@@ -178,6 +180,7 @@ def test_layers_that_share_memory_go_through_the_ring_together(layered_checkpoin
     source, shared = CheckpointSource(open_checkpoint(layered_checkpoint(5))), {2: 0, 4: 0}
     placement = Placement(num_layers=5, resident=frozenset())
     store = WeightStore(device, source, LAYOUT, "model.layers", placement, shared)
+    store.take_host_memory()
     store.load()
     stream = LayerStream(device, store, 2)
     for _ in range(3):

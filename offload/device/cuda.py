@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -74,6 +75,9 @@ class RegisteredBuffer:
         self.tensor = self._mapping.tensor
         self.pinned_bytes = 0
         self._registered: list[int] = []
+        # Memory that goes while it is registered is the driver's to crash on, so it does not depend on somebody's `close`.
+        self._let_go = weakref.finalize(self, _let_go, self._registered, self._mapping)
+        self._let_go.atexit = False
         try:
             self.pinned_bytes = register_chunks(num_bytes, cuts, REGISTER_CHUNK_BYTES, self._register)
         except BaseException:  # Ctrl-C, which in the middle of many GiB is likely
@@ -83,11 +87,8 @@ class RegisteredBuffer:
             logger.info("CUDA registered %d of %d bytes of host memory; the rest is pageable", self.pinned_bytes, num_bytes)
 
     def close(self) -> None:
-        while self._registered:
-            if not _succeeded(torch.cuda.cudart().cudaHostUnregister(self._registered.pop())):
-                logger.warning("CUDA did not let go of host memory that it had registered")
         self.tensor = torch.empty(0, dtype=torch.uint8)
-        self._mapping.close()
+        self._let_go()
 
     def _register(self, start: int, end: int) -> bool:
         address = self.tensor.data_ptr() + start
@@ -95,6 +96,13 @@ class RegisteredBuffer:
             return False
         self._registered.append(address)
         return True
+
+
+def _let_go(registered: list[int], mapping: HostMapping) -> None:
+    while registered:
+        if not _succeeded(torch.cuda.cudart().cudaHostUnregister(registered.pop())):
+            logger.warning("CUDA did not let go of host memory that it had registered")
+    mapping.close()
 
 
 def _succeeded(result: Any) -> bool:

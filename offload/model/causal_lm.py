@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..device import Device
-from ..streaming.stream import Weights
+from ..streaming.stream import ResidentWeights, Weights
 from .architecture import Architecture
 from .kv_cache import KVCache
 from .rotary import rebuild_rotary
@@ -54,7 +54,7 @@ class CausalLM:
         cache: KVCache,
     ) -> None:
         self.architecture, self.dtype, self.cache = architecture, dtype, cache
-        self._weights = weights
+        self._weights: WeightSource = weights
         self._pass = under_way = _Pass()
         self._model = architecture.model
         _materialise(self._model, device.torch_device, dtype, shared)
@@ -64,9 +64,11 @@ class CausalLM:
         layers = list(self._model.get_submodule(architecture.prefix).children())
         self._forward = Forward(self._model, len(layers))
         self._parameters = [dict(layer.named_parameters()) for layer in layers]
-        for layer, parameters in zip(layers, self._parameters, strict=True):
+        self._hooks = [
             layer.register_forward_pre_hook(lambda _module, _args, parameters=parameters: under_way.bind(parameters))
-        layers[-1].register_forward_hook(lambda _module, _args, _output: under_way.end())
+            for layer, parameters in zip(layers, self._parameters, strict=True)
+        ]
+        self._hooks.append(layers[-1].register_forward_hook(lambda _module, _args, _output: under_way.end()))
 
     def begin_text(self, prompt_tokens: int, num_tokens: int) -> None:
         """The passes to come belong to a text of `num_tokens` tokens so far, of which `prompt_tokens` are its prompt."""
@@ -116,11 +118,14 @@ class CausalLM:
                 parameter.data = parameter.new_empty(0)
 
     def close(self) -> None:
-        """Hold no weights, keys or values any more; whoever still holds the model holds next to nothing."""
+        """Hold no weights, keys or values any more; whoever still holds the model holds next to nothing, and may give it to
+        another CausalLM."""
+        for hook in self._hooks:
+            hook.remove()
         for parameter in self._model.parameters():
             parameter.data = parameter.new_empty(0)
         self.cache.close()
-        del self._weights
+        self._weights = ResidentWeights([])
 
 
 def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, shared: Weights) -> None:

@@ -23,8 +23,9 @@ Progress = Callable[[int], None]
 
 
 class WeightStore:
-    """Owns the memory of all decoder layers and fills it. Host memory held: the host layers, exactly, plus a ring when some
-    layers are on disk or could not be pinned; peak while loading is that plus the reader's scratch (see TensorReader).
+    """Owns the memory of all decoder layers and fills it: the device's is taken at once, the host's by `take_host_memory`, and
+    `load` fills both. Host memory held: the host layers, exactly, plus a ring when some layers are on disk or could not be
+    pinned; peak while loading is that plus the reader's scratch (see TensorReader).
 
     `placement` says where layers came to lie: which are pageable, and which went to disk as a ring for those would have taken
     more than `most_host_bytes`. `shared` host layers, {borrower: owner}, have no memory of their own: the source says that
@@ -47,13 +48,7 @@ class WeightStore:
         self._memory = HostLayers(device, layout.num_bytes)
         self._ring: BounceRing | None = None
         self._files = ExitStack()  # what the ring reads from
-        try:
-            self._memory.add([layer for layer in placement.host if layer not in self.shared])
-            self._memory.share(self.shared)
-            self.placement = self._settled(placement)
-        except BaseException:
-            self.close()
-            raise
+        self.placement, self._through_ring = placement, frozenset(placement.through_ring)
 
     @property
     def resident(self) -> dict[int, dict[str, torch.Tensor]]:
@@ -68,6 +63,13 @@ class WeightStore:
     @property
     def pinned_bytes(self) -> int:
         return self._memory.pinned_bytes
+
+    def take_host_memory(self) -> None:
+        """Homes for the layers in host memory, pinned as far as the device allows, and a ring where one is needed: `placement`
+        is then what came of it. HostMemoryError when there is no room."""
+        self._memory.add([layer for layer in self.placement.host if layer not in self.shared])
+        self._memory.share(self.shared)
+        self.placement = self._settled(self.placement)
 
     def load(self, progress: Progress | None = None) -> None:
         """Read every layer that has a place in memory. `progress` gets bytes read."""
