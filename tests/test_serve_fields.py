@@ -50,7 +50,7 @@ CLIENTS = {
     "hosted": {"extra_body": {"min_p": 1}, "reasoning": {"effort": "low"}, "enable_thinking": False, "random_seed": 5},
 }
 OF_CHATS = {"chat_template": "x", "add_generation_prompt": False, "continue_final_message": True, "echo": True, "suffix": "x"}
-OF_COMPLETIONS = {"suffix": "x", "max_completion_tokens": 5, "chat_template_kwargs": {"a": 1}, "reasoning_effort": "low"}
+OF_COMPLETIONS = {"suffix": "x", "top_logprobs": 5, "chat_template_kwargs": {"a": 1}, "reasoning_effort": "low"}
 IGNORED = {
     "user": "me",
     "metadata": {"a": 1},

@@ -126,9 +126,11 @@ def test_a_stop_string_ends_the_answer_before_it(server: Server, sdk: openai.Ope
 
 
 def test_the_newer_name_of_the_limit_counts(sdk: openai.OpenAI) -> None:
-    request = {**chat(), "max_tokens": None, "max_completion_tokens": 3}
-    answer = sdk.chat.completions.create(**request)  # type: ignore[call-overload]
+    """On both routes: benchmarks send both names to either."""
+    answer = sdk.chat.completions.create(**chat(max_completion_tokens=3))  # type: ignore[call-overload]
     assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (3, "length")
+    plain = sdk.completions.create(**completion(), extra_body={"max_completion_tokens": 3})
+    assert plain.usage is not None and plain.usage.completion_tokens == 3
 
 
 def test_messages_may_come_in_parts_and_from_developers(sdk: openai.OpenAI) -> None:

@@ -54,10 +54,9 @@ def admit_chat(engine: "Engine", body: ChatRequest, model_name: str) -> Order:
             raise Problem(400, "chat_template_error", error.what, "messages") from None
     token_ids = list(prompt.token_ids)
     scoring = _scoring(body.top_logprobs or 0) if body.logprobs else None
-    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    wanted = getattr(body, name)
+    field, wanted = body.limit
     if wanted == 0:
-        raise Problem(400, "invalid_value", f"{name} 0 asks for nothing", name)
+        raise Problem(400, "invalid_value", f"{field} 0 asks for nothing", field)
     num_new = _num_new(engine, len(token_ids), -1 if wanted is None else wanted)
     requests = _requests(engine, body, token_ids, num_new, (*body.stop_strings, *prompt.stop), scoring)
     header = Header(id=f"chatcmpl-{secrets.token_hex(12)}", created=int(time.time()), model=model_name)
@@ -68,9 +67,10 @@ def admit_chat(engine: "Engine", body: ChatRequest, model_name: str) -> Order:
 def admit_completion(engine: "Engine", body: CompletionRequest, model_name: str) -> Order:
     codec = require_codec(engine.codec)
     echo, num_choices = bool(body.echo), body.n or 1
-    num_new = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    field, wanted = body.limit
+    num_new = DEFAULT_COMPLETION_TOKENS if wanted is None else wanted
     if num_new == 0 and not echo:
-        raise Problem(400, "invalid_value", "max_tokens 0 asks for nothing without echo", "max_tokens")
+        raise Problem(400, "invalid_value", f"{field} 0 asks for nothing without echo", field)
     scoring = None if body.logprobs is None else _scoring(body.logprobs, prompt=echo)
     requests: list[Request] = []
     texts: list[str] = []

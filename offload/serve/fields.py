@@ -196,7 +196,6 @@ CHAT: Neutral = {
 COMPLETION: Neutral = {
     **_BOTH,
     "chat_template_kwargs": ({},),
-    "max_completion_tokens": (),
     "messages": ([],),
     "reasoning_effort": ("none",),
     "suffix": ("",),
@@ -215,7 +214,6 @@ _HINTS = {
     "do_sample": "temperature 0 takes the most probable token",
     "enable_thinking": "give it in chat_template_kwargs",
     "extra_body": "its fields belong into the body itself, where the openai package puts them",
-    "max_completion_tokens": "give max_tokens",
     "max_length": "give max_tokens",
     "max_new_tokens": "give max_tokens",
     "n_predict": "give max_tokens",

@@ -104,6 +104,7 @@ class Sampling(Wire):
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     max_tokens: NumTokens | None = None
+    max_completion_tokens: NumTokens | None = None
     stop: (
         Annotated[
             StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)],
@@ -116,6 +117,12 @@ class Sampling(Wire):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    @property
+    def limit(self) -> tuple[str, int | None]:
+        """How many tokens at most, and the name of the field that says so: the newer one counts."""
+        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return name, getattr(self, name)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -157,7 +164,6 @@ class ChatRequest(Sampling):
     unsupported = CHAT
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: NumTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_plain)] | None = None
