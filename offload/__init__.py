@@ -4,6 +4,7 @@ Importing this package is cheap: torch and transformers are imported by `load`.
 """
 
 import importlib.util
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 __all__ = ["OffloadError", "__version__", "load"]
+
+logger = logging.getLogger(__name__)
 
 
 def _refuse_foreign_tree() -> None:
@@ -55,7 +58,7 @@ def load(
 ) -> "Engine":
     """Load a model, and a draft model, and return an Engine that serves any number of calls. Arguments are the command
     line's flags; sizes may be bytes. Raises the errors of `offload.errors`, all of them OffloadError."""
-    from .assemble import open_engine
+    from .releases import errors_translated, warning
 
     settings = EngineSettings.parse(
         model=str(model),
@@ -75,4 +78,9 @@ def load(
         draft_passes=draft_passes,
         small_uploads=small_uploads,
     )
-    return open_engine(settings, seed=seed)
+    if (text := warning()) is not None:
+        logger.warning(text)
+    with errors_translated():
+        from .assemble import open_engine
+
+        return open_engine(settings, seed=seed)

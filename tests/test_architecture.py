@@ -18,11 +18,12 @@ NUMBERS = {"stats", "trace", "text", "device.base"}  # records and words: they r
 MACHINE = {*FLOOR, "device", "weights", "streaming"}
 ENGINE = {*MACHINE, *NUMBERS, "model", "planner"}
 LOADED = {*ENGINE, "admission", "calibrate", "decode", "engine", "loading", "measuring", "report", "scale", "source"}
-ALL = {*LOADED, "assemble", "conversation", "demo", "doctor", "sessions"}
+ALL = {*LOADED, "assemble", "conversation", "demo", "doctor", "releases", "sessions"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
+    "releases": {"errors"},  # what is installed, and what was tested
     "config": {"errors"},
     "device": FLOOR,
     "weights": {*FLOOR, "device"},
@@ -51,9 +52,9 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {*ENGINE, "admission", "decode", "report", "text_stream"},
     "loading": {*ENGINE, "source"},
     "assemble": LOADED,
-    "doctor": {*ENGINE, "scale.preset"},  # looks at files, devices and sizes as a run would, and runs nothing
+    "doctor": {*ENGINE, "releases", "scale.preset"},  # looks at files, devices and sizes as a run would, and runs nothing
     # HTTP around one engine; `loading` for the type of a callback only: whoever starts a server says how its engine is opened
-    "serve": {*FLOOR, *NUMBERS, "conversation", "admission", "engine", "loading"},
+    "serve": {*FLOOR, *NUMBERS, "conversation", "admission", "engine", "loading", "releases"},
     "demo": FLOOR,  # data, and the script that made it
     "scale": {
         *MACHINE,
@@ -63,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     },  # makes tensors instead of reading them; computes what the demo target computes
     "bench": ALL,  # drives whole engines, ours and others
     "cli": {*ALL, "bench", "serve"},
-    "__init__": {*ENGINE, "engine", "assemble"},  # the package's face: `offload.load`
+    "__init__": {*ENGINE, "engine", "assemble", "releases"},  # the package's face: `offload.load`
 }
 
 # Where offload may say `from tree.x import y`.
@@ -342,4 +343,5 @@ def test_readme_has_two_commands_and_ci_runs_the_second() -> None:
     section = readme.partition("\n## Install and run\n")[2].partition("\n## ")[0]
     commands = [block.strip() for block in re.findall(r"^```\w*\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)]
     assert len(commands) == 2 and not any("\n" in command for command in commands)
+    assert all(" -c constraints.txt -e " in command for command in commands)  # they do in a year what they do today
     assert commands[1] in [line.strip() for line in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()]

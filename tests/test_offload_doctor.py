@@ -186,6 +186,12 @@ def test_failures_end_with_the_code_of_the_worst() -> None:
     assert worst_status(judge(replace(HEALTHY, checks=(bad_model,)))) == "fail"
 
 
+def test_releases_that_were_not_tested_are_warned_of() -> None:
+    finding = judge(with_host(untested=("torch 3.0 (tested: >=2.6,<2.14)",)))[0]
+    assert (finding.name, finding.status) == ("versions", "warn")
+    assert finding.value.endswith("; untested: torch 3.0 (tested: >=2.6,<2.14)") and "constraints.txt" in str(finding.cure)
+
+
 def test_a_line_is_status_name_value_and_cure() -> None:
     finding = Finding(name="cgroup", status="fail", value="too small", cure="raise it", exit_code=4)
     assert finding.line().split() == ["FAIL", "cgroup", "too", "small", "->", "raise", "it"]

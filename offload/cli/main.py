@@ -79,13 +79,17 @@ def _render(error: OffloadError) -> str:
 
 
 def _unexpected(error: Exception) -> OffloadError:
-    """What nobody has translated: a disk that is full under stdout, or a fault of ours."""
+    """What nobody has translated: a disk that is full under stdout, a dependency of another release, or a fault of ours."""
+    from ..releases import translated  # importlib.metadata, which help can do without
+
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
         return DeviceError(
             f"the output could not be written in full: {reason(error)}",
             where=str(error.filename or "stdout"),
             cure="free space where it goes, and run again",
         )
+    if (blamed := translated(error, _place_of(error))) is not None:
+        return blamed
     what = " ".join(str(error).split())[:300] or type(error).__name__
     return OffloadError(
         f"internal error: {type(error).__name__}: {what}",

@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..planner.hardware_file import PRESETS, to_json
 from ..report import environment
 from .acceptance import write_json
-from .settings import check_writable
+from .settings import check_writable, warn_of_releases
 from .signals import leaving_at_once
 from .terminal import PartProgress, say
 
@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if arguments.output and arguments.output != "-":
         check_writable("--output", Path(arguments.output))
+    warn_of_releases(quiet=arguments.quiet)
     with leaving_at_once():
         from ..device import device_of
 

@@ -62,7 +62,8 @@ def check_small_files(settings: EngineSettings) -> None:
 
 def settle_models(arguments: argparse.Namespace, settings: EngineSettings) -> None:
     """The last thing before torch is imported, when the flags have been found right, as a usage error is one line: tell stderr
-    which models run when none was named; ModelError for one that is nowhere, and for a preset, which has no weights."""
+    which models run when none was named, and of untested releases; ModelError for a model that is nowhere, and for a preset,
+    which has no weights."""
     for flag, name in [("--model", settings.model), *(("--draft-model", draft) for draft in settings.draft_models)]:
         if name.startswith(SCALE_PREFIX):
             continue
@@ -80,6 +81,15 @@ def settle_models(arguments: argparse.Namespace, settings: EngineSettings) -> No
             + (f", streamed over an emulated link of {arguments.emulate_link or LINK}" if emulated else "")
             + "\n  a real model: --model PATH_OR_HUB_ID --draft-model PATH_OR_HUB_ID"
         )
+    warn_of_releases(quiet=arguments.quiet)
+
+
+def warn_of_releases(*, quiet: bool) -> None:
+    """One line when dependencies are of releases that nobody tried with this version."""
+    from ..releases import warning
+
+    if not quiet and (text := warning()) is not None:
+        say(f"warning: {text}")
 
 
 def check_writable(flag: str, path: Path) -> None:

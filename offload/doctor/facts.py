@@ -61,7 +61,8 @@ class CopyFacts:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostFacts:
     """`cgroup_limit_bytes` and `memlock_bytes` are None where nothing is limited. `nodes` are the machine's NUMA nodes,
-    `own_nodes` those whose CPUs this process may use. `versions` maps packages to None where they are missing."""
+    `own_nodes` those whose CPUs this process may use. `versions` maps packages to None where they are missing;
+    `untested` names those of a release that was not tested."""
 
     kernel: str
     available_bytes: int
@@ -70,6 +71,7 @@ class HostFacts:
     nodes: frozenset[int]
     own_nodes: frozenset[int]
     versions: Mapping[str, str | None]
+    untested: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

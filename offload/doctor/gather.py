@@ -6,18 +6,18 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 
 from ..device import Device, cuda, numa, open_device, pinned
 from ..device.cgroup import cgroup_memory
 from ..device.host import available_bytes
 from ..errors import OffloadError
 from ..planner.cost import GIB
+from ..releases import installed, untested
 from .facts import Check, CopyFacts, DiskFacts, Facts, GpuActivity, GpuFacts, HostFacts, need_of
 from .models import Inspected, compare_vocabularies, inspect_model, time_disk
 from .nvml import find_gpu, open_nvml, read_activity, read_gpu
 
-PACKAGES = ("torch", "transformers", "safetensors", "numpy")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 PAGE_BYTES = 4096
 COPY_BYTES = 256 * 2**20
 NUM_COPIES = 32  # a third of a second on a fast link, and enough for the link to leave its power saving
@@ -63,7 +63,8 @@ def gather_host() -> HostFacts:
         memlock_bytes=None if memlock_bytes == resource.RLIM_INFINITY else memlock_bytes,
         nodes=frozenset(nodes),
         own_nodes=frozenset(node for node, cpus in nodes.items() if cpus & own_cpus),
-        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        versions={"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}},
+        untested=untested(),
     )
 
 
@@ -138,10 +139,3 @@ def _without_driver(device: Device) -> GpuFacts:
         numa_node=None,
         activity=silent,
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -6,6 +6,7 @@ from typing import Literal
 from ..config import bytes_text
 from ..errors import FitError, ModelError
 from ..planner.cost import GIB
+from ..releases import INSTALL
 from .facts import Check, CopyFacts, DiskFacts, Facts, GpuFacts, HostFacts, Need
 
 Status = Literal["ok", "warn", "fail"]
@@ -67,7 +68,9 @@ def _versions(facts: Facts) -> Finding:
     value = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
     value += f", CUDA {facts.cuda_version or 'none'}"
     if None in versions.values():
-        return _fails("versions", value, "install the project: pip install -e .", ModelError.exit_code)
+        return _fails("versions", value, f"install the project: {INSTALL}", ModelError.exit_code)
+    if facts.host.untested:
+        return _warns("versions", f"{value}; untested: {', '.join(facts.host.untested)}", INSTALL)
     return Finding(name="versions", status="ok", value=value)
 
 

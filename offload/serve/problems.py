@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.responses import JSONResponse
 
 from ..errors import FitError, ModelError, OffloadError, OutOfMemoryError, UsageError
+from ..releases import blamed_for
 
 MEMORY_RETRY_S = 5  # others that use the device may be done by then
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -45,14 +46,17 @@ def from_error(error: Exception) -> Problem:
         return Problem(500, "model_error", error.what)
     if isinstance(error, OffloadError):
         return Problem(500, type(error).__name__.removesuffix("Error").lower() + "_error", error.what)
-    return Problem(500, "internal_error", f"internal error: {type(error).__name__}")
+    blamed = blamed_for(error)
+    place = f"internal error in {blamed}" if blamed else "internal error"
+    return Problem(500, "internal_error", f"{place}: {type(error).__name__}")
 
 
 def place_of(error: BaseException) -> str:
     """Type and place, for a log. Not the message, which may quote a prompt."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" in {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{where}"
+    blamed = blamed_for(error)
+    return f"{type(error).__name__}{where}" + (f" of {blamed}" if blamed else "")
 
 
 @contextmanager
