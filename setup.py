@@ -14,13 +14,25 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "offload" / "version.py").read_text(encoding="utf-8"))
 assert VERSION is not None, "offload/version.py holds no version"
 
-BENCH = ["accelerate", "matplotlib"]
-# uvicorn is bounded: offload/serve/connections.py builds on its HTTP/1.1 protocol class
-SERVE = ["fastapi>=0.120", "uvicorn>=0.50,<0.60", "prometheus-client>=0.20"]
-# The server's clients, in its tests. lm-eval is not among them: see `make clients`.
-CLIENTS = ["openai>=2", "playwright>=1.50", "schemathesis>=4,<5"]
+# Every dependency is bounded: below by the oldest release that was tested, above by the newest; `make compat` runs both ends.
+# What we build on the inside of, or what moves fast, ends with the tested minor release, the rest with the major one. To
+# take a newer release: raise its bound, `make constraints`, `make compat`, and commit what passes.
+BENCH = ["accelerate>=1.10,<2", "matplotlib>=3.10,<4"]
+SERVE = [
+    "fastapi>=0.120,<0.166",
+    "starlette>=0.48,<1.11",
+    "uvicorn>=0.50,<0.55",  # offload/serve/connections.py builds on its HTTP/1.1 protocol class
+    "pydantic>=2.11,<2.15",
+    "anyio>=4.10,<5",
+    "prometheus-client>=0.20,<0.27",
+]
+CLIENTS = ["openai>=2.0,<4", "httpx2>=2.14,<3", "playwright>=1.60,<2", "schemathesis>=4.30,<5"]
+# A client in an environment of its own, see `make clients`
+LM_EVAL = ["lm-eval[api]>=0.4.13,<0.5"]
 # worksteal came with 3.2, and since 3.6 tests run on a worker's main thread, where signals arrive
-PYTEST = ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.6"]
+PYTEST = ["pytest>=9.0,<10", "pytest-timeout>=2.4,<3", "pytest-xdist>=3.6,<4"]
+# A new release of ruff or mypy may find new faults in old code
+CHECK = ["hypothesis>=6.150,<7", "mypy>=2.4,<2.5", "ruff>=0.17,<0.18"]
 
 setup(
     name="treestream",
@@ -54,19 +66,22 @@ setup(
     },
     install_requires=[
         "torch>=2.6,<2.14",
-        "transformers>=5.10,<6",
-        "safetensors>=0.8",
-        "jinja2>=3.1.6",  # chat templates; older sandboxes have known holes
-        "numpy",
-        "psutil",
-        "nvidia-ml-py",
-        "rich",
+        "transformers>=5.16,<5.25",
+        "tokenizers>=0.23.1,<0.24",
+        "huggingface_hub>=1.5,<2.5",
+        "safetensors>=0.8,<0.9",
+        "jinja2>=3.1.6,<4",  # chat templates; older sandboxes have known holes
+        "numpy>=2.1,<3",
+        "packaging>=24.0,<27",
+        "psutil>=6.0,<8",
+        "nvidia-ml-py>=12.560.30,<14",
+        "rich>=14.0,<16",
     ],
     extras_require={
         "bench": BENCH,
         "serve": SERVE,
-        # ruff and mypy are bounded: a new release of either may find new faults in old code
-        "test": [*BENCH, *SERVE, *CLIENTS, *PYTEST, "hypothesis", "mypy>=2.4,<2.5", "ruff>=0.17,<0.18"],
+        "lm-eval": LM_EVAL,
+        "test": [*BENCH, *SERVE, *CLIENTS, *PYTEST, *CHECK],
     },
     classifiers=[
         "Environment :: GPU :: NVIDIA CUDA",

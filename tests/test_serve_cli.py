@@ -68,7 +68,7 @@ def test_without_its_packages_it_names_the_command_that_installs_them(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "uvicorn" else object())
-    assert_usage_error(run_command(capsys, "serve"), "uvicorn", 'pip install -e ".[serve]"')
+    assert_usage_error(run_command(capsys, "serve"), "uvicorn", 'pip install -c constraints.txt -e ".[serve]"')
 
 
 def test_usage_errors_do_not_wait_for_torch() -> None:

@@ -21,10 +21,8 @@ from offload.serve.server import Server
 from serving import MODEL, demo_engine, running
 
 ROOT = Path(__file__).resolve().parent.parent
-LM_EVAL = next(
-    (found for found in (str(ROOT / ".venv-clients/bin/lm_eval"), shutil.which("lm_eval")) if found and Path(found).exists()),
-    None,
-)
+PLACES = (os.environ.get("LM_EVAL"), str(ROOT / ".venv-clients/bin/lm_eval"), shutil.which("lm_eval"))
+LM_EVAL = next((found for found in PLACES if found and Path(found).exists()), None)
 QUESTIONS = [
     {"question": "The Congress of the United", "choices": [" States", " Nations"], "answer": 0},
     {"question": "To the Senate and House of", "choices": [" Representatives of the people", " Congress", " the"], "answer": 0},

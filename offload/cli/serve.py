@@ -23,7 +23,9 @@ def run(arguments: argparse.Namespace) -> int:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"the server needs {', '.join(missing)}", where="serve", cure='install them: pip install -e ".[serve]"'
+            f"the server needs {', '.join(missing)}",
+            where="serve",
+            cure='install them: pip install -c constraints.txt -e ".[serve]"',
         )
     serve_settings = _serve_settings(arguments)
     settings = engine_settings(arguments, emulate_demo_link=True)
