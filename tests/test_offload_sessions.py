@@ -15,7 +15,7 @@ import torch
 
 import offload
 from conftest import EOS
-from fakes import DEVICES
+from fakes import DEVICES, WatchedDevice
 from offload import sessions
 from offload.demo import DRAFT, TARGET
 from offload.device import Device
@@ -360,8 +360,7 @@ def test_the_limit_is_what_the_host_budget_leaves(models: Models) -> None:
         assert host_limit_bytes(replace(engine.plan, host_budget_bytes=None)) == sessions.MAX_KEPT_BYTES
 
 
-def test_rows_go_out_and_come_back_bit_for_bit_beside_what_is_there() -> None:
-    device = CpuDevice()
+def test_rows_go_out_and_come_back_bit_for_bit_beside_what_is_there(device: Device) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         sizes: dict[str, Any] = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 5, "capacity": 20, "dtype": dtype}
         source, target = KVCache(device, **sizes), KVCache(device, **sizes)
@@ -378,6 +377,28 @@ def test_rows_go_out_and_come_back_bit_for_bit_beside_what_is_there() -> None:
         assert target.length == 12
         target.load_rows(saved, 5)
         assert target.length == 12
+
+
+def test_rows_come_back_in_one_copy_a_layer_and_none_is_under_way_when_it_is_broken_off() -> None:
+    """Not one for the keys and one for the values of each head."""
+    sizes: dict[str, Any] = {"num_layers": 3, "num_kv_heads": 4, "head_dim": 5, "capacity": 20, "dtype": torch.float32}
+    device = WatchedDevice()
+    cache = KVCache(device, **sizes)
+    cache._kv.copy_(torch.randn(cache._kv.shape))
+    cache.length = 12
+    saved, rows = cache.save_rows(12), cache._kv[..., :12, :].clone()
+    cache._kv.zero_()
+    for interrupt_at in range(1, 7):
+        broken = WatchedDevice(interrupt_at)
+        cache._device, cache.length = broken, 0
+        with pytest.raises(KeyboardInterrupt):
+            cache.load_rows(saved, 12)
+        assert broken.num_under_way == 0 and cache.length == 0
+        broken.close()
+    cache._device = device
+    device.calls.clear()
+    cache.load_rows(saved, 12)
+    assert device.calls == ["copy", "copied"] * 3 and torch.equal(cache._kv[..., :12, :], rows)
     device.close()
 
 

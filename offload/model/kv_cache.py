@@ -75,28 +75,32 @@ class KVCache:
         self.length, self.pending = length, 0
 
     def save_rows(self, num_rows: int) -> torch.Tensor:
-        """The first `num_rows` committed rows, [layers, 2, 1, K, num_rows, C] in host memory of exact size. Waits for the
+        """The first `num_rows` committed rows, [layers, num_rows, 2, 1, K, C] in host memory of exact size. Waits for the
         device. HostMemoryError when the host has no room."""
         assert num_rows <= self.length
-        shape = (*self._kv.shape[:-2], num_rows, self._kv.shape[-1])
-        saved = HostMapping(self.bytes_per_row * num_rows).tensor.view(self._kv.dtype).view(shape)
+        by_row = self._kv.movedim(-2, 1)  # [layers, capacity, 2, 1, K, C]
+        saved = HostMapping(self.bytes_per_row * num_rows).tensor.view(self._kv.dtype)
+        saved = saved.view(by_row.shape[0], num_rows, *by_row.shape[2:])
         for layer in range(len(saved)):
-            saved[layer] = self._device.download(self._kv[layer, ..., :num_rows, :])
+            saved[layer] = self._device.download(by_row[layer, :num_rows])
         return saved
 
     def load_rows(self, saved: torch.Tensor, length: int) -> None:
         """Extend the committed rows to `length`, or as far as they go, from what `save_rows` made of a sequence that begins
-        with the same tokens."""
-        begin, end = self.length, min(length, saved.shape[-2])
+        with the same tokens. One copy a layer: in the cache a layer's rows lie apart, in a scratch side by side."""
+        begin, end = self.length, min(length, saved.shape[1])
         if begin >= end:
             return
-        places = self._kv[..., begin:end, :].flatten(0, -3).unbind()
-        sources = saved[..., begin:end, :].flatten(0, -3).unbind()
-        free = self._device.mark()
-        pairs = zip(places, sources, strict=True)
-        tickets = [self._device.copy_async(_bytes_of(place), _bytes_of(source), free) for place, source in pairs]
-        for ticket in tickets:
-            self._device.wait(ticket)
+        by_row, sources = self._kv.movedim(-2, 1)[:, begin:end], saved[:, begin:end]
+        scratch, free = torch.empty(sources[0].nbytes, dtype=torch.uint8, device=self._kv.device), self._device.mark()
+        try:
+            for place, source in zip(by_row, sources, strict=True):
+                ticket = self._device.copy_async(scratch, _bytes_of(source), free)
+                place.copy_(self._device.wait(ticket).view(saved.dtype).view(place.shape))
+                free = self._device.release(scratch)
+        except BaseException:
+            self._device.drain_copies()  # into a scratch that is about to go
+            raise
         self.length, self.pending = end, 0
 
     def close(self) -> None:
@@ -139,5 +143,5 @@ def num_bytes(num_layers: int, num_kv_heads: int, head_dim: int, capacity: int, 
 
 
 def _bytes_of(rows: torch.Tensor) -> torch.Tensor:
-    """The same memory, [num_bytes] uint8; `rows` [n, C] are contiguous."""
+    """The same memory, [num_bytes] uint8; `rows` are contiguous."""
     return rows.view(-1).view(torch.uint8)
