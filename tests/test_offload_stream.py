@@ -1,5 +1,6 @@
 """Streams on honest and adversarial devices yield the right bytes at the right time, and survive faults."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,8 +27,9 @@ from offload.weights.checkpoint import open_checkpoint
 from offload.weights.layout import LayerLayout
 from offload.weights.placement import RING_BUFFERS, Placement, spread_evenly
 from offload.weights.ring import BounceRing
-from offload.weights.source import CheckpointSource, Destinations
+from offload.weights.source import CheckpointFeed, CheckpointSource, Destinations
 from offload.weights.store import WeightStore, load_through_host
+from serving import until
 
 LAYOUT = LayerLayout.pack([("a", (7,)), ("b", (3, 5))], torch.float32)
 MakeCheckpoint = Callable[[int], Path]
@@ -473,6 +475,37 @@ def test_a_disk_that_fails_is_reported_and_may_recover(layered_checkpoint: MakeC
             except DeviceError:
                 assert not recovered
         assert recovered
+
+
+@pytest.mark.parametrize("slots", [2, 3, 4])
+def test_a_layer_that_the_disk_has_not_brought_holds_back_no_layer_in_host_memory(
+    device: Device, layered_checkpoint: MakeCheckpoint, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once those behind it waited, though their slots were free and the link idle. What the ring has ready when a round begins
+    is sent then, too."""
+    fill, may_read, read = CheckpointFeed.fill, threading.Event(), threading.Semaphore(0)
+    with open_stream(device, layered_checkpoint(6), 6, 0, slots, disk=1) as (stream, store):
+
+        def slow(feed: CheckpointFeed, destinations: Destinations, progress: Any = None) -> None:
+            may_read.wait()
+            fill(feed, destinations, progress)
+            read.release()
+
+        monkeypatch.setattr(CheckpointFeed, "fill", slow)
+        for _ in range(2):
+            may_read.clear()
+            stream.prefetch()
+            assert sorted(stream._flying) == list(range(1, slots))
+            may_read.set()
+            read.acquire()
+            until(lambda: store.ready(0))
+            stream.prefetch()
+            assert sorted(stream._flying) == list(range(slots))
+            check_pass(stream, 6)
+            check_pass(stream, 6)
+            layers = stream.one_pass()
+            next(layers)
+            layers.close()
 
 
 def test_copies_overlap_with_compute(layered_checkpoint: MakeCheckpoint) -> None:

@@ -159,13 +159,14 @@ class LayerStream:
         self.log = None
 
     def prefetch(self) -> None:
-        """Start the next pass's first copies, if they are not under way already, so that they hide what comes before it."""
-        if self._pass_number < 0:
-            try:
+        """Start the next pass's first copies, those that are not under way already, so that they hide what comes before it."""
+        try:
+            if self._pass_number < 0:
                 self._start_over()
-            except BaseException:
-                self._abandon()
-                raise
+            self._send(None)
+        except BaseException:
+            self._abandon()
+            raise
 
     def one_pass(self) -> Iterator[Weights]:
         """The weights of layers 0, 1, ...; each is valid until the next is asked for. Errors of a copy are raised here."""
@@ -195,14 +196,17 @@ class LayerStream:
                 log.uses.append(LayerUse(step.layer, copy, self._device.release(slot)))
 
     def _send(self, needed_slot: int | None) -> None:
-        """Queue copies whose source is at hand; block for the ring only while `needed_slot` is among the waiting."""
-        while self._queue:
-            fetch = self._queue[0]
+        """Queue copies whose source is at hand. A layer that the ring has not brought holds back those behind it in the ring
+        and no others; block for it only while `needed_slot` is among the waiting."""
+        held_back = False
+        for fetch in tuple(self._queue):
             urgent = needed_slot is not None and needed_slot not in self._flying
-            if not urgent and not self._store.ready(fetch.layer):
-                return
+            if fetch.layer in self._through_ring and not urgent:
+                held_back = held_back or not self._store.ready(fetch.layer)
+                if held_back:
+                    continue
             source = self._store.source(fetch.layer)
-            self._queue.popleft()
+            self._queue.remove(fetch)
             ticket = self._device.copy_async(self._slots[fetch.slot], source, self._free[fetch.slot])
             self._store.sent(fetch.layer, ticket)
             self._flying[fetch.slot] = ticket
@@ -211,10 +215,10 @@ class LayerStream:
         self._pass_number = 0
         self._free = [self._device.mark() for _ in self._slots]
         self._queue.extend(first_fetches(self._streamed, len(self._slots)))
-        self._send(None)
 
     def _see_placement(self) -> None:
-        self._streamed = self._store.placement.streamed
+        placement = self._store.placement
+        self._streamed, self._through_ring = placement.streamed, frozenset(placement.through_ring)
         self._resident = self._store.resident
         self._views = [self._store.layout.views(slot) for slot in self._slots]
 
