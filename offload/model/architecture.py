@@ -15,8 +15,8 @@ import torch
 from ..errors import ModelError
 from ..weights.checkpoint import Checkpoint, check_tensors, have_same_bytes
 from .attention import ATTENTION, register
+from .probe import cached_shape
 from .rope import Rope, read_rope
-from .rotary import check_rotary
 from .transformers_api import PreTrainedModel, build_on_meta, keeps_float32, read_config, tied_parameters
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 Shapes = dict[str, tuple[int, ...]]
 
 MAX_LAYERS = 2048  # building them takes seconds; a config that lies must not take hours
+_LAYER_KINDS = {"full_attention", "sliding_attention"}  # the latter within its window, see check_window
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 
 
@@ -40,6 +41,8 @@ class Architecture:
     rope: Rope
     prefix: str
     num_layers: int
+    num_kv_heads: int
+    head_dim: int
     layer_shapes: Shapes
     shared_shapes: Shapes
 
@@ -55,14 +58,6 @@ class Architecture:
     @property
     def vocab_size(self) -> int:
         return int(self.config.vocab_size)
-
-    @property
-    def num_kv_heads(self) -> int:
-        return int(self.config.num_key_value_heads)
-
-    @property
-    def head_dim(self) -> int:
-        return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads)
 
     @property
     def max_positions(self) -> int:
@@ -95,9 +90,10 @@ def architecture_of(config: Any, where: str) -> Architecture:
     except Exception as error:
         raise _not_buildable(error, where) from error
     _refuse_unsupported(config, model, where)
+    model.eval()
     try:
         rope = read_rope(config.to_dict())
-        check_rotary(model, rope)
+        num_kv_heads, head_dim = cached_shape(model, rope, config.num_hidden_layers)
     except ValueError as error:
         raise _unsupported(str(error), config, where) from error
     prefix = "model.layers"
@@ -108,10 +104,12 @@ def architecture_of(config: Any, where: str) -> Architecture:
         raise _unsupported("its decoder layers differ from each other", config, where)
     return Architecture(
         config=config,
-        model=model.eval(),
+        model=model,
         rope=rope,
         prefix=prefix,
         num_layers=len(layers),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         layer_shapes=shapes[0],
         shared_shapes=shared,
     )
@@ -188,6 +186,9 @@ def _refuse_unsupported(config: Any, model: PreTrainedModel, where: str) -> None
         raise _unsupported("its weights are quantised", config, where)
     if not any(name.startswith("model.layers.0.") for name in names):
         raise _unsupported("its decoder layers are not at model.layers", config, where)
+    kinds = set(getattr(config, "layer_types", None) or ()) - _LAYER_KINDS
+    if kinds:
+        raise _unsupported(f"its layers are of other kinds than attention ({min(kinds)})", config, where)
     buffers = sorted(name for name, _ in model.named_buffers() if "rotary_emb" not in name.split("."))
     # Tensors that are neither weights nor buffers would stay on the meta device.
     buffers += [key for module in model.modules() for key, value in vars(module).items() if isinstance(value, torch.Tensor)]

@@ -15,7 +15,7 @@ _PROBE_ROWS = 3
 def rebuild_rotary(model: PreTrainedModel, rope: Rope | None, device: torch.device) -> list["RowRotary"]:
     """Tables of rotary embeddings are in no checkpoint and were lost on the meta device: build the modules again. Those
     whose frequencies depend on the length, as `rope` has it, become RowRotary and are returned; None leaves all as they are.
-    """
+    ValueError for a family whose frequencies we would not compute exactly."""
     rows: list[RowRotary] = []
     for name, made in _rotaries(model, rope):
         place, _, last = name.rpartition(".")
@@ -25,16 +25,11 @@ def rebuild_rotary(model: PreTrainedModel, rope: Rope | None, device: torch.devi
     return rows
 
 
-def check_rotary(model: PreTrainedModel, rope: Rope) -> None:
-    """ValueError for a family whose frequencies we would not compute exactly."""
-    for _ in _rotaries(model, rope):
-        pass
-
-
 def _rotaries(model: PreTrainedModel, rope: Rope | None) -> Iterator[tuple[str, nn.Module]]:
     for name, module in list(model.named_modules()):
         if name.rpartition(".")[2] == "rotary_emb":
-            plain = type(module)(model.config)
+            kind = module.plain_kind if isinstance(module, RowRotary) else type(module)
+            plain = kind(model.config)
             yield name, plain if rope is None or rope.kind == "fixed" else RowRotary(plain, model.config, rope)
 
 
@@ -44,6 +39,7 @@ class RowRotary(nn.Module):
 
     def __init__(self, plain: nn.Module, config: object, rope: Rope) -> None:
         super().__init__()
+        self.plain_kind = type(plain)
         self._rope, self._scaling = rope, float(plain.attention_scaling)  # type: ignore[arg-type]
         short = rope_frequencies(config, rope.kind, rope.native_tokens)  # [C / 2]
         self.prompt_tokens = nn.Buffer(torch.zeros(1, dtype=torch.int64), persistent=False)
