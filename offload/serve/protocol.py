@@ -126,8 +126,7 @@ class Sampling(Wire):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        given = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-        return tuple(text for text in given if text)
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def wants_usage(self) -> bool:
