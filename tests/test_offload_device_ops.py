@@ -236,7 +236,7 @@ def assert_a_later_round_only_waits(loop: DecodeLoop, waits: list[int], *, times
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(0.6), SamplingParams(0.8, top_k=40, top_p=0.9)])
 def test_a_round_waits_once(monkeypatch: pytest.MonkeyPatch, models: Models, params: SamplingParams, method: Method) -> None:
     loop, waits = open_loop(monkeypatch, models(), method=method)
-    loop.start(PROMPT, params, loop.seeded(0), None)
+    loop.start(PROMPT, len(PROMPT), params, loop.seeded(0), None)
     assert_a_later_round_only_waits(loop, waits, times=1)
 
 
@@ -245,7 +245,7 @@ def test_a_round_of_every_family_waits_once(
     monkeypatch: pytest.MonkeyPatch, models: Models, family: str, replays: bool
 ) -> None:
     loop, waits = open_loop(monkeypatch, models(family), replays=replays)
-    loop.start(PROMPT, SamplingParams(0.6), loop.seeded(0), None)
+    loop.start(PROMPT, len(PROMPT), SamplingParams(0.6), loop.seeded(0), None)
     assert_a_later_round_only_waits(loop, waits, times=1)
 
 
@@ -255,7 +255,7 @@ def test_trees_that_are_cut_at_the_end_of_an_answer_bring_no_masks_of_their_own(
     """Once each of their shapes was uploaded, behind the layers under way: once for the target, once for the draft."""
     loop, _ = open_loop(monkeypatch, models())
     for _ in range(2):
-        loop.start(PROMPT, SamplingParams(0.6), loop.seeded(0), None)
+        loop.start(PROMPT, len(PROMPT), SamplingParams(0.6), loop.seeded(0), None)
         with Audit() as audit:
             for max_tokens in (100, 3, 2, 1):
                 loop.run_round(max_tokens)
@@ -264,13 +264,13 @@ def test_trees_that_are_cut_at_the_end_of_an_answer_bring_no_masks_of_their_own(
 
 def test_scores_take_one_more_wait(monkeypatch: pytest.MonkeyPatch, models: Models) -> None:
     loop, waits = open_loop(monkeypatch, models())
-    loop.start(PROMPT, SamplingParams(), loop.seeded(0), Scoring(num_top=3))
+    loop.start(PROMPT, len(PROMPT), SamplingParams(), loop.seeded(0), Scoring(num_top=3))
     assert_a_later_round_only_waits(loop, waits, times=2)
 
 
 def test_a_long_prompt_is_read_without_a_wait(monkeypatch: pytest.MonkeyPatch, models: Models) -> None:
     loop, waits = open_loop(monkeypatch, models())
-    loop.start([7] * 1500, SamplingParams(), loop.seeded(0), None)
+    loop.start([7] * 1500, 1500, SamplingParams(), loop.seeded(0), None)
     with Audit() as audit:
         loop.run_round(100)
     assert audit.found == [] and len(waits) == 1

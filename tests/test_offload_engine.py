@@ -95,7 +95,7 @@ def test_streamed_logits_are_bit_equal_to_resident_ones(models: Models, kind: st
     logits = {}
     for resident, slots in [(5, 2), *((resident, slots) for resident in range(5) for slots in (2, 3))]:
         with open_tiny(folder, folder, DEVICES[kind](), tree="3x2:kary", resident_layers=resident, slots=slots) as engine:
-            engine.loop.start(PROMPT, engine.stream(PROMPT)._request.params, engine.loop.seeded(0), None)
+            engine.loop.start(PROMPT, len(PROMPT), engine.stream(PROMPT)._request.params, engine.loop.seeded(0), None)
             rows = []
             for _ in range(2):
                 draft = engine.loop._grow(engine.plan.tree)
