@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 from .admission import Admission
 from .config import EngineSettings, bytes_text
@@ -80,7 +81,7 @@ def open_engine(
         method = resolve_method(settings.verifier)
         parts = loaded.target, loaded.stream, loaded.drafter, loaded.masks
         loop = DecodeLoop(device, *parts, plan, method=method, trace=trace, fallbacks=fallbacks)
-        close = stack.pop_all().close
+        close = partial(_close, device, stack.pop_all())
     return Engine(
         loop=loop,
         admission=admission,
@@ -155,6 +156,12 @@ def _see_placed(loaded: Loaded, plan: Plan, fallbacks: Fallbacks) -> tuple[Plan,
         sizes = bytes_text(store.pinned_bytes), bytes_text(store.host_bytes)
         logger.warning("%s of %s of host memory could be pinned: %s", *sizes, placed.notes[-1])
     return placed, fallbacks
+
+
+def _close(device: Device, held: ExitStack) -> None:
+    """Whoever closes an engine may be another thread than whoever opened it."""
+    with device.translated():
+        held.close()
 
 
 def _record(loaded: Loaded, fallbacks: Fallbacks, device: Device) -> tuple[Plan, Fallbacks]:

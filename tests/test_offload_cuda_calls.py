@@ -3,7 +3,9 @@ registered is let go of once, and what happens when the driver refuses. What tak
 
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +57,24 @@ class Runtime:
         return 0
 
 
+class Current(threading.local):
+    """A thread's device: none until it says which, where torch has the first."""
+
+    device: object = None
+
+    def set(self, device: object) -> None:
+        self.device = device
+
+    @contextmanager
+    def use(self, device: object) -> Iterator[None]:
+        before, self.device = self.device, device
+        yield
+        self.device = before
+
+
+current = Current()
+
+
 class Event:
     """Its time is the number of records so far."""
 
@@ -65,6 +85,7 @@ class Event:
         self.at: int | None = None
 
     def record(self) -> None:
+        assert current.device is not None, "recorded on the stream of whatever device is the thread's"
         Event.count += 1
         self.at = Event.count
 
@@ -116,7 +137,8 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
         "is_available": lambda: True,
         "is_initialized": lambda: False,
         "device_count": lambda: 1,
-        "set_device": lambda device: None,
+        "set_device": current.set,
+        "device": current.use,
         "get_device_name": lambda index: "a stand-in",
         "get_device_properties": lambda index: SimpleNamespace(pci_domain_id=0, pci_bus_id=0x4A, pci_device_id=0),
         "Stream": Stream,
@@ -129,10 +151,10 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
         "synchronize": lambda: None,
         "empty_cache": lambda: None,
         "reset_peak_memory_stats": lambda: None,
-        "memory_reserved": lambda: 3,
-        "memory_allocated": lambda: 1,
-        "max_memory_allocated": lambda: 7,
-        "mem_get_info": lambda: (2**40, 2**40),
+        "memory_reserved": lambda device: 3,
+        "memory_allocated": lambda device: 1,
+        "max_memory_allocated": lambda device: 7,
+        "mem_get_info": lambda device: (2**40, 2**40),
         "cudart": lambda: runtime,
     }
     for name, stand_in in stand_ins.items():
@@ -170,6 +192,15 @@ def test_an_engine_runs_on_it_and_leaves_nothing_registered(
                 assert sum(runtime.registered.values()) == engine.memory().host_pinned_bytes == engine.plan.bytes_per_pass
     assert texts[0] == texts[1]
     assert runtime.registered == {} and runtime.errors_read == 0
+
+
+def test_a_thread_that_did_not_open_it_runs_on_it_too(runtime: Runtime, models: Models) -> None:
+    settings = EngineSettings(model=str(models()), device="cpu", tree="none", resident_layers=1, slots=2)
+    with open_engine(settings, device=open_device(), hardware=L40) as engine, ThreadPoolExecutor(max_workers=1) as pool:
+        expected = engine.generate(PROMPT, max_new_tokens=6, ignore_eos=True).token_ids
+        engine.forget()
+        assert pool.submit(engine.generate, PROMPT, max_new_tokens=6, ignore_eos=True).result().token_ids == expected
+        pool.submit(engine.close).result()
 
 
 @pytest.mark.parametrize("num_registered", range(6))

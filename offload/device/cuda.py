@@ -9,8 +9,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -228,19 +227,26 @@ class CudaDevice:
         if time.monotonic() - self._clock.set_s > CLOCK_VALID_S:
             self._clock = _Clock()
 
-    def translated(self) -> AbstractContextManager[None]:
-        return translated(partial(translate, self.name))
+    @contextlib.contextmanager
+    def translated(self) -> Iterator[None]:
+        # In here runs all that a text takes, and a thread that has not opened the device has another one as its current.
+        with torch.cuda.device(self.torch_device), translated(partial(translate, self.name)):
+            yield
 
     def free_bytes(self) -> int:
         # What torch has cached but not in use can be given out again.
-        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return int(torch.cuda.mem_get_info()[0]) + cached
+        own = self.torch_device
+        cached = torch.cuda.memory_reserved(own) - torch.cuda.memory_allocated(own)
+        return int(torch.cuda.mem_get_info(own)[0]) + cached
 
     def peak_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(self.torch_device)
 
     def close(self) -> None:
-        with contextlib.suppress(RuntimeError):  # of a GPU that is lost, which whoever closes it knows by now
+        with (
+            contextlib.suppress(RuntimeError),
+            torch.cuda.device(self.torch_device),
+        ):  # of a GPU that is lost, which whoever closes it knows by now
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # for whoever else is on this GPU, such as the next engine of a benchmark
             torch.cuda.reset_peak_memory_stats()  # what was measured on a device of its own is no part of a later run
