@@ -1,120 +1,67 @@
 #!/usr/bin/env bash
-# One session on a GPU machine: what is worth most first, each step with a time of its own, a failure ends no other step.
+# A quarter of an hour on a machine with a GPU, in two calls of at most six and five minutes: what tells most comes first.
 #
-#   OUT=DIR bash docs/benchmarks/gpu_session.sh [STEP ...]      no STEP: all that are not done; names: see STEPS below
+#   OUT=DIR bash docs/benchmarks/gpu_session.sh first    facts, latency of small transfers, tests, first light
+#   OUT=DIR bash docs/benchmarks/gpu_session.sh second   the figure at 70B's shape, then sanitizer if time is left
+#   OUT=DIR bash docs/benchmarks/gpu_session.sh STEP...  these steps, in this order
 #
-# Outputs gather in WORK, which outlives a call; OUT gets them packed after every step: results.tar.gz and summary.txt.
-# SECONDS_LEFT ends the call before whoever started it does. On a machine without a GPU, these run the same commands small:
-# DEVICE=cpu SCALE=tiny-llama-shape LAYERS="6 8" GPU_MEMORY=200MiB HOST_MEMORY=200MiB DTYPE=float32
+# Every step has a limit, and none ends another. After each, OUT gets summary.txt and results.tar.gz; WORK keeps everything.
+# Nothing is installed or fetched. SMALL=1: the same on a CPU, with small models; CI runs that.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-OUT=${OUT:?name a folder for what is to be kept}
-WORK=${WORK:-/tmp/treestream-session}
-PYTHON=${PYTHON:-python3}
-DEVICE=${DEVICE:-cuda}
-SCALE=${SCALE:-llama-2-70b}
-LAYERS=${LAYERS:-8 24 80}
-GPU_MEMORY=${GPU_MEMORY:-48GiB}
-DTYPE=${DTYPE:-float16} # of the scale models: near ties fall eight times less often than in bfloat16
-HOST_MEMORY=${HOST_MEMORY:-24GiB} # where speed is looked at: identical layers share it, which loads in seconds
-SECONDS_LEFT=${SECONDS_LEFT:-570}
-DEMO=(--model offload/demo/target --draft-model offload/demo/draft --device "$DEVICE" --dtype float32)
-PROMPT=(--prompt "The Congress of the United States should" --ignore-eos)
-export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export OUT=${OUT:?name a folder for what is to be kept} WORK=${WORK:-/tmp/treestream-session} PYTHON=${PYTHON:-python3}
+export SMALL=${SMALL:-} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 mkdir -p "$OUT" "$WORK"
 
-# name, seconds: in order of value. A step that the time left does not allow is left for the next call.
-STEPS="facts:60 tests:240 demo:90 scale:280 profile:190 table:560 trace:90 leaks:120 sanitizer:200"
+step() { "$PYTHON" docs/benchmarks/gpu_session.py "$1" --out "$WORK" --seconds "$((TIME - 15))" ${SMALL:+--small}; }
 
-run() { "$PYTHON" run_70b.py "$@"; }
-
-facts() {
-    nvidia-smi || true
-    nvidia-smi --query-gpu=name,memory.total,pcie.link.gen.current,pcie.link.width.current --format=csv || true
-    lscpu | head -25; free -g; ulimit -l; uname -r; cat /sys/fs/cgroup/memory.max /sys/kernel/mm/transparent_hugepage/enabled
-    run version
-    run doctor --device "$DEVICE" --model "$SCALE"
+facts() { # link generation, copy rate, registration of 4 GiB, free memory
+    [ -n "$SMALL" ] || nvidia-smi || true
+    lscpu | head -15; free -g; ulimit -l; uname -r; cat /sys/kernel/mm/transparent_hugepage/enabled
+    step facts
 }
+latency() { step latency; } # of 64 KiB up and a few numbers down while a layer is copied: do they wait for it?
+light() { step light; }     # the bundled pair; eight layers as wide as 70B's, draft passes eager and as graphs, same text
+figure() { step figure; }   # 70B: ours with a trace of two rounds, plain, Accelerate
 
-# Not the whole folder: other tests import what a GPU machine need not have. Warnings of newer libraries are no failures here.
-tests() { "$PYTHON" -m pytest -q -W default -p no:cacheprovider --durations=10 tests/test_gpu.py tests/test_offload_device_ops.py; }
-
-demo() {
-    for temperature in 0 0.6; do
-        run generate "${DEMO[@]}" "${PROMPT[@]}" -n 128 --seed 1 --temperature "$temperature" \
-            --output "$WORK/demo_$temperature.json"
-    done
-    run generate "${DEMO[@]}" "${PROMPT[@]}" -n 128 --resident-layers 0 --tree none --output "$WORK/demo_plain.json"
-    "$PYTHON" docs/benchmarks/same_text.py "$WORK/demo_plain.json" "$WORK/demo_0.json"
-}
-
-scale() {
-    local failed=0 layers
-    run generate "${DEMO[@]}" "${PROMPT[@]}" -n 64 --tree none --output "$WORK/scale_reference.json" || return
-    for layers in $LAYERS; do
-        run generate "${PROMPT[@]}" --model "scale:$SCALE:$layers" --device "$DEVICE" --dtype "$DTYPE" \
-            --gpu-memory "$GPU_MEMORY" -n 64 --stats full --output "$WORK/scale_$layers.json" || failed=1
-        "$PYTHON" docs/benchmarks/same_text.py "$WORK/scale_reference.json" "$WORK/scale_$layers.json" || failed=1
-    done
-    return $failed
-}
-
-profile() {
-    run profile hardware --model "$SCALE" --draft-model offload/demo/draft --device "$DEVICE" --output "$WORK/hardware.json"
-}
-
-# The suite keeps its records: called again, it goes on with what is missing. It is given more time than it has, as the steps
-# that matter come first: link, table and baselines should end, the step after them is cut off and begins anew another time.
-table() {
-    local measured=()
-    [ -f "$WORK/hardware.json" ] && measured=(--profile "$WORK/hardware.json")
-    run bench suite --device "$DEVICE" --out "$WORK/suite" --max-seconds 900 "${measured[@]}"
-}
-
-trace() {
-    run generate "${PROMPT[@]}" --model "scale:$SCALE:${LAYERS##* }" --device "$DEVICE" --dtype "$DTYPE" \
-        --gpu-memory "$GPU_MEMORY" --host-memory "$HOST_MEMORY" -n 40 \
-        --trace "$WORK/round_trace.json" --output "$WORK/trace_run.json"
-}
-
-leaks() { "$PYTHON" docs/benchmarks/gpu_leaks.py --device "$DEVICE"; }
-
+pytest() { "$@" "$PYTHON" -m pytest -v -W default -p no:cacheprovider --durations=10 -m gpu tests/test_gpu.py; }
+tests() { pytest env; } # in the order of the file, the fastest first
 sanitizer() {
     command -v compute-sanitizer || { echo "no compute-sanitizer on the PATH"; return 0; }
-    compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m pytest -q -W default -p no:cacheprovider tests/test_gpu.py \
-        -k "poisoned_slots or exception_in_a_layer"
+    pytest compute-sanitizer --tool memcheck --error-exitcode 9 -k "recordings_share or exactly"
 }
+
+declare -A LIMIT=([facts]=50 [latency]=40 [tests]=100 [light]=150 [figure]=240 [sanitizer]=60)
+declare -A CALLS=([first]="facts latency tests light" [second]="figure sanitizer")
+declare -A TOTAL=([first]=350 [second]=290)
 
 pack() {
     {
         echo "commit $(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown), $(date -u +%FT%TZ)"
         cat "$WORK"/*.status 2>/dev/null
-        for file in "$WORK"/*.txt; do echo; echo "== $(basename "$file")"; tail -n 15 "$file"; done
+        for file in "$WORK"/*.txt; do echo; echo "== $(basename "$file" .txt)"; tail -n 25 "$file" | cut -c 1-400; done
     } >"$OUT/summary.txt"
     tar -C "$WORK" -czf "$OUT/results.tar.gz" .
 }
 
-number=0
-for entry in $STEPS; do
-    name=${entry%:*} TIME=${entry#*:} number=$((number + 1))
-    file=$(printf '%s/%02d-%s' "$WORK" "$number" "$name")
-    if [ $# -gt 0 ]; then
-        [[ " $* " == *" $name "* ]] || continue
-    elif grep -qs ' ok ' "$file.status"; then
-        continue
-    fi
-    left=$((SECONDS_LEFT - SECONDS))
-    if [ "$left" -lt $((TIME / 3 + 15)) ]; then
-        echo "$name: not begun, $left s are left"
-        continue
-    fi
+# A CPU that CI shares with others may take its time.
+[ -z "$SMALL" ] || for name in "${!LIMIT[@]}"; do LIMIT[$name]=$((LIMIT[$name] * 5)); done
+steps=${CALLS[${1:?first, second, or names of steps}]:-$*}
+total=$((${TOTAL[$1]:-600} * (${SMALL:+4} + 1)))
+for name in $steps; do
+    [ -n "${LIMIT[$name]:-}" ] || { echo "no step $name: ${!LIMIT[*]}"; exit 2; }
+    left=$((total - SECONDS)) TIME=${LIMIT[$name]}
     TIME=$((TIME < left ? TIME : left)) began=$SECONDS
-    export TIME OUT WORK PYTHON DEVICE SCALE LAYERS GPU_MEMORY HOST_MEMORY DTYPE
+    if [ "$TIME" -lt 20 ]; then
+        echo "$name not begun, $left s are left" | tee "$WORK/$name.status"
+        continue
+    fi
+    export TIME
     # A process group of its own, so that what a step started ends with it.
-    timeout -k 10 "$TIME" bash -c "set -uo pipefail; $(declare -f run "$name"); $(declare -p DEMO PROMPT); $name" >"$file.txt" 2>&1
+    timeout -k 5 "$TIME" bash -c "set -uo pipefail; $(declare -f step pytest "$name"); $name" >"$WORK/$name.txt" 2>&1
     code=$?
-    echo "$name $([ $code -eq 0 ] && echo ok || echo "failed with $code") after $((SECONDS - began)) s" | tee "$file.status"
+    echo "$name $([ $code -eq 0 ] && echo ok || echo "failed with $code") after $((SECONDS - began)) s" | tee "$WORK/$name.status"
     pack
 done
 pack
