@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = {"openai", "httpx2", "pytest", "pytest-timeout", "hypothesis"}  # of the extra `test`, what STEPS need
+TOOLS = ("openai", "httpx2", "pytest", "pytest-timeout", "hypothesis")  # of the extra `test`, what STEPS need
 PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "default", "--timeout", "300"]
 
 
@@ -228,6 +228,7 @@ def cpu_s() -> float:
 
 
 if __name__ == "__main__":
-    failures = [failure for end in sys.argv[1:] or ["oldest", "newest"] if (failure := run(end)) is not None]
-    print("\n".join(f"compat: {failure}" for failure in failures) or "compat: both ends pass")
+    ends = sys.argv[1:] or ["oldest", "newest"]
+    failures = [failure for end in ends if (failure := run(end)) is not None]
+    print("\n".join(f"compat: {failure}" for failure in failures) or f"compat: passes with the {' and the '.join(ends)}")
     sys.exit(1 if failures else 0)
