@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tree import sampling
 from tree.sampling import (
     BLOCK_ENTRIES,
     MAX_TEMPERATURE,
@@ -281,3 +282,20 @@ def test_blocks_cover_every_row_once(num_rows: int, row_entries: int) -> None:
     blocks = list(row_blocks(num_rows, row_entries))
     assert [row for block in blocks for row in block] == list(range(num_rows))
     assert all(len(block) == 1 or len(block) * row_entries <= BLOCK_ENTRIES for block in blocks)
+
+
+@pytest.mark.parametrize("block_rows", [1, 3, 7])
+def test_drawing_in_blocks_of_rows_is_bit_identical_to_drawing_at_once(
+    block_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Supports smaller than the number of children are among the rows, so that the fallback is, too."""
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(1))
+    laws = law(logits, SamplingParams(temperature=0.7, top_k=5))
+    at_once = sample_without_replacement(laws, 9, torch.Generator().manual_seed(2), ranking=logits)
+    seen: list[int] = []
+    draw = sampling._draw
+    monkeypatch.setattr(sampling, "DRAW_ENTRIES", block_rows * 50)
+    monkeypatch.setattr(sampling, "_draw", lambda rows, *rest: (seen.append(len(rows)), draw(rows, *rest))[1])
+    generator = torch.Generator().manual_seed(2)
+    assert torch.equal(sample_without_replacement(laws, 9, generator, ranking=logits), at_once)
+    assert max(seen) == block_rows and sum(seen) == 7
