@@ -54,6 +54,7 @@ def load(
     emulate_link: str | float | None = None,
     draft_passes: str = "auto",
     small_uploads: str = "auto",
+    fixed_plan: bool = False,
     seed: int = 0,
 ) -> "Engine":
     """Load a model, and a draft model, and return an Engine that serves any number of calls. Arguments are the command
@@ -77,6 +78,7 @@ def load(
         emulate_link=emulate_link,
         draft_passes=draft_passes,
         small_uploads=small_uploads,
+        fixed_plan=fixed_plan,
     )
     if (text := warning()) is not None:
         logger.warning(text)

@@ -112,8 +112,8 @@ class Admission:
         plan, num_prompt = self.plan, len(request.prompt)
         if num_prompt + request.max_new_tokens > plan.text_tokens:
             raise FitError(
-                f"prompt {num_prompt} + new {request.max_new_tokens} + tree {plan.tree.num_nodes - 1} tokens > "
-                f"{min(plan.context_rows, plan.max_positions + plan.tree.num_nodes - 1)} rows of context",
+                f"prompt {num_prompt} + new {request.max_new_tokens} + tree {plan.room_nodes - 1} tokens > "
+                f"{min(plan.context_rows, plan.max_positions + plan.room_nodes - 1)} rows of context",
                 where="--max-new-tokens, --max-context",
                 cure=", or ".join(_ways_out(plan, num_prompt)),
             )

@@ -84,7 +84,8 @@ class EngineSettings:
 
     `model` is a folder with config.json and safetensors, or a hub id; so is each of `draft_models`, of which the planner takes
     the best, or none. `acceptances` are acceptance files, one for each draft or one for all; `profile` a hardware profile.
-    `tree` is a spec such as "4x6:kary", "none", "auto" or the path of a TreeShape JSON. Sizes are bytes, rates bytes/s.
+    `tree` is a spec such as "4x6:kary", "none", "auto" or the path of a TreeShape JSON. Sizes are bytes, rates bytes/s. With
+    `fixed_plan` nothing is chosen again while running; `needs_tree` leaves the planner no plan without one that has any.
 
     `draft_passes` says whether the draft's passes are recorded as CUDA graphs, `small_uploads` how small tensors reach the
     device.
@@ -109,6 +110,8 @@ class EngineSettings:
     profile: str | None = None
     draft_passes: str = "auto"
     small_uploads: str = "auto"
+    fixed_plan: bool = False
+    needs_tree: bool = False
     law: LawKind = "greedy"
     text_tokens: int | None = None
     context_tokens: int | None = None
@@ -138,6 +141,7 @@ class EngineSettings:
         profile: str | None = None,
         draft_passes: str = "auto",
         small_uploads: str = "auto",
+        fixed_plan: bool = False,
     ) -> "EngineSettings":
         """From values as the command line has them: "auto", "24GiB", "200MB/s", "3". UsageError names the flag at fault."""
         return cls(
@@ -157,6 +161,7 @@ class EngineSettings:
             profile=profile,
             draft_passes=draft_passes,
             small_uploads=small_uploads,
+            fixed_plan=fixed_plan,
         )
 
     def __post_init__(self) -> None:

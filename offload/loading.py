@@ -213,6 +213,6 @@ def _drafter(device: Device, memory: _Memory, plan: Plan, vocab_size: int, masks
     stack.callback(weights.close)
     model = memory.model(weights, stack)
     chunk_tokens = min(PROMPT_CHUNK_TOKENS, plan.pass_rows)
-    drafter = ModelDrafter(model, device, vocab_size, masks, chunk_tokens=chunk_tokens, max_nodes=plan.tree.num_nodes)
+    drafter = ModelDrafter(model, device, vocab_size, masks, chunk_tokens=chunk_tokens, max_nodes=plan.room_nodes)
     stack.callback(drafter.close)
     return drafter

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from ..errors import FitError
 from .cost import GIB
 from .memory import Budgets
-from .plan import Plan, predict_tree, tree_of
-from .rounds import DraftOption, Workload
+from .plan import Plan, tree_of
+from .rounds import DraftOption, Workload, predict_tree
 from .search import Choice, best_choice
 
 MORE_BYTES = 8 * GIB

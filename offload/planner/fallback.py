@@ -14,8 +14,9 @@ from ..config import EngineSettings, bytes_text, counted
 from ..errors import OutOfMemoryError
 from ..weights.placement import RING_BUFFERS, Placement, spread_evenly
 from .memory import CHUNK_ROWS, MIN_SLOTS, Budgets, MemoryPlan, device_ledger, host_ledger, layers_ledger, plan_memory
-from .plan import NOTHING_STREAMED, Plan, predict_tree
-from .rounds import DraftOption, Workload
+from .notes import NOTHING_STREAMED
+from .plan import Plan
+from .rounds import DraftOption, Workload, predict_tree
 
 # Turns of remedies for one pass. Each halves something or moves a layer: where so many do not help, others take what is freed.
 MAX_TURNS = 3
@@ -58,7 +59,7 @@ class Fallbacks:
             return None
         tree = best_part(plan.tree, self.draft.acceptance, plan.tree.num_nodes // 2)
         what = f"out of device memory: a tree of {counted(tree.num_nodes, 'node')}, not {plan.tree.num_nodes}"
-        return self._completed(replace(plan, tree=tree), plan, what)
+        return self._completed(replace(plan, tree=tree, room_nodes=tree.num_nodes), plan, what)
 
     def fewer_resident(self, plan: Plan) -> Plan | None:
         """One layer less on the device; where all were, one more for each slot that streaming needs. It goes to the host, or to
@@ -94,7 +95,7 @@ class Fallbacks:
             self.settings,
             self.workload.target,
             self.draft.cost if self.draft else None,
-            plan.tree.num_nodes,
+            plan.room_nodes,
             plan.num_slots or None,
             max_positions=plan.max_positions,
             budgets=budgets,
@@ -139,7 +140,7 @@ class Fallbacks:
         on_device = device_ledger(
             target,
             draft.cost if draft else None,
-            tree_nodes=plan.tree.num_nodes,
+            tree_nodes=plan.room_nodes,
             context_rows=plan.context_rows,
             pass_rows=plan.pass_rows,
             replays=self.budgets.replays,

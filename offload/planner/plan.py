@@ -3,25 +3,24 @@
 Pure: budgets and rates come in as numbers, a frozen Plan goes out, or a FitError that shows the sum.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from tree.acceptance import Acceptance
-from tree.optimizer import best_tree, expected_tokens
+from tree.optimizer import best_tree
 from tree.shape import TreeShape
 from tree.spec import OptimalTree
 
-from ..config import EngineSettings, counted
+from ..config import EngineSettings
 from ..errors import FitError, UsageError
 from ..weights.placement import Placement
 from .cost import ModelCost
 from .hardware import HardwareProfile
 from .memory import MAX_AUTO_SLOTS, MIN_SLOTS, Budgets, MemoryPlan, plan_memory
-from .rounds import DraftOption, Prediction, Workload, predict
-from .search import MAX_NODES, Choice, best_choice
+from .notes import plan_notes, why_no_tree
+from .room import reserve_memory, with_room
+from .rounds import DraftOption, Prediction, Workload, predict_tree
+from .search import MAX_NODES, NODES, Choice, best_choice
 
 # Attention costs grow with the context; predictions are for a text in its middle, and texts are seldom longer than this.
 TYPICAL_CONTEXT_TOKENS = 512
@@ -29,7 +28,6 @@ ASSUMED_DISK_BYTES_PER_S = 3e9  # of a profile that does not say: sequential rea
 SLOTS = (MIN_SLOTS, MAX_AUTO_SLOTS)
 ROOT = TreeShape.root_only()
 Point = tuple[int | None, TreeShape, MemoryPlan, Prediction]  # the draft's place among those offered, and what runs with it
-NOTHING_STREAMED = "the model fits on the device entirely: nothing is streamed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +35,8 @@ class Plan:
     """Every decision of a run. Ledgers are bytes by named part; `context_rows` counts prompt, new tokens and tree.
 
     `draft` is the place of the chosen draft among those offered, None for none. `draft_passes` says how its passes run:
-    "graphs", recorded and replayed, or "eager", launched kernel by kernel; None without one. `link_bytes_per_s` is what copies
+    "graphs", recorded and replayed, or "eager", launched kernel by kernel; None without one. There is memory for any tree of
+    at most `room_nodes` nodes; `replanned` is how often another was chosen since the run began. `link_bytes_per_s` is what copies
     can reach, None when nothing is streamed.
     """
 
@@ -45,6 +44,7 @@ class Plan:
     placement: Placement
     num_slots: int
     tree: TreeShape
+    room_nodes: int
     context_rows: int
     pass_rows: int
     max_positions: int
@@ -57,12 +57,13 @@ class Plan:
     prediction: Prediction
     autoregressive_s_per_token: float | None
     draft_passes: str | None = None
+    replanned: int = 0
     notes: tuple[str, ...] = ()
 
     @property
     def text_tokens(self) -> int:
-        """Most tokens of prompt and answer together: what the rows leave beside the tree, and the model has positions for."""
-        return min(self.context_rows - self.tree.num_nodes + 1, self.max_positions)
+        """Most tokens of prompt and answer together: what the rows leave beside any tree, and the model has positions for."""
+        return min(self.context_rows - self.room_nodes + 1, self.max_positions)
 
     def to_json(self) -> dict[str, object]:
         """What `--json` reports of the plan of a run."""
@@ -83,6 +84,7 @@ class Plan:
             "device_budget_bytes": self.device_budget_bytes,
             "host_bytes": dict(self.host_ledger),
             "host_budget_bytes": self.host_budget_bytes,
+            "replanned": self.replanned,
             "notes": list(self.notes),
         }
 
@@ -140,10 +142,12 @@ def plan_run(
     draft at all, to the planner. Raises FitError when the budgets hold no plan."""
     slots = (settings.slots,) if settings.slots else SLOTS
     plain = best_choice(workload, [None], slots)
-    if tree is None:
-        draft, shape, memory, prediction = _choose(settings, workload, drafts, slots, plain)
-    else:
-        draft, shape, memory, prediction = _fixed(tree, workload, drafts, slots)
+    draft, shape, memory, prediction, notes = (
+        _choose(settings, workload, drafts, slots, plain) if tree is None else (*_fixed(tree, workload, drafts, slots), ())
+    )
+    room_nodes = shape.num_nodes
+    if tree is None and draft is not None and not settings.fixed_plan and settings.max_context is None:
+        room_nodes, memory, prediction = with_room(workload, drafts[draft], shape, memory, prediction)
     streams = bool(memory.placement.streamed)
     plain_s = plain.s_per_token if plain else None
     return Plan(
@@ -151,6 +155,7 @@ def plan_run(
         placement=memory.placement,
         num_slots=memory.num_slots,
         tree=shape,
+        room_nodes=room_nodes,
         context_rows=memory.context_rows,
         pass_rows=memory.pass_rows,
         max_positions=max_positions,
@@ -163,21 +168,34 @@ def plan_run(
         prediction=prediction,
         autoregressive_s_per_token=plain_s,
         draft_passes=None if draft is None else "graphs" if budgets.replays else "eager",
-        notes=tuple(_notes(workload, memory, drafts if tree is None else (), draft)),
+        notes=(*notes, *plan_notes(workload, memory)),
     )
 
 
 def _choose(
     settings: EngineSettings, workload: Workload, drafts: Sequence[DraftOption], slots: Sequence[int], plain: Choice | None
-) -> Point:
+) -> tuple[int | None, TreeShape, MemoryPlan, Prediction, tuple[str, ...]]:
+    """The best tree, or the root alone, and then why. A draft that would not pay stays beside the root where it takes next to
+    nothing from it: a later look at the machine may say otherwise."""
     max_nodes = max(settings.max_context // 4, 1) if settings.max_context else MAX_NODES
-    choice = best_choice(workload, drafts, slots, max_nodes=max_nodes, known=plain)
+    sizes = [size for size in NODES if 1 < size <= max_nodes]
+    speculative = best_choice(workload, drafts, slots, max_nodes=max_nodes, sizes=sizes) if drafts and sizes else None
+    choice = speculative or plain
     if choice is None:
         workload.memory(None, 1, slots[0])  # raises, and says by how much
         raise AssertionError("no plan, and yet the smallest fits")
-    shape = tree_of(choice, workload.target.vocab_size)
-    draft = drafts.index(choice.draft) if choice.draft else None
-    return draft, shape, choice.memory, predict_tree(workload, choice.memory, shape, choice.draft)
+    if speculative is None or plain is None or settings.needs_tree or speculative.s_per_token < plain.s_per_token:
+        notes = () if choice.draft else (why_no_tree(drafts, None, None),)
+        shape = tree_of(choice, workload.target.vocab_size)
+        draft = drafts.index(choice.draft) if choice.draft else None
+        return draft, shape, choice.memory, predict_tree(workload, choice.memory, shape, choice.draft), notes
+    prediction = predict_tree(workload, plain.memory, ROOT, None)
+    shape = tree_of(speculative, workload.target.vocab_size)
+    notes = (why_no_tree(drafts, prediction, predict_tree(workload, speculative.memory, shape, speculative.draft)),)
+    reserve = None if settings.fixed_plan or settings.max_context else reserve_memory(workload, speculative, plain)
+    if reserve is None or speculative.draft is None:
+        return None, ROOT, plain.memory, prediction, notes
+    return drafts.index(speculative.draft), ROOT, reserve, predict_tree(workload, reserve, ROOT, None), notes
 
 
 def tree_of(choice: Choice, vocab_size: int) -> TreeShape:
@@ -236,48 +254,3 @@ def _memories(workload: Workload, draft: DraftOption | None, num_nodes: int, slo
         except FitError:
             break
     return found
-
-
-def predict_tree(workload: Workload, memory: MemoryPlan, shape: TreeShape, draft: DraftOption | None) -> Prediction:
-    if draft is None:
-        return predict(workload, memory, 1, 0.0, 1.0)
-    draft_s = float(draft.draft_s(expanded_per_level(shape)))
-    return predict(workload, memory, shape.num_nodes, draft_s, expected_tokens(shape, draft.acceptance))
-
-
-def expanded_per_level(shape: TreeShape) -> npt.NDArray[np.int64]:
-    """How many nodes of each level have children."""
-    return np.array([len(nodes) for nodes in shape.expanded], dtype=np.int64)
-
-
-def _fits(workload: Workload, draft: DraftOption) -> bool:
-    try:
-        workload.memory(draft, 2, MIN_SLOTS)
-    except FitError:
-        return False
-    return True
-
-
-def _notes(
-    workload: Workload,
-    memory: MemoryPlan,
-    drafts: Sequence[DraftOption],
-    draft: int | None,
-) -> Iterator[str]:
-    placement = memory.placement
-    if not placement.streamed:
-        yield NOTHING_STREAMED
-    if drafts and draft is None:
-        fitting = [option for option in drafts if _fits(workload, option)]
-        yield (
-            "no draft is used: each that fits would take longer than the tokens it brings are worth"
-            if fitting
-            else "no draft is used: none of those offered fits beside the target's slots"
-        )
-    if placement.disk:
-        disk_s = len(placement.disk) * workload.target.layer_bytes / workload.disk_bytes_per_s
-        if disk_s > len(placement.streamed) * workload.target.layer_bytes / workload.link_bytes_per_s:
-            yield f"the disk sets the pace: every pass reads {counted(len(placement.disk), 'layer')} from it"
-        if workload.disk_is_assumed:
-            yield f"the disk is taken to read {workload.disk_bytes_per_s / 1e9:g} GB/s, as nobody said: --disk names its rate"
-    yield from workload.doubts

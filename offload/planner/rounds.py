@@ -7,6 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tree.acceptance import Acceptance
+from tree.optimizer import expected_tokens
+from tree.shape import TreeShape
 
 from .cost import ModelCost
 from .hardware import LawTimes, ModelTimes
@@ -109,3 +111,16 @@ def rounds(workload: Workload, memory: MemoryPlan, nodes: Ints, draft_s: Floats,
         wake_s=workload.times.wake_s,
     )
     return steady_round(memory.placement, memory.num_slots, parts)
+
+
+def predict_tree(workload: Workload, memory: MemoryPlan, shape: TreeShape, draft: DraftOption | None) -> Prediction:
+    """The round of `shape`, grown by `draft`; without one it is the root alone."""
+    if draft is None:
+        return predict(workload, memory, 1, 0.0, 1.0)
+    draft_s = float(draft.draft_s(expanded_per_level(shape)))
+    return predict(workload, memory, shape.num_nodes, draft_s, expected_tokens(shape, draft.acceptance))
+
+
+def expanded_per_level(shape: TreeShape) -> Ints:
+    """How many nodes of each level have children."""
+    return np.array([len(nodes) for nodes in shape.expanded], dtype=np.int64)

@@ -1,0 +1,37 @@
+"""Pure: what a plan has to say about itself, in words."""
+
+from collections.abc import Iterator, Sequence
+
+from ..config import counted, seconds_text
+from .memory import MemoryPlan
+from .rounds import DraftOption, Prediction, Workload
+
+NOTHING_STREAMED = "the model fits on the device entirely: nothing is streamed"
+NO_TREE = "one token a pass: "  # what follows is why
+
+
+def why_no_tree(drafts: Sequence[DraftOption], plain: Prediction | None, tree: Prediction | None) -> str:
+    """Why there is only a root. `tree` is what the best tree of those `drafts` would take, None where none fits."""
+    if not drafts:
+        return f"{NO_TREE}there is no draft model; --draft-model names one of the same family"
+    if plain is None or tree is None:
+        return f"{NO_TREE}none of the drafts offered fits beside the target's slots, with a tree"
+    return (
+        f"{NO_TREE}{seconds_text(plain.s_per_token)} s/token are expected so, and {seconds_text(tree.s_per_token)} with the "
+        f"best tree, whose {tree.expected_tokens:.2g} tokens a pass take {seconds_text(tree.draft_s)} s to draft and "
+        f"{seconds_text(tree.round_s - tree.draft_s)} s to check"
+    )
+
+
+def plan_notes(workload: Workload, memory: MemoryPlan) -> Iterator[str]:
+    """What follows from where the layers are, and what there is to say about the times."""
+    placement = memory.placement
+    if not placement.streamed:
+        yield NOTHING_STREAMED
+    if placement.disk:
+        disk_s = len(placement.disk) * workload.target.layer_bytes / workload.disk_bytes_per_s
+        if disk_s > len(placement.streamed) * workload.target.layer_bytes / workload.link_bytes_per_s:
+            yield f"the disk sets the pace: every pass reads {counted(len(placement.disk), 'layer')} from it"
+        if workload.disk_is_assumed:
+            yield f"the disk is taken to read {workload.disk_bytes_per_s / 1e9:g} GB/s, as nobody said: --disk names its rate"
+    yield from workload.doubts
