@@ -16,7 +16,8 @@ from .text import TextCodec
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What to generate. `stop` strings and `stop_token_ids` end the text before them; every EOS id ends it unless `ignore_eos`.
-    `scoring` asks for log-probabilities, None for none."""
+    `scoring` asks for log-probabilities, None for none. `keeps_plan`: what is sampled with a seed that somebody named depends
+    on the tree, which stays as it is while this is answered."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int = 128
@@ -26,6 +27,7 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     scoring: Scoring | None = None
+    keeps_plan: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +66,12 @@ class Admission:
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
         scoring: Scoring | None = None,
+        seed_is_chance: bool = False,
     ) -> Request:
         """A request that can be finished. UsageError for values that make no sense, FitError with the counts for a prompt
         and an answer that do not fit into the context. One `stop` string need not be in a list, and an empty one stops
-        nothing, as a `top_k` of 0 or -1, which other programs have for None, leaves no token out."""
+        nothing, as a `top_k` of 0 or -1, which other programs have for None, leaves no token out. A `seed` of nobody's choice
+        is chance."""
         top_k = None if top_k is None else _whole_numbers([top_k], "--top-k")[0]
         try:
             params = SamplingParams(
@@ -86,6 +90,7 @@ class Admission:
             stop_token_ids=frozenset(stop_token_ids),
             ignore_eos=ignore_eos,
             scoring=scoring,
+            keeps_plan=not params.greedy and seed is not None and not seed_is_chance,
         )
         self._check_values(request)
         self._check_room(request)
@@ -117,6 +122,18 @@ class Admission:
                 where="--max-new-tokens, --max-context",
                 cure=", or ".join(_ways_out(plan, num_prompt)),
             )
+
+
+def check_positions(num_prompt: int, num_new: int, max_positions: int) -> None:
+    """FitError for a text that no plan makes room for, as the model knows fewer positions: before anything is measured for
+    a text of that length."""
+    if num_prompt + num_new > max_positions:
+        fewer = f"ask for at most {max_positions - num_prompt} new tokens, or " if num_prompt < max_positions else ""
+        raise FitError(
+            f"prompt {num_prompt} + new {num_new} tokens > {max_positions} positions",
+            where="--prompt, --max-new-tokens",
+            cure=f"{fewer}shorten the prompt: the model itself knows {max_positions} positions",
+        )
 
 
 def _ways_out(plan: Plan, num_prompt: int) -> Iterator[str]:

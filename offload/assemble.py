@@ -15,7 +15,7 @@ from .device.host import available_bytes
 from .engine import Engine
 from .errors import DeviceError, FitError, reason
 from .loading import HOST_RESERVE_BYTES, Loaded, Progress, ReadCounter, bytes_to_read, share_memory, take_memory
-from .measuring import look_at_machine
+from .measuring import laws_of, look_at_machine, measure_machine
 from .model.architecture import check_window
 from .model.generation_config import read_generation_defaults
 from .planner.fallback import Fallbacks
@@ -23,6 +23,7 @@ from .planner.hardware import HardwareProfile
 from .planner.memory import Budgets
 from .planner.plan import Plan, make_option, make_workload, plan_run
 from .planner.tree_choice import read_acceptances, read_tree, resolve_method
+from .replanning import Replanner
 from .report import Memory
 from .source import ModelSource, check_source
 from .text import TextCodec, check_same_vocabulary
@@ -42,15 +43,15 @@ def open_engine(
     trace: Trace | None = None,
     device: Device | None = None,
     hardware: HardwareProfile | None = None,
-    expect: Callable[[EngineSettings, TextCodec | None], EngineSettings] | None = None,
+    expect: Callable[[EngineSettings, TextCodec | None, int], EngineSettings] | None = None,
     admit: Callable[[Admission], None] | None = None,
 ) -> Engine:
     """Load what `settings` name. Raises the errors of errors.py; nothing stays allocated after one.
 
     `device` takes the place of the one that the settings name; the engine closes it. `hardware` takes the place of the
     profile that they name, or of a quick measurement. `expect` adds to the settings what is known of the requests once
-    there is a tokenizer. `admit` is called when everything is planned and no weight has been read, so that a request which
-    cannot be finished is refused in time.
+    there are a tokenizer and the number of positions that the model knows. `admit` is called when everything is planned and
+    no weight has been read, so that a request which cannot be finished is refused in time.
     """
     start_s = time.monotonic()
     with ExitStack() as stack:
@@ -59,11 +60,13 @@ def open_engine(
         stack.enter_context(device.translated())
         target = check_source(settings.model, "--model", settings.dtype, device.torch_device.type)
         drafts = _drafts(settings, target, device.torch_device.type)
-        settings = expect(settings, target.codec) if expect is not None else settings
+        settings = expect(settings, target.codec, target.architecture.max_positions) if expect is not None else settings
         budgets = host = _budgets(settings, device)
         if target.tensors.equal_layers:  # what exceeds the host's memory shares it, see share_memory
             budgets = replace(budgets, host_bytes=None)
+        looked_s = time.monotonic()
         hardware = hardware or look_at_machine(settings, device, budgets, target, drafts, stack)
+        looked_s = time.monotonic() - looked_s
         plan, fallbacks = _plan(settings, hardware, budgets, target, drafts)
         draft = drafts[plan.draft] if plan.draft is not None else None
         check_window(target.architecture, plan.text_tokens, str(target.folder / "config.json"))
@@ -92,6 +95,7 @@ def open_engine(
         device_name=device.name,
         memory=_memory_of(device, loaded.store),
         close=close,
+        replanner=_replanner(settings, target, draft, looked_s),
     )
 
 
@@ -101,6 +105,19 @@ def _ends_of_text(target: ModelSource) -> frozenset[int]:
     if (remark := defaults.warning()) is not None:
         logger.warning("%s", remark)
     return defaults.eos_token_ids
+
+
+def _replanner(
+    settings: EngineSettings, target: ModelSource, draft: ModelSource | None, measuring_s: float
+) -> Replanner | None:
+    """None where there is nothing to choose, or where somebody has chosen."""
+    if draft is None or settings.tree != "auto" or settings.fixed_plan:
+        return None
+
+    def measure() -> HardwareProfile:
+        return measure_machine(settings, target, [draft], laws=laws_of(settings))
+
+    return Replanner(measure, measuring_s)
 
 
 def _drafts(settings: EngineSettings, target: ModelSource, device_type: str) -> list[ModelSource]:

@@ -94,6 +94,16 @@ class DecodeLoop:
         """What runs now: the plan given, less what had to be given up since."""
         return self._plan
 
+    @property
+    def fallbacks(self) -> Fallbacks | None:
+        """What the plan was made from; None when nobody may change it."""
+        return self._fallbacks
+
+    def follow(self, plan: Plan, fallbacks: Fallbacks) -> None:
+        """Go on under `plan`, between two rounds: another tree, in the memory of the present plan."""
+        self._masks.hold(plan.tree)
+        self._plan, self._fallbacks = plan, fallbacks
+
     def seeded(self, seed: int) -> torch.Generator:
         """Randomness for one text."""
         return torch.Generator(self._device.torch_device).manual_seed(seed)

@@ -14,6 +14,7 @@ from .admission import Admission, Request
 from .decode import DecodeLoop, StepResult
 from .errors import UsageError
 from .planner.plan import Plan
+from .replanning import Replanner
 from .report import Memory, Report
 from .stats import PassStats, RunStats
 from .streaming.stream import PassProgress
@@ -88,7 +89,12 @@ class Generation:
         start_s = previous_s = monotonic()
         while True:
             self._take_turn()
+            replanner = self._engine.replanner
+            if replanner is not None and not request.keeps_plan and replanner.consider(loop):
+                stats.passes_before_plan = len(stats.passes)
             result = loop.run_round(request.max_new_tokens - len(self.token_ids))
+            if replanner is not None:
+                replanner.saw(loop.plan, result.stats)
             token_ids, text, reason = self._accept(result)
             now_s = monotonic()
             if not stats.passes:
@@ -175,11 +181,12 @@ class Engine:
         device_name: str,
         memory: Callable[[], Memory],
         close: Callable[[], None],
+        replanner: Replanner | None = None,
     ) -> None:
         self.loop, self.admission, self.codec = loop, admission, admission.codec
         self.eos_token_ids, self.load_s = eos_token_ids, load_s
         self.method, self.emulated_link, self.device_name = method, emulated_link, device_name
-        self._memory, self._close = memory, close
+        self._memory, self._close, self.replanner = memory, close, replanner
         self.turn = RLock()
         self.answering: Generation | None = None
         self._closed = False
@@ -192,7 +199,7 @@ class Engine:
 
     @property
     def plan(self) -> Plan:
-        """What runs: as planned, or less, where memory turned out to be less."""
+        """What runs: as planned, or less, where memory turned out to be less, or with a tree that proved to be better."""
         return self.loop.plan
 
     def close(self) -> None:

@@ -112,16 +112,14 @@ class Report:
             parts.append(f"{stats.tokens_per_pass:.1f} tokens/pass of {plan.tree.num_nodes} nodes")
         parts.append(self._link())
         parts.append(f"device {_gib(self.memory.device_peak_bytes)} GiB")
-        if (deviation := self.deviation) is not None:
-            parts.append(deviation.text())
         return " | ".join(parts)
 
     @property
     def deviation(self) -> "Deviation | None":
         """Where the prediction was off by more than a tenth, and why. It was made for the whole tree: passes over what was left
-        of it near the end of the text say nothing."""
-        plan = self.plan
-        steady = [one for one in self.stats.passes[1:] if one.num_rows >= plan.tree.num_nodes]
+        of it near the end of the text say nothing, nor do those before the plan was changed."""
+        plan, first = self.plan, max(self.stats.passes_before_plan, 1)
+        steady = [one for one in self.stats.passes[first:] if one.num_rows >= plan.tree.num_nodes]
         return find_deviation(plan.prediction, steady, plan.bytes_per_pass, plan.link_bytes_per_s)
 
     def _predicted(self) -> str:

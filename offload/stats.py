@@ -23,7 +23,8 @@ class PassStats:
 @dataclass(slots=True)
 class RunStats:
     """A run as it grows. Times in seconds; first_token_s ends with the first pass, decode_s is the rest. `reused_tokens` of
-    the prompt went through no pass: an earlier request had begun with them."""
+    the prompt went through no pass: an earlier request had begun with them. `passes_before_plan` ran before the plan changed
+    that ran last."""
 
     load_s: float = 0.0
     first_token_s: float = 0.0
@@ -31,6 +32,7 @@ class RunStats:
     reused_tokens: int = 0
     first_tokens: int = 0
     num_tokens: int = 0
+    passes_before_plan: int = 0
     passes: list[PassStats] = field(default_factory=list)
 
     @property

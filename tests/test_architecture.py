@@ -17,7 +17,19 @@ FLOOR = {"errors", "config", "version"}
 NUMBERS = {"stats", "trace", "text", "device.base"}  # records and words: they read no weights and move none
 MACHINE = {*FLOOR, "device", "weights", "streaming"}
 ENGINE = {*MACHINE, *NUMBERS, "model", "planner"}
-LOADED = {*ENGINE, "admission", "calibrate", "decode", "engine", "loading", "measuring", "report", "scale", "source"}
+LOADED = {
+    *ENGINE,
+    "admission",
+    "calibrate",
+    "decode",
+    "engine",
+    "loading",
+    "measuring",
+    "replanning",
+    "report",
+    "scale",
+    "source",
+}
 ALL = {*LOADED, "assemble", "conversation", "demo", "doctor", "releases", "sessions"}
 
 ALLOWED: dict[str, set[str]] = {
@@ -49,7 +61,8 @@ ALLOWED: dict[str, set[str]] = {
     "round_stats": {*FLOOR, *NUMBERS, "device", "streaming"},  # what the device and the stream know of a round that is over
     "inputs": {*FLOOR, "device", "model"},  # what a pass is given
     "decode": {*ENGINE, "inputs", "sessions", "round_stats"},
-    "engine": {*ENGINE, "admission", "decode", "report", "text_stream"},
+    "replanning": {*ENGINE},
+    "engine": {*ENGINE, "admission", "decode", "replanning", "report", "text_stream"},
     "loading": {*ENGINE, "source"},
     "assemble": LOADED,
     "doctor": {*ENGINE, "releases", "scale.preset"},  # looks at files, devices and sizes as a run would, and runs nothing

@@ -14,7 +14,7 @@ from .answer import Answerer
 from .dialogue import AnswerSettings, Dialogue
 from .settings import check_small_files, engine_settings, settle_models
 from .signals import leaving_at_once
-from .terminal import LoadProgress, full_statistics, plan_summary, say
+from .terminal import LoadProgress, full_statistics, say, say_plan
 from .turns import Turn, line_reader, read_turn
 
 if TYPE_CHECKING:
@@ -48,8 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with LoadProgress(enabled=not arguments.quiet) as progress:
         engine = open_engine(settings, seed=arguments.seed, progress=progress.update, admit=admit)
-    if arguments.verbose:
-        say(plan_summary(engine.plan))
+    say_plan(engine.plan, arguments)
     with engine:
         return _converse(Answerer(engine, dialogue, arguments), settings.model)
 

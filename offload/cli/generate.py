@@ -15,7 +15,7 @@ from .acceptance import AcceptanceRecorder, provenance, write_json
 from .parser import DEMO_PROMPT
 from .settings import check_small_files, check_writable, engine_settings, settle_models
 from .signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, leaving_at_once
-from .terminal import LoadProgress, full_statistics, plan_summary, say
+from .terminal import LoadProgress, full_statistics, say, say_plan
 
 if TYPE_CHECKING:
     from ..admission import Admission, Request
@@ -38,8 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         engine = open_engine(
             settings, seed=arguments.seed, progress=progress.update, trace=trace, expect=asked.expect, admit=asked.admit
         )
-    if arguments.verbose:
-        say(plan_summary(engine.plan))
+    say_plan(engine.plan, arguments, silent=arguments.stats == "none")
     with engine:
         assert asked.request is not None
         generation = engine.run(asked.request)
@@ -112,7 +111,9 @@ class _Asked:
         self._prompt, self._arguments = prompt, arguments
         self.request: Request | None = None
 
-    def expect(self, settings: EngineSettings, codec: "TextCodec | None") -> EngineSettings:
+    def expect(self, settings: EngineSettings, codec: "TextCodec | None", max_positions: int) -> EngineSettings:
+        from ..admission import check_positions  # torch
+
         arguments = self._arguments
         if isinstance(self._prompt, str):
             if codec is None:
@@ -123,6 +124,7 @@ class _Asked:
             else:
                 self._prompt = codec.encode(self._prompt)
         num_prompt, num_new = len(self._prompt), arguments.max_new_tokens
+        check_positions(num_prompt, num_new, max_positions)
         return replace(settings, text_tokens=num_prompt + num_new, context_tokens=num_prompt + num_new // 2)
 
     def admit(self, admission: "Admission") -> None:
@@ -136,6 +138,7 @@ class _Asked:
             seed=arguments.seed,
             stop=arguments.stop,
             ignore_eos=arguments.ignore_eos,
+            seed_is_chance=arguments.seed_is_chance,
         )
 
 

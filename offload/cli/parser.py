@@ -26,6 +26,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if unknown:
         command = f"{parser.prog} {arguments.command}"
         raise UsageError(f"unrecognized arguments: {' '.join(unknown)}", where=command, cure=f"see `{command} --help`")
+    if "seed" in arguments:
+        arguments.seed_is_chance = arguments.seed is None  # nobody named one: 0, but no promise rests on it
+        arguments.seed = arguments.seed or 0
     return arguments
 
 
@@ -201,6 +204,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--small-uploads", default="auto", choices=SMALL_UPLOADS, help="CUDA: how small tensors get past layers under way"
     )
+    group.add_argument("--fixed-plan", action="store_true", help="never choose another tree while running")
 
 
 def add_request_flags(parser: argparse.ArgumentParser) -> None:
@@ -245,7 +249,7 @@ def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="default 0 (greedy)")
     group.add_argument("--top-k", type=top_k, metavar="K", help="keep the K most probable tokens; 0: all")
     group.add_argument("--top-p", type=probability, default=1.0, metavar="P", help="keep the smallest set reaching P")
-    group.add_argument("--seed", type=whole(0), default=0, metavar="S", help="default 0")
+    group.add_argument("--seed", type=whole(0), metavar="S", help="default 0")
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:

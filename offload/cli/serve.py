@@ -9,7 +9,7 @@ from ..errors import UsageError, reason
 from ..serve.settings import ServeSettings
 from .parser import DEMO_NAME
 from .settings import check_small_files, engine_settings, settle_models
-from .terminal import say
+from .terminal import say, say_plan
 
 if TYPE_CHECKING:
     from ..admission import Admission
@@ -40,7 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
         def admit(admission: "Admission") -> None:
             require_codec(admission.codec)
 
-        return open_engine(settings, progress=progress, admit=admit)
+        engine = open_engine(settings, progress=progress, admit=admit)
+        say_plan(engine.plan, arguments)
+        return engine
 
     server = Server(serve_settings, open_it)
     if not arguments.quiet:

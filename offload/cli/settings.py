@@ -39,8 +39,11 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
         device=arguments.device,
         emulate_link=emulate_link,
         small_uploads=arguments.small_uploads,
+        fixed_plan=arguments.fixed_plan,
         **planned(arguments),
     )
+    if arguments.model is None:  # the bundled pair is there to show trees
+        settings = replace(settings, needs_tree=True)
     return replace(settings, law=law_kind(temperature, getattr(arguments, "top_p", 1.0)))
 
 

@@ -1,5 +1,6 @@
 """What people see on stderr: a progress bar while loading, the numbers at the end. Bars on a terminal only."""
 
+import argparse
 import sys
 import time
 from types import TracebackType
@@ -109,8 +110,16 @@ def full_statistics(report: "Report") -> str:
             f"{number:4d} {one.num_rows:6d} {one.emitted_tokens:7d} " + " ".join(f"{seconds:7.3f}s" for seconds in times)
         )
     deviation = report.deviation
-    advice = [f"  {deviation.advice}"] if deviation is not None and deviation.advice else []
-    return "\n".join([*lines, *ledgers(report.plan), report.line(), *advice])
+    off = [deviation.text(), *([f"  {deviation.advice}"] if deviation.advice else [])] if deviation is not None else []
+    return "\n".join([*lines, *ledgers(report.plan), report.line(), *off])
+
+
+def say_plan(plan: "Plan", arguments: argparse.Namespace, *, silent: bool = False) -> None:
+    """With --verbose all of it; else why nothing is speculated, where that was nobody's wish."""
+    if arguments.verbose:
+        say(plan_summary(plan))
+    elif plan.why_no_tree is not None and not (arguments.quiet or silent):
+        say(plan.why_no_tree)
 
 
 def plan_summary(plan: "Plan") -> str:

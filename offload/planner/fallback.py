@@ -127,6 +127,10 @@ class Fallbacks:
             said.append(f"{num_more} more stay on disk, as the host has no room for a ring beside what could not be pinned")
         return fallbacks._completed(replace(plan, placement=placement), plan, ", ".join(said)), fallbacks
 
+    def with_times(self, workload: Workload, draft: DraftOption | None) -> "Fallbacks":
+        """The same where times and acceptance have proven to be others."""
+        return replace(self, workload=workload, draft=draft)
+
     def _host_has_room(self, plan: Plan, num_layers: int) -> bool:
         """Where one memory is host and device, a layer that moves takes no more of it."""
         if self.budgets.shared or plan.host_budget_bytes is None:

@@ -17,7 +17,7 @@ from ..weights.placement import Placement
 from .cost import ModelCost
 from .hardware import HardwareProfile
 from .memory import MAX_AUTO_SLOTS, MIN_SLOTS, Budgets, MemoryPlan, plan_memory
-from .notes import plan_notes, why_no_tree
+from .notes import NO_TREE, plan_notes, why_no_tree
 from .room import reserve_memory, with_room
 from .rounds import DraftOption, Prediction, Workload, predict_tree
 from .search import MAX_NODES, NODES, Choice, best_choice
@@ -64,6 +64,11 @@ class Plan:
     def text_tokens(self) -> int:
         """Most tokens of prompt and answer together: what the rows leave beside any tree, and the model has positions for."""
         return min(self.context_rows - self.room_nodes + 1, self.max_positions)
+
+    @property
+    def why_no_tree(self) -> str | None:
+        """The note that says why there is only a root, where nobody asked for that."""
+        return next((note for note in self.notes if note.startswith(NO_TREE)), None)
 
     def to_json(self) -> dict[str, object]:
         """What `--json` reports of the plan of a run."""

@@ -127,6 +127,7 @@ def _requests(
                 stop_token_ids=body.stop_token_ids or (),
                 ignore_eos=bool(body.ignore_eos),
                 scoring=scoring,
+                seed_is_chance=body.seed is None,
             )
             for number in range(body.n or 1)
         )

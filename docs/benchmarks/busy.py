@@ -1,0 +1,116 @@
+"""The first run of the bundled pair while other processes burn the cores: is there a tree, and is the prediction right?
+
+    python docs/benchmarks/busy.py --burners 2 --repeats 4 --markdown
+
+Every run is a process of its own that does what `run_70b.py` without flags does, with its quick look at a machine that is busy
+from before it begins. SETTLING rounds after the first, the prediction that then holds is compared with the rounds that
+follow. The figures are of a machine whose other load is nobody's to choose: the load average is printed beside them.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from offload.assemble import open_engine
+from offload.cli.generate import _Asked
+from offload.cli.parser import DEMO_PROMPT, parse_arguments
+from offload.cli.settings import engine_settings
+from offload.report import environment
+
+SETTLING = 20
+TOKENS = 300
+BURNER = "while True: sum(range(10000))"
+
+
+def first_run(flags: list[str]) -> dict[str, Any]:
+    """`run_70b.py FLAGS` without the text, and its rounds: seconds, tokens, and the plan that each ran under."""
+    import torch
+
+    arguments = parse_arguments(["generate", "--max-new-tokens", str(TOKENS), "--ignore-eos", *flags])
+    asked = _Asked(DEMO_PROMPT, arguments)
+    rounds: list[dict[str, Any]] = []
+    began_s = time.monotonic()
+    settings = engine_settings(arguments, emulate_demo_link=True)
+    with open_engine(settings, seed=arguments.seed or 0, expect=asked.expect, admit=asked.admit) as engine:
+        loaded_s = time.monotonic() - began_s
+        assert asked.request is not None
+        planned = engine.plan
+        generation = engine.run(asked.request)
+        for step in generation:
+            rounds.append(
+                {
+                    "nodes": step.shape.num_nodes,
+                    "round_s": step.stats.round_s,
+                    "tokens": step.stats.emitted_tokens,
+                    "predicted_s_per_token": engine.plan.prediction.s_per_token,
+                    "planned_nodes": engine.plan.tree.num_nodes,
+                }
+            )
+        report = generation.result()
+        plan = report.to_json()["plan"]
+        threads = torch.get_num_threads()
+    later = rounds[SETTLING:-1]
+    s_per_token = sum(one["round_s"] for one in later) / sum(one["tokens"] for one in later)
+    return {
+        "load": os.getloadavg()[0],
+        "loading_s": loaded_s,
+        "threads": threads,
+        "first_tree_nodes": planned.tree.num_nodes,
+        "tree_nodes": report.plan.tree.num_nodes,
+        "replanned": plan.get("replanned"),  # type: ignore[attr-defined]
+        "tokens_per_pass": report.stats.tokens_per_pass,
+        "s_per_token": report.stats.s_per_token,
+        "first_predicted_s_per_token": planned.prediction.s_per_token,
+        "settled_s_per_token": s_per_token,
+        "settled_predicted_s_per_token": later[0]["predicted_s_per_token"],
+        "off": s_per_token / later[0]["predicted_s_per_token"] - 1,
+        "line": report.line(),
+        "rounds": rounds,
+    }
+
+
+@contextmanager
+def burning(num_burners: int) -> Iterator[None]:
+    burners = [subprocess.Popen([sys.executable, "-c", BURNER]) for _ in range(num_burners)]
+    try:
+        yield
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--burners", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--markdown", action="store_true")
+    arguments, flags = parser.parse_known_args()
+    runs = []
+    for _ in range(arguments.repeats):
+        with burning(arguments.burners), multiprocessing.get_context("spawn").Pool(1) as process:
+            runs.append(process.apply(first_run, (flags,)))
+        if arguments.markdown:
+            one = runs[-1]
+            print(
+                f"| {one['load']:.1f} | {one['threads']} | {one['first_tree_nodes']} to {one['tree_nodes']} | "
+                f"{one['replanned']} | {one['tokens_per_pass']:.1f} | {one['s_per_token']:.4f} | "
+                f"{one['first_predicted_s_per_token']:.4f} | {one['settled_s_per_token']:.4f} | "
+                f"{one['settled_predicted_s_per_token']:.4f} | {one['off'] * 100:+.0f} % | {one['loading_s']:.1f} |",
+                flush=True,
+            )
+    print(json.dumps({"burners": arguments.burners, "runs": runs, "environment": environment("cpu")}))
+
+
+if __name__ == "__main__":
+    main()
