@@ -69,10 +69,7 @@ def open_engine(
         looked_s = time.monotonic() - looked_s
         plan, fallbacks = _plan(settings, hardware, budgets, target, drafts)
         draft = drafts[plan.draft] if plan.draft is not None else None
-        check_window(target.architecture, plan.text_tokens, str(target.folder / "config.json"))
-        admission = Admission(plan=plan, codec=target.codec, vocab_size=target.architecture.vocab_size, seed=seed)
-        if admit is not None:
-            admit(admission)
+        admission = _admitted(target, plan, seed, admit)
         eos_token_ids = _ends_of_text(target)
         shared = share_memory(target, plan.placement, _left_for_layers(host, plan), may_refuse=not device.host_addressable)
         counter = ReadCounter(progress, lambda plan: bytes_to_read(target, draft, plan, shared))
@@ -97,6 +94,15 @@ def open_engine(
         close=close,
         replanner=_replanner(settings, target, draft, looked_s),
     )
+
+
+def _admitted(target: ModelSource, plan: Plan, seed: int, admit: Callable[[Admission], None] | None) -> Admission:
+    """What a model so planned will take, once whoever has a request has asked it."""
+    check_window(target.architecture, plan.text_tokens, str(target.folder / "config.json"))
+    admission = Admission(plan=plan, codec=target.codec, vocab_size=target.architecture.vocab_size, seed=seed)
+    if admit is not None:
+        admit(admission)
+    return admission
 
 
 def _ends_of_text(target: ModelSource) -> frozenset[int]:

@@ -80,7 +80,7 @@ class DecodeLoop:
         fallbacks: Fallbacks | None = None,
     ) -> None:
         self._device, self._target, self._stream, self._drafter, self._masks = device, target, stream, drafter, masks
-        self._plan, self._method, self._trace, self._fallbacks = plan, method, trace, fallbacks
+        self._plan, self._method, self._trace, self.fallbacks = plan, method, trace, fallbacks
         caches = [target.cache, *([drafter.cache] if drafter is not None else [])]
         ropes = [target.rope, *([drafter.rope] if drafter is not None else [])]
         self.sessions = Sessions(caches, ropes, max_bytes=host_limit_bytes(plan))
@@ -94,15 +94,11 @@ class DecodeLoop:
         """What runs now: the plan given, less what had to be given up since."""
         return self._plan
 
-    @property
-    def fallbacks(self) -> Fallbacks | None:
-        """What the plan was made from; None when nobody may change it."""
-        return self._fallbacks
-
     def follow(self, plan: Plan, fallbacks: Fallbacks) -> None:
         """Go on under `plan`, between two rounds: another tree, in the memory of the present plan."""
-        self._masks.hold(plan.tree)
-        self._plan, self._fallbacks = plan, fallbacks
+        if self._drafter is not None:
+            self._drafter.follow(plan.tree)
+        self._plan, self.fallbacks = plan, fallbacks
 
     def seeded(self, seed: int) -> torch.Generator:
         """Randomness for one text."""
@@ -200,19 +196,17 @@ class DecodeLoop:
     def _give_up(self, turn: int, kind: type[OutOfMemoryError], reason: str) -> int:
         """Go on with less, as `fallbacks` has it from `turn` on; returns the turn after it. `kind` when nothing is left."""
         old = self._plan
-        found = self._fallbacks.relief(old, self._prompt_rows, turn) if self._fallbacks is not None else None
-        if found is None or self._fallbacks is None:
+        found = self.fallbacks.relief(old, self._prompt_rows, turn) if self.fallbacks is not None else None
+        if found is None or self.fallbacks is None:
             raise out_of_memory(old, kind, reason, self._device.name, self._device.free_bytes())
         plan, turn = found
         if plan.placement != old.placement:
             self._target.let_go()
             self._stream.give_up(plan.placement, plan.num_slots)
-            plan, self._fallbacks = self._fallbacks.as_placed(plan, self._stream.placement, self._stream.measure_move())
+            plan, self.fallbacks = self.fallbacks.as_placed(plan, self._stream.placement, self._stream.measure_move())
             self.sessions.limit(host_limit_bytes(plan))
         if self._drafter is not None:
             self._drafter.limit(plan.pass_rows, plan.tree)
-        if plan.tree != old.tree:
-            self._masks.hold(plan.tree)
         self._plan = plan
         logger.warning("%s (%s)", "; ".join(note for note in plan.notes if note not in old.notes), reason)
         return turn

@@ -88,11 +88,13 @@ def json_of(finished: Finished, code: int = 0) -> dict[str, Any]:
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 
-def test_stdout_holds_the_text_and_stderr_one_line(run: Run) -> None:
+def test_stdout_holds_the_text_and_stderr_why_there_is_no_tree_and_one_line(run: Run) -> None:
     finished = run("--prompt", PROMPT)
     assert finished.code == 0
     assert finished.stdout == json_of(run("--prompt", PROMPT, "--json"))["text"] != ""
-    (line,) = finished.stderr.splitlines()
+    why, line = finished.stderr.splitlines()
+    assert why == "one token a pass: there is no draft model; --draft-model names one of the same family"
+    assert run("--prompt", PROMPT, "--tree", "none").stderr.count("\n") == 1  # somebody asked for it
     assert_holds(line, "12 tokens in ", " s/token", "first token ", "1.0 tokens/pass of 1 nodes", "device 0.000")
     assert "device 0.000 GiB" not in line
 

@@ -15,7 +15,7 @@ from .acceptance import AcceptanceRecorder, provenance, write_json
 from .parser import DEMO_PROMPT
 from .settings import check_small_files, check_writable, engine_settings, settle_models
 from .signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, leaving_at_once
-from .terminal import LoadProgress, full_statistics, say, say_plan
+from .terminal import LoadProgress, full_statistics, plan_summary, say
 
 if TYPE_CHECKING:
     from ..admission import Admission, Request
@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
         engine = open_engine(
             settings, seed=arguments.seed, progress=progress.update, trace=trace, expect=asked.expect, admit=asked.admit
         )
-    say_plan(engine.plan, arguments, silent=arguments.stats == "none")
+    if arguments.verbose:
+        say(plan_summary(engine.plan))
     with engine:
         assert asked.request is not None
         generation = engine.run(asked.request)
@@ -169,6 +170,8 @@ def _print_report(arguments: argparse.Namespace, report: "Report") -> None:
     if arguments.json:
         print(json.dumps(report.to_json()), flush=True)
     if arguments.stats != "none" and not arguments.quiet:
+        if report.plan.why_no_tree is not None:
+            say(report.plan.why_no_tree)
         say(full_statistics(report) if arguments.stats == "full" else report.line())
 
 

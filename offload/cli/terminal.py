@@ -114,11 +114,11 @@ def full_statistics(report: "Report") -> str:
     return "\n".join([*lines, *ledgers(report.plan), report.line(), *off])
 
 
-def say_plan(plan: "Plan", arguments: argparse.Namespace, *, silent: bool = False) -> None:
+def say_plan(plan: "Plan", arguments: argparse.Namespace) -> None:
     """With --verbose all of it; else why nothing is speculated, where that was nobody's wish."""
     if arguments.verbose:
         say(plan_summary(plan))
-    elif plan.why_no_tree is not None and not (arguments.quiet or silent):
+    elif plan.why_no_tree is not None and not arguments.quiet:
         say(plan.why_no_tree)
 
 

@@ -68,6 +68,15 @@ class ModelDrafter:
         if self._fixed is not None:
             self._fixed.prepare([*CATCH_UP_ROWS, *(len(nodes) for nodes in shape.expanded[1:-1])])
 
+    def follow(self, shape: TreeShape) -> None:
+        """Grow trees of `shape` from here on: their mask is held, and where passes are recorded, those of theirs are, too. A
+        device that records no more has all computed as they come."""
+        self._masks.hold(shape)
+        try:
+            self.prepare(shape)
+        except (RuntimeError, FitError):
+            self.record_nothing()
+
     def record_nothing(self) -> None:
         """Compute all passes as they come from here on, and give back the memory of recordings."""
         self._fixed = None
@@ -82,6 +91,7 @@ class ModelDrafter:
                 self.prepare(shape)
             except (FitError, torch.OutOfMemoryError):
                 self._fixed = None
+        self._masks.hold(shape)
 
     def restart(self, token_ids: Sequence[int], prompt_tokens: int) -> None:
         """Another sequence, the first `prompt_tokens` of it a prompt. The cache, which is the caller's to cut, holds rows of a

@@ -36,8 +36,8 @@ class Plan:
 
     `draft` is the place of the chosen draft among those offered, None for none. `draft_passes` says how its passes run:
     "graphs", recorded and replayed, or "eager", launched kernel by kernel; None without one. There is memory for any tree of
-    at most `room_nodes` nodes; `replanned` is how often another was chosen since the run began. `link_bytes_per_s` is what copies
-    can reach, None when nothing is streamed.
+    at most `room_nodes` nodes; `replanned` is how often another was chosen since the run began. `link_bytes_per_s` is what
+    copies can reach, None when nothing is streamed.
     """
 
     draft: int | None
