@@ -1,0 +1,150 @@
+"""What we use of transformers' insides, piece by piece. One that has moved fails here by its name, with the release and the
+range that setup.py allows, before a model writes other tokens. `make compat` runs these with both ends of the range."""
+
+import re
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, DynamicCache
+from transformers.cache_utils import Cache
+
+from conftest import VOCAB_SIZE, reference_model
+from offload.model import transformers_api
+from offload.model.transformers_api import (
+    Forward,
+    PassCache,
+    PlainForward,
+    build_on_meta,
+    cache_argument,
+    keeps_float32,
+    make_config,
+    register_attention,
+    rope_frequencies,
+    tied_parameters,
+)
+from offload.releases import bounds_of
+
+Models = Callable[..., Path]
+ROOT = Path(__file__).resolve().parent.parent
+HERE = f"transformers {version('transformers')}, and setup.py allows {bounds_of('transformers')}"
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+class Kept:
+    """Rows that remember what each layer gave them."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, tuple[int, ...]]] = []
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert key.shape == value.shape
+        self.calls.append((layer, tuple(key.shape)))
+        return key, value
+
+
+def test_this_release_is_in_the_range() -> None:
+    bounds = bounds_of("transformers")
+    assert bounds is not None and re.search(r'"transformers>=.*,<.*"', (ROOT / "setup.py").read_text(encoding="utf-8")), HERE
+
+
+def test_a_model_takes_our_cache_under_the_name_that_it_has_here() -> None:
+    model = build_on_meta(make_config({"model_type": "llama", **SIZES}), "sdpa")
+    release = tuple(map(int, re.findall(r"\d+", version("transformers"))[:2]))
+    assert cache_argument(model) == ("cache" if release >= (5, 24) else "past_key_values"), HERE
+
+
+def test_a_pass_gives_each_layer_rows_to_us_and_the_mask_to_attention_as_it_is() -> None:
+    """The mask has four dimensions and transformers makes none of its own beside it."""
+    seen: list[torch.Tensor | None] = []
+
+    def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **others: Any) -> Any:
+        seen.append(mask)
+        assert query.shape[1] == 4 and key.shape[1] == 2 and others["scaling"] == 8**-0.5, HERE
+        return query.transpose(1, 2), None
+
+    register_attention("treestream-test", attention)
+    model = build_on_meta(make_config({"model_type": "llama", **SIZES}), "treestream-test").eval()
+    rows, kept = torch.zeros(3, dtype=torch.int64, device="meta"), Kept()
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool, device="meta")
+    logits = Forward(model, 2)(rows, rows, mask, 2, kept)
+    assert logits.shape == (2, VOCAB_SIZE), HERE
+    assert kept.calls == [(0, (1, 2, 3, 8)), (1, (1, 2, 3, 8))], HERE
+    assert [one is mask for one in seen] == [True, True], HERE
+
+
+def test_our_cache_is_one_of_theirs_that_answers_no_question_it_does_not_know() -> None:
+    cache = PassCache(2)
+    assert isinstance(cache, Cache) and cache.is_sliding == [False, False] and len(cache.layers) == 2, HERE
+    for question in (cache.get_seq_length, lambda: cache.get_mask_sizes(1, 0)):
+        with pytest.raises(AssertionError):
+            question()
+
+
+def test_their_own_cache_grows_by_calls(models: Models) -> None:
+    model = reference_model(models())
+    forward = PlainForward(model)
+    text = [5, 9, 33, 2]
+    pieces = [forward(torch.tensor([part])) for part in (text[:3], text[3:])]
+    with torch.no_grad():
+        whole = model(input_ids=torch.tensor([text])).logits
+    assert torch.allclose(pieces[1], whole[:, -1], atol=1e-5) and isinstance(forward._cache, DynamicCache), HERE
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_parameters_are_named_by_the_model(tied: bool) -> None:
+    model = build_on_meta(make_config({"model_type": "llama", **SIZES, "tie_word_embeddings": tied}), "sdpa")
+    assert tied_parameters(model) == ({"lm_head.weight": "model.embed_tokens.weight"} if tied else {}), HERE
+
+
+def test_modules_that_stay_in_float32_are_named_by_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import PreTrainedModel
+
+    names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    assert all(hasattr(PreTrainedModel, name) for name in names), HERE
+    config = make_config({"model_type": "llama", **SIZES})
+    model = build_on_meta(config, "sdpa")
+    assert keeps_float32(model) == [], HERE
+    monkeypatch.setattr(type(model), names[1], ["norm"])
+    assert keeps_float32(build_on_meta(config, "sdpa")) == ["norm"], HERE
+
+
+def test_frequencies_that_depend_on_the_length_have_formulas_by_name() -> None:
+    longrope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = AutoConfig.for_model("llama", **SIZES, rope_parameters={**longrope, "original_max_position_embeddings": 16})
+    short, long = (rope_frequencies(config, "longrope", length) for length in (16, 17))
+    assert torch.equal(short, 2 * long) and short.shape == (4,), HERE
+    config = AutoConfig.for_model(
+        "llama", **SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    )
+    within, beyond = (rope_frequencies(config, "dynamic", length) for length in (64, 65))
+    assert within[0] == beyond[0] == 1 and (beyond[1:] < within[1:]).all(), HERE
+
+
+def test_every_use_of_transformers_has_its_test_here() -> None:
+    """What transformers_api offers is what this file names, so that a new use brings its test."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    offered = [
+        name for name, value in vars(transformers_api).items() if getattr(value, "__module__", "") == transformers_api.__name__
+    ]
+    elsewhere = {
+        "Rows": "a protocol of ours",
+        "read_config": "tests of every folder",
+        "read_tokenizer": "tests of text",
+        "build": "build_on_meta",
+        "watched_by_deepspeed": "needs a GPU and DeepSpeed",
+    }
+    public = {name for name in offered if not name.startswith("_")}
+    assert {name for name in public if name not in source} == set(), "give these a test"
+    assert set(elsewhere) <= public, "gone: take them off the list"
