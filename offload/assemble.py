@@ -193,7 +193,7 @@ def _record(loaded: Loaded, fallbacks: Fallbacks, device: Device) -> tuple[Plan,
     plan, drafter = loaded.plan, loaded.drafter
     if drafter is None:
         return plan, fallbacks
-    why = "" if drafter.records else "this model waits for the device in a pass"
+    why = ""
     try:
         with device.translated():
             drafter.prepare(plan.tree)

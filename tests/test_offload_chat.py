@@ -309,7 +309,7 @@ def test_a_template_that_loops_ends_the_chat_before_the_weights_are_read(
 ) -> None:
     looping = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     folder = save_text_model(tmp_path, chat_template=looping)
-    monkeypatch.setattr("offload.loading._load_streamed", lambda *_: pytest.fail("the weights are being read"))
+    monkeypatch.setattr("offload.weights.store.WeightStore.load", lambda *_: pytest.fail("the weights are being read"))
     assert_error(chat("hi", flags=("--model", folder)), 3, "the chat template failed: it did not finish in 2 s", "--raw")
 
 

@@ -143,7 +143,7 @@ def test_conversations_go_to_the_host_and_come_back(models: Models, kind: str) -
         # The two others, and the live one as it was when it came back.
         assert len(kept) == 3 and report.memory.host_sessions_bytes == engine.loop.sessions.host_bytes
         assert report.memory.host_sessions_bytes == sum(
-            rows.shape[-2] * size for one in kept for rows, size in zip(one.rows, row_bytes, strict=True)
+            rows.shape[1] * size for one in kept for rows, size in zip(one.rows, row_bytes, strict=True)
         )
         for start, text in zip(starts, texts, strict=True):
             prompt = start

@@ -74,11 +74,10 @@ def read_architecture(folder: Path) -> Architecture:
     one that we would not compute exactly."""
     where = str(folder / "config.json")
     try:
-        return architecture_of(read_config(folder), where)
-    except ModelError:
-        raise
+        config = read_config(folder)
     except Exception as error:  # transformers raises anything here: OSError, ValueError, KeyError, StrictDataclassError
         raise _not_buildable(error, where) from error
+    return architecture_of(config, where)
 
 
 def architecture_of(config: Any, where: str) -> Architecture:

@@ -59,10 +59,6 @@ class ModelDrafter:
         self._fixed = None
         self._model.close()
 
-    @property
-    def records(self) -> bool:
-        return self._fixed is not None
-
     def prepare(self, shape: TreeShape) -> None:
         """Record the passes that trees of `shape` take, if any are to be. The cache needs room for a row."""
         if self._fixed is not None:

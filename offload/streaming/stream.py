@@ -201,7 +201,7 @@ class LayerStream:
         held_back = False
         for fetch in tuple(self._queue):
             urgent = needed_slot is not None and needed_slot not in self._flying
-            if fetch.layer in self._through_ring and not urgent:
+            if self._store.through_ring(fetch.layer) and not urgent:
                 held_back = held_back or not self._store.ready(fetch.layer)
                 if held_back:
                     continue
@@ -217,8 +217,7 @@ class LayerStream:
         self._queue.extend(first_fetches(self._streamed, len(self._slots)))
 
     def _see_placement(self) -> None:
-        placement = self._store.placement
-        self._streamed, self._through_ring = placement.streamed, frozenset(placement.through_ring)
+        self._streamed = self._store.placement.streamed
         self._resident = self._store.resident
         self._views = [self._store.layout.views(slot) for slot in self._slots]
 

@@ -99,6 +99,10 @@ class WeightStore:
             raise
         return [self._resident.pop(layer) for layer in leaving]
 
+    def through_ring(self, layer: int) -> bool:
+        """Whether `layer` comes by way of the ring, as it turned out when memory was taken."""
+        return layer in self._through_ring
+
     def ready(self, layer: int) -> bool:
         """Whether `source(layer)` would return at once."""
         return layer not in self._through_ring or self._open_ring().ready()
