@@ -196,6 +196,7 @@ def streamed(device: Any, model: TypedModel) -> tuple[CausalLM, LayerStream]:
         placement=Placement(num_layers=num_layers, resident=frozenset({1})),
         resident={1: layout.views(device.alloc(layout.num_bytes))},
         ring=None,
+        through_ring=lambda layer: False,
         ready=lambda layer: True,
         source=lambda layer: torch.empty(layout.num_bytes, dtype=torch.uint8),
         sent=lambda layer, ticket: None,
