@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -47,14 +47,6 @@ class StepResult:
     stats: PassStats
     scores: tuple[ScoredToken, ...] = ()
     prompt_scores: tuple[ScoredToken, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """What a round changes before it is certain: the generator's state, and rows of the draft's cache."""
-
-    randomness: torch.Tensor
-    draft_rows: int
 
 
 class DecodeLoop:
@@ -138,14 +130,15 @@ class DecodeLoop:
     def _run_round(self, max_tokens: int) -> StepResult:
         start_s, turn = time.monotonic(), 0
         while True:
-            begun = _Begun(self._generator.get_state(), self._drafter.cache.length if self._drafter else 0)
+            # What a round changes before it is certain.
+            randomness, draft_rows = self._generator.get_state(), self._drafter.cache.length if self._drafter else 0
             try:
                 with self._device.translated():
                     return self._try_round(max_tokens, start_s)
             except OutOfMemoryError as error:
                 # The error itself would keep all that the pass has computed: its traceback holds the frames.
                 kind, reason = type(error), error.what
-            self._take_back(begun)
+            self._take_back(randomness, draft_rows)
             turn = self._give_up(turn, kind, reason)
 
     def _try_round(self, max_tokens: int, start_s: float) -> StepResult:
@@ -160,6 +153,8 @@ class DecodeLoop:
         verified_s = time.monotonic()
         self._commit(verdict, cached)
         prompt_scores, self._prompt_scores = self._prompt_scores, ()
+        if self._scoring is not None:  # the prompt is scored once, also where a family reads it again later
+            self._scoring = replace(self._scoring, prompt=False)
         return StepResult(
             shape=shape,
             token_ids=verdict.token_ids,
@@ -185,13 +180,13 @@ class DecodeLoop:
         """Committed tokens that the next pass reads besides its tree, or passes before it."""
         return len(self._committed) - 1 - self._target.cache.length
 
-    def _take_back(self, begun: _Begun) -> None:
+    def _take_back(self, randomness: torch.Tensor, draft_rows: int) -> None:
         """Undo what a failed round did, but for prompt rows that were read: they are right, and need no second pass."""
-        self._generator.set_state(begun.randomness)
+        self._generator.set_state(randomness)
         self._target.cache.truncate(self._target.cache.length)
         self._prompt_scores = self._prompt_scores[: self._target.cache.length]
         if self._drafter is not None:
-            self._drafter.cache.truncate(begun.draft_rows)
+            self._drafter.cache.truncate(draft_rows)
 
     def _give_up(self, turn: int, kind: type[OutOfMemoryError], reason: str) -> int:
         """Go on with less, as `fallbacks` has it from `turn` on; returns the turn after it. `kind` when nothing is left."""

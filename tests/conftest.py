@@ -26,23 +26,27 @@ settings.load_profile("treestream")
 
 VOCAB_SIZE = 97
 EOS = 96
+TINY_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "bos_token_id": 0,
+    "eos_token_id": EOS,
+    "pad_token_id": None,
+}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def save_tiny_model(folder: Path, family: str = "llama", *, num_layers: int = 3, seed: int = 0, **changes: object) -> Path:
     """A random model of `family` in float32; weights are wide enough for its greedy text to vary."""
     settings: dict[str, object] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
+        **TINY_SIZES,
         "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
         "max_position_embeddings": 160,
-        "bos_token_id": 0,
-        "eos_token_id": EOS,
-        "pad_token_id": None,
         "initializer_range": 0.4,
         "sliding_window": None,
     }

@@ -21,6 +21,7 @@ from offload.errors import ModelError
 from offload.model.architecture import architecture_of
 from offload.model.rope import Kind, Rope, read_rope
 from planning import L40
+from tree.logprobs import Scoring
 
 Models = Callable[..., Path]
 NATIVE = 24
@@ -174,3 +175,11 @@ def test_texts_that_take_turns_across_the_native_length_are_each_that_of_transfo
         while [stream for stream in streams if next(stream, None) is not None]:
             pass
         assert [stream.token_ids for stream in streams] == [greedy(folder, prompt, 20) for prompt in prompts]
+
+
+def test_a_prompt_that_is_read_again_is_scored_once(folder: Path) -> None:
+    prompt = prompt_of(SHORT)
+    with open_pair(folder, "4x4:kary") as engine:
+        request = engine.admission.request(prompt, max_new_tokens=24, ignore_eos=True, scoring=Scoring(num_top=0, prompt=True))
+        steps = list(engine.run(request))
+    assert [len(step.prompt_scores) for step in steps] == [len(prompt) - 1, *[0] * (len(steps) - 1)]

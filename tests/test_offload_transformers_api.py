@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, DynamicCache
 from transformers.cache_utils import Cache
 
-from conftest import VOCAB_SIZE, reference_model
+from conftest import TINY_SIZES, VOCAB_SIZE, reference_model
 from offload.model import transformers_api
 from offload.model.transformers_api import (
     Forward,
@@ -31,15 +31,7 @@ from offload.releases import bounds_of
 Models = Callable[..., Path]
 ROOT = Path(__file__).resolve().parent.parent
 HERE = f"transformers {version('transformers')}, and setup.py allows {bounds_of('transformers')}"
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
+SIZES = {**TINY_SIZES, "max_position_embeddings": 64}
 
 
 class Kept:
