@@ -3,6 +3,8 @@
 Its own classes are subclassed where it has them, so that what a release adds to them is there. setup.py bounds the versions;
 `make compat` and the parity tests run the oldest and the newest. What each release moved, as far as it met us:
 
+    5.20   `generate` computes all rows anew where Phi-3 drops its cache; before, it went on from the last token alone, and
+           ours did not
     5.24   layers hand more to `Cache.update` than keys, values and the layer's number; a model's argument `past_key_values`
            is called `cache`
 """
