@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from tree import sampling
+from tree import blocks, sampling
 from tree.logprobs import score_tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block_entries", [1, 40, 1 << 24])
 def test_scores_are_log_softmax(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block_entries: int) -> None:
-    monkeypatch.setattr(sampling, "BLOCK_ENTRIES", block_entries)
+    monkeypatch.setattr(blocks, "BLOCK_ENTRIES", block_entries)
     logits = (torch.randn(7, 13, generator=torch.Generator().manual_seed(0)) * 4).to(dtype)
     token_ids = [int(row.argmax()) if number % 2 else number for number, row in enumerate(logits)]
     expected = logits.double().log_softmax(-1)

@@ -6,16 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tree import sampling
 from tree.sampling import (
-    BLOCK_ENTRIES,
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
     SamplingParams,
     _nucleus_by_sorting,
     _nucleus_of_leading,
     law,
-    row_blocks,
     sample,
     sample_without_replacement,
     support_sizes,
@@ -275,27 +272,3 @@ def test_top_k_tokens_stay_distinct_when_few_logits_are_finite() -> None:
     logits[0, 4] = 1.0
     tokens = top_k_tokens(logits, 4)[0].tolist()
     assert tokens[0] == 4 and len(set(tokens)) == 4
-
-
-@pytest.mark.parametrize(("num_rows", "row_entries"), [(0, 5), (1, 5), (7, BLOCK_ENTRIES // 3), (3, BLOCK_ENTRIES * 2)])
-def test_blocks_cover_every_row_once(num_rows: int, row_entries: int) -> None:
-    blocks = list(row_blocks(num_rows, row_entries))
-    assert [row for block in blocks for row in block] == list(range(num_rows))
-    assert all(len(block) == 1 or len(block) * row_entries <= BLOCK_ENTRIES for block in blocks)
-
-
-@pytest.mark.parametrize("block_rows", [1, 3, 7])
-def test_drawing_in_blocks_of_rows_is_bit_identical_to_drawing_at_once(
-    block_rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Supports smaller than the number of children are among the rows, so that the fallback is, too."""
-    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(1))
-    laws = law(logits, SamplingParams(temperature=0.7, top_k=5))
-    at_once = sample_without_replacement(laws, 9, torch.Generator().manual_seed(2), ranking=logits)
-    seen: list[int] = []
-    draw = sampling._draw
-    monkeypatch.setattr(sampling, "DRAW_ENTRIES", block_rows * 50)
-    monkeypatch.setattr(sampling, "_draw", lambda rows, *rest: (seen.append(len(rows)), draw(rows, *rest))[1])
-    generator = torch.Generator().manual_seed(2)
-    assert torch.equal(sample_without_replacement(laws, 9, generator, ranking=logits), at_once)
-    assert max(seen) == block_rows and sum(seen) == 7

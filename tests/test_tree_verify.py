@@ -1,7 +1,7 @@
 """Verdicts: what holds for each of them, and the sampled part. Exact laws of the outcomes are in test_tree_exactness."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tree.sampling
+import tree.blocks
+import tree.draft
+import tree.residual
+import tree.verify
 from tree.draft import DraftTree, grow
 from tree.residual import weigh
 from tree.sampling import SamplingParams, law
@@ -20,6 +23,15 @@ from tree.verify import METHODS, Method, Verdict, verify
 
 UNEVEN = TreeShape((-1, 0, 0, 0, 1, 1, 3, 4))
 UNIT = SamplingParams(1.0)
+WORK_ON_ROWS = (
+    (tree.draft, "law"),
+    (tree.draft, "sample_without_replacement"),
+    (tree.draft, "top_k_tokens"),
+    (tree.residual, "law"),
+    (tree.residual, "_offer"),
+    (tree.verify, "law"),
+    (tree.verify, "sample"),
+)
 
 
 @pytest.fixture
@@ -305,11 +317,36 @@ def test_growing_and_verifying_never_read_a_scalar_from_the_device(
             verify(drafted, model.table.index_select(0, drafted.token_ids), params, rng, method=method)
 
 
-def test_blocks_of_rows_change_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    drafted, logits, generator = random_case(9, UNEVEN, 6, UNIT, sampled=True)
-    whole = verify(drafted, logits, UNIT, generator, method="sample").expected_tokens
-    monkeypatch.setattr(tree.sampling, "BLOCK_ENTRIES", 13)  # two rows
-    assert verify(drafted, logits, UNIT, generator, method="sample").expected_tokens == pytest.approx(whole, abs=1e-12)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("params", PARAMS, ids=str)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_blocks_of_rows_change_nothing_but_memory(
+    method: Method, params: SamplingParams, sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes of one level in blocks: the same tree, weights and verdict, and never more rows at work than a block has."""
+    shape = TreeShape((-1, *[0] * 5, *[1] * 3, *[2] * 2, *[3] * 4, *[4] * 2, 5, 6, 7, 8, 9))
+
+    def outcome() -> tuple[DraftTree, torch.Tensor, Verdict]:
+        drafted, logits, generator = random_case(9, shape, 8, params, sampled=sampled)
+        weights = weigh(drafted, logits, params, traversal=method == "traversal")
+        ordered = weights.residuals[[row for row in weights.rows if row >= 0]]
+        return (
+            drafted,
+            torch.cat([weights.accept, ordered.flatten()]),
+            verify(drafted, logits, params, generator, method=method),
+        )
+
+    def most(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda rows, *rest, **named: (seen.append(len(rows)), function(rows, *rest, **named))[1]
+
+    at_once, seen = outcome(), []
+    monkeypatch.setattr(tree.blocks, "BLOCK_ENTRIES", 2 * 8 + 3)  # two rows
+    for module, name in WORK_ON_ROWS:
+        monkeypatch.setattr(module, name, most(getattr(module, name)))
+    drafted, weights, verdict = outcome()
+    assert torch.equal(drafted.token_ids, at_once[0].token_ids) and torch.equal(weights, at_once[1]) and verdict == at_once[2]
+    assert drafted.laws is None or (at_once[0].laws is not None and torch.equal(drafted.laws, at_once[0].laws))
+    assert max(seen) == 2
 
 
 # -- the law of the text, sampled ----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .blocks import row_blocks
 from .sampling import SamplingParams, law, sample_without_replacement, top_k_tokens
 from .shape import TreeShape
 from .transfer import index_tensor
@@ -61,14 +62,17 @@ def grow(
         rows = index_tensor(nodes, token_ids.device)
         logits = model.expand(nodes, token_ids.index_select(0, rows)) if level else model.begin(shape)
         branching = max(shape.num_children[node] for node in nodes)
-        if sampled:
-            level_laws = law(logits, params)
-            if laws is None:
-                laws = level_laws.new_zeros(shape.num_nodes, level_laws.shape[-1])
-            laws.index_copy_(0, rows, level_laws)
-            children = sample_without_replacement(level_laws, branching, generator, ranking=logits)
-        else:
-            children = top_k_tokens(logits, branching)
+        children = token_ids.new_empty(len(nodes), branching)
+        for block in row_blocks(*logits.shape):
+            part = slice(block.start, block.stop)
+            if sampled:
+                block_laws = law(logits[part], params)
+                if laws is None:
+                    laws = block_laws.new_zeros(shape.num_nodes, block_laws.shape[-1])
+                laws.index_copy_(0, rows[part], block_laws)
+                children[part] = sample_without_replacement(block_laws, branching, generator, ranking=logits[part])
+            else:
+                children[part] = top_k_tokens(logits[part], branching)
         below = shape.levels[level + 1]
         token_ids[below.start : below.stop] = children.flatten().index_select(0, _kept_children(shape, nodes, children))
     return DraftTree(shape, token_ids, laws)

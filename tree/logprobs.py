@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sampling import row_blocks, top_k_tokens
+from .blocks import row_blocks
+from .sampling import top_k_tokens
 from .transfer import index_tensor, to_host
 
 

@@ -5,13 +5,16 @@ algorithm 2) starts every node at weight 1; traversal verification (arXiv 2505.1
 at the weight that its parent's step gave it. Proofs: docs/losslessness.md.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .blocks import row_blocks
 from .draft import DraftTree
 from .sampling import SamplingParams, law
+from .shape import TreeShape
 from .transfer import index_tensor
 
 
@@ -31,16 +34,14 @@ class Weights:
 
 
 def weigh(tree: DraftTree, logits: Tensor, params: SamplingParams, *, traversal: bool) -> Weights:
-    """Weights of every node from target logits [N, V], one batch per level. Inputs are not modified."""
-    shape = tree.shape
+    """Weights of every node from target logits [N, V], one batch per block of a level. Inputs are not modified."""
+    shape, vocab_size = tree.shape, logits.shape[-1]
     accept = torch.ones(shape.num_nodes, dtype=torch.float64, device=logits.device)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     num_expanded = sum(map(len, shape.expanded))
-    residuals = torch.empty(num_expanded, logits.shape[-1], dtype=dtype, device=logits.device)
+    residuals = torch.empty(num_expanded, vocab_size, dtype=dtype, device=logits.device)
     rows, num_filled = [-1] * shape.num_nodes, 0
-    for level in shape.expanded[:-1]:
-        # Widest first: the nodes that have a child of a given rank are then a prefix, and a prefix is a view.
-        nodes = tuple(sorted(level, key=lambda node: -shape.num_children[node]))
+    for nodes in _blocks(shape, vocab_size):
         node_ids = index_tensor(nodes, logits.device)
         laws = law(logits.index_select(0, node_ids), params)
         weights = accept.index_select(0, node_ids) if traversal else torch.ones_like(accept[: len(nodes)])
@@ -52,6 +53,15 @@ def weigh(tree: DraftTree, logits: Tensor, params: SamplingParams, *, traversal:
             rows[node] = num_filled
             num_filled += 1
     return Weights(accept, residuals, tuple(rows))
+
+
+def _blocks(shape: TreeShape, vocab_size: int) -> Iterator[tuple[int, ...]]:
+    """The nodes that have children, parents first. In a block they are of one level, and widest first: those that have a child
+    of a given rank are then a prefix, and a prefix is a view."""
+    for level in shape.expanded[:-1]:
+        nodes = tuple(sorted(level, key=lambda node: -shape.num_children[node]))
+        for block in row_blocks(len(nodes), vocab_size):
+            yield nodes[block.start : block.stop]
 
 
 def _resolve_children(tree: DraftTree, nodes: tuple[int, ...], laws: Tensor, weights: Tensor, accept: Tensor) -> None:

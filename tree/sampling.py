@@ -2,10 +2,10 @@
 
 Laws are float32 (float64 logits give float64 laws). Noise is float64 everywhere: float32 noise has steps of 2**-24,
 which distorts the tail of a vocabulary where most tokens are rarer than that. No function here waits for the device.
+Rows are independent of each other, and callers give a block of them at a time (`tree.blocks`): some need 48 bytes an entry.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,6 @@ from torch import Tensor
 
 # Within these bounds neither a temperature nor its reciprocal leaves float32's range: -inf logits never become NaN.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
-
-# Rows are handled in blocks of about this many entries, which bounds temporaries (64 MiB in float32, 128 in float64).
-BLOCK_ENTRIES = 1 << 24
-
-# Drawing keeps some 40 bytes an entry at a time, for blocks of fewer: 160 MiB.
-DRAW_ENTRIES = 1 << 22
 
 # How many of a row's most probable tokens are looked at, first and next, before the row is sorted whole.
 NUCLEUS_SIZES = (256, 4096)
@@ -64,13 +58,6 @@ def law(logits: Tensor, params: SamplingParams) -> Tensor:
     return probabilities if params.top_p == 1 else _nucleus(probabilities, params.top_p)
 
 
-def row_blocks(num_rows: int, row_entries: int, most_entries: int | None = None) -> Iterator[range]:
-    """`num_rows` rows cut into ranges of at most `most_entries` entries (at least one row each), BLOCK_ENTRIES if None."""
-    step = max(1, (BLOCK_ENTRIES if most_entries is None else most_entries) // row_entries)
-    for start in range(0, num_rows, step):
-        yield range(start, min(start + step, num_rows))
-
-
 def sample(laws: Tensor, generator: torch.Generator) -> Tensor:
     """One token per row of `laws` [..., V] -> int64 [...]. A token of probability 0 never wins."""
     return _race(laws, generator).argmax(-1)
@@ -85,12 +72,6 @@ def sample_without_replacement(laws: Tensor, k: int, generator: torch.Generator,
     the raw draft logits (docs/losslessness.md). Both rules are what `tree.residual` assumes of a sampled tree.
     """
     _check_enough_tokens(laws, k)
-    blocks = row_blocks(len(laws), laws.shape[-1], most_entries=DRAW_ENTRIES)
-    drawn = [_draw(laws[rows.start : rows.stop], k, generator, ranking[rows.start : rows.stop]) for rows in blocks]
-    return torch.cat(drawn) if drawn else torch.empty(0, k, dtype=torch.int64, device=laws.device)
-
-
-def _draw(laws: Tensor, k: int, generator: torch.Generator, ranking: Tensor) -> Tensor:
     keys = _race(laws, generator)
     fallback = ranking.double()
     fallback = fallback - fallback.amax(-1, keepdim=True) - 1.0  # negative, so below every key of the support

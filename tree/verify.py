@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .blocks import row_blocks
 from .draft import DraftTree
 from .residual import Weights, weigh
-from .sampling import SamplingParams, law, row_blocks, sample
+from .sampling import SamplingParams, law, sample
 from .shape import TreeShape
 from .transfer import index_tensor, to_host
 

@@ -53,8 +53,7 @@ def activation_bytes(model: ModelCost, rows: int, context_rows: int) -> int:
 
 
 def logits_bytes(model: ModelCost, tree_nodes: int) -> int:
-    """Of the tree's rows: logits in the model's dtype, and in float32 the draft's laws and the residual laws. Temporaries of
-    single levels lie where the pass's activations lay."""
+    """Of the tree's rows: logits in the model's dtype, and in float32 the draft's laws and the residual laws."""
     return tree_nodes * model.vocab_size * (model.dtype_bytes + 8)
 
 

@@ -6,6 +6,8 @@ The tree's size and the number of slots are given; as many layers become residen
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tree.blocks import block_bytes
+
 from ..config import EngineSettings
 from ..errors import FitError
 from ..model.buckets import widest_pass
@@ -87,7 +89,9 @@ def plan_memory(
 def device_ledger(
     target: ModelCost, draft: ModelCost | None, *, tree_nodes: int, context_rows: int, pass_rows: int, replays: bool
 ) -> dict[str, int]:
-    """Bytes by named part of all that a run keeps on the device but the target's layers."""
+    """Bytes by named part of all that a run keeps on the device but the target's layers. Activations of a pass are gone when
+    tokens are drawn or verified, and the other way round: one memory for both."""
+    drawing = block_bytes(tree_nodes, target.vocab_size)
     return {
         "embedding, norm and head": target.shared_bytes,
         "key/value cache": target.kv_bytes_per_row * context_rows,
@@ -96,7 +100,7 @@ def device_ledger(
         "draft recordings": recording_bytes(draft, widest_pass(tree_nodes), context_rows) if draft and replays else 0,
         "tree mask": tree_nodes**2,
         "logits and laws": logits_bytes(target, tree_nodes),
-        "activations": activation_bytes(target, pass_rows, context_rows) if pass_rows else 0,
+        "activations": max(activation_bytes(target, pass_rows, context_rows), drawing) if pass_rows else 0,
     }
 
 
