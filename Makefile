@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: check test compat constraints clients format clean
+.PHONY: check test test-slow compat constraints clients format clean
 
 check:
 	$(PYTHON) -m ruff format --check .
@@ -9,6 +9,9 @@ check:
 
 test:
 	$(PYTHON) -m pytest -q -n 2 --dist worksteal
+
+test-slow:
+	$(PYTHON) -m pytest -q -n 2 --dist worksteal -m slow
 
 # The oldest and the newest of what setup.py allows, each in a fresh environment.
 compat:

@@ -231,6 +231,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offload.bench.latency.run_isolated", run)
 
 
+@pytest.mark.slow
 def test_engines_side_by_side_write_the_same_tokens(
     models: Models, tmp_path: Path, one_process: None, bench: Callable[..., Finished]
 ) -> None:

@@ -433,6 +433,7 @@ def disturbed(models: Models) -> dict[str, Ended]:
     return ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "code"), [("int", 130), ("term", 143)])
 def test_a_signal_ends_the_process_with_what_there_is(
     disturbed: dict[str, Ended], run: Run, models: Models, name: str, code: int
@@ -446,6 +447,7 @@ def test_a_signal_ends_the_process_with_what_there_is(
     assert_holds(line, f"{len(ended.stdout.split())} tokens in ", "emulated link")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_the_process_quietly(disturbed: dict[str, Ended]) -> None:
     assert (disturbed["pipe"].code, disturbed["pipe"].stderr) == (0, "")
 
