@@ -15,14 +15,14 @@ from .errors import OffloadError
 from .planner.fallback import Fallbacks
 from .planner.hardware import HardwareProfile
 from .planner.plan import Plan
-from .planner.refit import Seen, choose_again, measured_anew, refit
+from .planner.refit import Seen, believed_tokens, choose_again, measured_anew, refit
 from .stats import PassStats
 
 logger = logging.getLogger(__name__)
 
 OFF = 0.25  # of what was predicted, by which a plan has proven wrong
-SEVERAL = 8  # rounds that say so; the tokens of a pass differ more than its seconds, so that of those more are looked at
-MANY = 4 * SEVERAL
+SEVERAL = 8  # rounds that say so
+MANY = 4 * SEVERAL  # rounds that say how many tokens a pass has where they are drawn, which differ more than its seconds
 FIRST_WAIT, MOST_WAIT = 10, 640  # rounds until a plan may be changed: the first ones are not as all others are
 MEASURED_SHARE = 0.05  # of the time of all rounds, which may be spent on measuring
 
@@ -69,7 +69,7 @@ class Replanner:
         plan, fallbacks = loop.plan, loop.fallbacks
         if plan is not self._plan or fallbacks is None or self._num_rounds < self._due or len(self._rounds) < SEVERAL:
             return False
-        seen = seen_in(self._rounds)
+        seen = seen_in(self._rounds, SEVERAL if fallbacks.settings.law == "greedy" else MANY)
         doubtful = plan.tree.num_nodes == 1 and self._may_measure()  # nothing was speculated, because of what was measured
         if not (doubtful or is_off(plan, seen)):
             return False
@@ -78,8 +78,9 @@ class Replanner:
         hardware = self._measured_again()
         if hardware is not None:
             workload, draft = measured_anew(fallbacks.settings, workload, draft, hardware)
-        workload, draft = refit(seen, plan, workload, draft)
-        chosen = choose_again(fallbacks.settings, plan, workload, draft, self._num_rounds)
+        workload, draft = refit(fallbacks.settings, seen, plan, workload, draft)
+        tokens = believed_tokens(fallbacks.settings, seen, plan)
+        chosen = choose_again(fallbacks.settings, plan, workload, draft, tokens, self._num_rounds)
         loop.follow(chosen, fallbacks.with_times(workload, draft))
         logger.info("%s", chosen.notes[-1])
         return True
@@ -109,17 +110,18 @@ def is_off(plan: Plan, seen: Seen) -> bool:
     return any(not 1 / (1 + OFF) <= ratio <= 1 + OFF for ratio in ratios)
 
 
-def seen_in(rounds: Sequence[PassStats]) -> Seen:
-    """What `rounds` took: of the last SEVERAL, without the longest, which may have been a hiccup; tokens of all."""
-    whole = list(rounds)
-    last = sorted(whole[-SEVERAL:], key=lambda one: one.round_s)[: SEVERAL - 1]
+def seen_in(rounds: Sequence[PassStats], num_rounds: int) -> Seen:
+    """What `rounds` took: of the last SEVERAL, without the longest, which may have been a hiccup; tokens of the last
+    `num_rounds`."""
+    tokens = [one.emitted_tokens for one in rounds][-num_rounds:]
+    last = sorted(list(rounds)[-SEVERAL:], key=lambda one: one.round_s)[: SEVERAL - 1]
 
     def mean(part: Callable[[PassStats], float]) -> float:
         return sum(map(part, last)) / len(last)
 
     return Seen(
-        num_rounds=len(whole),
-        tokens=sum(one.emitted_tokens for one in whole) / len(whole),
+        num_rounds=len(tokens),
+        tokens=sum(tokens) / len(tokens),
         round_s=mean(lambda one: one.round_s),
         compute_s=mean(lambda one: max(one.pass_s - one.stall_s, 0.0)),
         draft_s=mean(lambda one: one.draft_s),

@@ -52,6 +52,7 @@ def first_run(flags: list[str]) -> dict[str, Any]:
                     "nodes": step.shape.num_nodes,
                     "round_s": step.stats.round_s,
                     "tokens": step.stats.emitted_tokens,
+                    "predicted_round_s": engine.plan.prediction.round_s,
                     "predicted_s_per_token": engine.plan.prediction.s_per_token,
                     "planned_nodes": engine.plan.tree.num_nodes,
                 }
@@ -74,6 +75,7 @@ def first_run(flags: list[str]) -> dict[str, Any]:
         "settled_s_per_token": s_per_token,
         "settled_predicted_s_per_token": later[0]["predicted_s_per_token"],
         "off": s_per_token / later[0]["predicted_s_per_token"] - 1,
+        "round_off": sum(one["round_s"] for one in later) / len(later) / later[0]["predicted_round_s"] - 1,
         "line": report.line(),
         "rounds": rounds,
     }
@@ -106,7 +108,8 @@ def main() -> None:
                 f"| {one['load']:.1f} | {one['threads']} | {one['first_tree_nodes']} to {one['tree_nodes']} | "
                 f"{one['replanned']} | {one['tokens_per_pass']:.1f} | {one['s_per_token']:.4f} | "
                 f"{one['first_predicted_s_per_token']:.4f} | {one['settled_s_per_token']:.4f} | "
-                f"{one['settled_predicted_s_per_token']:.4f} | {one['off'] * 100:+.0f} % | {one['loading_s']:.1f} |",
+                f"{one['settled_predicted_s_per_token']:.4f} | {one['off'] * 100:+.0f} % | "
+                f"{one['round_off'] * 100:+.0f} % | {one['loading_s']:.1f} |",
                 flush=True,
             )
     print(json.dumps({"burners": arguments.burners, "runs": runs, "environment": environment("cpu")}))

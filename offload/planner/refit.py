@@ -14,11 +14,13 @@ from .hardware import HardwareProfile
 from .memory import MemoryPlan
 from .notes import NO_TREE, why_no_tree
 from .plan import Plan, context_tokens, tree_of
-from .rounds import DraftOption, Workload, predict_tree
+from .rounds import DraftOption, Prediction, Workload, predict_tree
 from .search import NODES, best_choice
 
 MOST_TIMES = 32.0  # by which a time is corrected at most: what is further off was not what is thought
-BELIEVED_ROUNDS = 8  # so many rounds say as much of the acceptance as the file does
+# What was expected of a pass's tokens counts as so many rounds. Greedy text has stretches that are alike, where the last rounds
+# tell the next ones; sampled text differs from round to round.
+BELIEVED_ROUNDS, BELIEVED_GREEDY_ROUNDS = 8, 2
 MOST_ACCEPTED = 0.99  # of an acceptance that is scaled up: some of the children are refused
 LEAST_WIN = 0.03  # of the seconds per token, for another tree
 AGAIN = "planned again"
@@ -26,8 +28,8 @@ AGAIN = "planned again"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """Seconds of a round and its parts, as a Prediction has them, and tokens a round, over `num_rounds` rounds of one plan.
-    `copied_s`: how long the link was at its copies, 0 where nothing is streamed."""
+    """Seconds of a round and its parts, as a Prediction has them, and tokens a round, over the last `num_rounds` rounds of one
+    plan. `copied_s`: how long the link was at its copies, 0 where nothing is streamed."""
 
     num_rounds: int
     tokens: float
@@ -54,7 +56,9 @@ def measured_anew(
     return workload, draft
 
 
-def refit(seen: Seen, plan: Plan, workload: Workload, draft: DraftOption | None) -> tuple[Workload, DraftOption | None]:
+def refit(
+    settings: EngineSettings, seen: Seen, plan: Plan, workload: Workload, draft: DraftOption | None
+) -> tuple[Workload, DraftOption | None]:
     """The same, so that the tree of `plan` takes what was seen of it."""
     expected = predict_tree(workload, memory_of(plan), plan.tree, draft)
     slower, later_s = _ratio(seen.compute_s, expected.compute_s), seen.after_s - expected.after_s
@@ -76,9 +80,15 @@ def refit(seen: Seen, plan: Plan, workload: Workload, draft: DraftOption | None)
         rest_s=tuple(slower * seconds for seconds in draft.times.rest_s),
         wake_s=slower * draft.times.wake_s,
     )
-    believed = seen.num_rounds / (seen.num_rounds + BELIEVED_ROUNDS)
-    tokens = believed * seen.tokens + (1 - believed) * expected.expected_tokens
+    tokens = believed_tokens(settings, seen, plan)
     return workload, replace(draft, times=times, acceptance=scaled_acceptance(draft.acceptance, plan.tree, tokens))
+
+
+def believed_tokens(settings: EngineSettings, seen: Seen, plan: Plan) -> float:
+    """Tokens of a pass over the tree of `plan`: what was seen of it, and what was expected counts as some more rounds."""
+    as_much = BELIEVED_GREEDY_ROUNDS if settings.law == "greedy" else BELIEVED_ROUNDS
+    believed = seen.num_rounds / (seen.num_rounds + as_much)
+    return believed * seen.tokens + (1 - believed) * plan.prediction.expected_tokens
 
 
 def scaled_acceptance(acceptance: Acceptance, shape: TreeShape, tokens: float) -> Acceptance:
@@ -93,19 +103,24 @@ def scaled_acceptance(acceptance: Acceptance, shape: TreeShape, tokens: float) -
     return _times(acceptance, factor)
 
 
-def choose_again(settings: EngineSettings, plan: Plan, workload: Workload, draft: DraftOption | None, num_rounds: int) -> Plan:
+def choose_again(
+    settings: EngineSettings, plan: Plan, workload: Workload, draft: DraftOption | None, tokens: float, num_rounds: int
+) -> Plan:
     """`plan` with the tree that is best by the times of `workload` and `draft`, within `room_nodes`; or with its own, where
-    another is hardly better; in any case with what is to be expected of it."""
+    another is hardly better; in any case with what is to be expected of it. If the plan's tree has more `tokens` a pass than
+    `draft` says, which scales ranks alike and so never has nodes accepted for certain, then any tree has as many times more."""
     memory = memory_of(plan)
     fixed = replace(workload, memory=lambda draft, num_nodes, num_slots: memory)
-    kept = predict_tree(workload, memory, plan.tree, draft)
     plain = predict_tree(workload, memory, TreeShape.root_only(), None)
     sizes = [size for size in NODES if 1 < size <= plan.room_nodes]
     found = best_choice(fixed, [draft], (plan.num_slots,), max_nodes=plan.room_nodes, sizes=sizes) if draft and sizes else None
+    by_draft = predict_tree(workload, memory, plan.tree, draft)
+    more = max(tokens / by_draft.expected_tokens, 1.0)
+    kept = _with_tokens(by_draft, plan.tree, more)
     shapes = {plan.tree: kept}
     if found is not None:
         shape = tree_of(found, workload.target.vocab_size)
-        shapes[shape] = best = predict_tree(workload, memory, shape, draft)
+        shapes[shape] = best = _with_tokens(predict_tree(workload, memory, shape, draft), shape, more)
     if not settings.needs_tree:
         shapes[TreeShape.root_only()] = plain
     shape = min(shapes, key=lambda shape: shapes[shape].s_per_token)
@@ -141,6 +156,11 @@ def memory_of(plan: Plan) -> MemoryPlan:
 
 def _ratio(seen: float, expected: float) -> float:
     return min(max(seen / expected, 1 / MOST_TIMES), MOST_TIMES) if expected > 0 else 1.0
+
+
+def _with_tokens(prediction: Prediction, shape: TreeShape, times: float) -> Prediction:
+    """As many `times` the tokens, one for every level at most."""
+    return replace(prediction, expected_tokens=min(times * prediction.expected_tokens, float(shape.num_levels)))
 
 
 def _times(acceptance: Acceptance, factor: float) -> Acceptance:
