@@ -77,7 +77,8 @@ def open_engine(
         plan, fallbacks = _record(loaded, fallbacks, device)
         loaded.read(counter)
         plan, fallbacks = _see_placed(loaded, plan, fallbacks)
-        plan = replace(plan, link_bytes_per_s=settings.emulate_link_bytes_per_s or loaded.stream.measure_link())
+        link_bytes_per_s = settings.emulate_link_bytes_per_s or loaded.stream.measure_link()
+        plan = replace(plan, link_bytes_per_s=link_bytes_per_s, small_uploads=device.small_uploads)
         method = resolve_method(settings.verifier)
         parts = loaded.target, loaded.stream, loaded.drafter, loaded.masks
         loop = DecodeLoop(device, *parts, plan, method=method, trace=trace, fallbacks=fallbacks)

@@ -26,7 +26,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("openai", "httpx2", "pytest", "pytest-timeout", "hypothesis")  # of the extra `test`, what STEPS need
-PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "default", "--timeout", "300"]
+PYTEST = ["-m", "pytest", "-q", "-x", "-m", "", "-p", "no:cacheprovider", "-W", "default", "--timeout", "300"]
 
 
 class Step(NamedTuple):

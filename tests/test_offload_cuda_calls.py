@@ -341,7 +341,7 @@ def test_attention_leaves_the_process_its_kernels(runtime: Runtime, monkeypatch:
     assert seen == [False] * 4
 
 
-def test_an_engine_whose_small_tensors_are_mapped_writes_the_same_text(
+def test_an_engine_whose_small_tensors_are_mapped_writes_the_same_text_and_says_so(
     runtime: Runtime, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mapped_bytes: list[int] = []
@@ -358,7 +358,9 @@ def test_an_engine_whose_small_tensors_are_mapped_writes_the_same_text(
         device = CudaDevice(small_uploads=way)
         device.torch_device = torch.device("cpu")
         with open_engine(settings, device=device, hardware=L40) as engine:
-            texts.append(engine.generate(PROMPT, max_new_tokens=24, ignore_eos=True).token_ids)
+            report = engine.generate(PROMPT, max_new_tokens=24, ignore_eos=True)
+        texts.append(report.token_ids)
+        assert report.to_json()["plan"]["small_uploads"] == way  # type: ignore[index]
     assert texts[0] == texts[1] and len(mapped_bytes) == 1
 
 

@@ -50,7 +50,7 @@ class _Now(CopyTicket):
 class MetaDevice:
     """A META device as far as the types of its tensors go. Streams and tickets are other tests' business."""
 
-    name, torch_device, host_addressable = "meta", META, False
+    name, torch_device, host_addressable, small_uploads = "meta", META, False, None
 
     def __init__(self, *, replays: bool) -> None:
         self.replays = replays

@@ -50,6 +50,7 @@ class Device(Protocol):
     torch_device: torch.device
     host_addressable: bool  # `alloc`ed memory can be written by the host directly
     replays: bool  # what `record` returns is cheaper than the work itself, so that fixed shapes pay
+    small_uploads: str | None  # how small tensors reach it, "copy" or "mapped"; None where they are there already
 
     def alloc(self, num_bytes: int) -> torch.Tensor:
         """[num_bytes] uint8 on the device, 256-byte aligned. OutOfMemoryError when there is no room."""

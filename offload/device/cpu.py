@@ -46,6 +46,7 @@ class CpuDevice:
     torch_device = torch.device("cpu")
     host_addressable = True
     replays = False
+    small_uploads: str | None = None
 
     def __init__(self, link_bytes_per_s: float | None = None) -> None:
         self.link_bytes_per_s = link_bytes_per_s

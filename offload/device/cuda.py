@@ -141,6 +141,7 @@ class CudaDevice:
         self._clock = _Clock()
         self._near_cpus = _near_cpus(index)
         self._mapped = choose_uploads(self, small_uploads, self._copy_up)
+        self.small_uploads: str | None = "mapped" if self._mapped else "copy"
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

@@ -35,7 +35,8 @@ class Plan:
     """Every decision of a run. Ledgers are bytes by named part; `context_rows` counts prompt, new tokens and tree.
 
     `draft` is the place of the chosen draft among those offered, None for none. `draft_passes` says how its passes run:
-    "graphs", recorded and replayed, or "eager", launched kernel by kernel; None without one. There is memory for any tree of
+    "graphs", recorded and replayed, or "eager", launched kernel by kernel; None without one. `small_uploads` says how small
+    tensors reach the device, as soon as that is known: "copy", "mapped", or None on a CPU. There is memory for any tree of
     at most `room_nodes` nodes; `replanned` is how often another was chosen since the run began. `link_bytes_per_s` is what
     copies can reach, None when nothing is streamed.
     """
@@ -57,6 +58,7 @@ class Plan:
     prediction: Prediction
     autoregressive_s_per_token: float | None
     draft_passes: str | None = None
+    small_uploads: str | None = None
     replanned: int = 0
     notes: tuple[str, ...] = ()
 
@@ -83,6 +85,7 @@ class Plan:
             "expected_tokens_per_pass": prediction.expected_tokens,
             "link_bytes_per_s": self.link_bytes_per_s,
             "draft_passes": self.draft_passes,
+            "small_uploads": self.small_uploads,
             "context_rows": self.context_rows,
             "pass_rows": self.pass_rows,
             "device_bytes": dict(self.device_ledger),
