@@ -79,6 +79,10 @@ def brings_cuda(needs: list[str]) -> bool:
     return any(need.name.startswith(("nvidia-", "cuda-")) for need in holding)
 
 
+class CannotInstall(Exception):
+    """Says why, in pip's words."""
+
+
 class Environment:
     """A fresh virtual environment in `folder` with a new pip."""
 
@@ -88,7 +92,9 @@ class Environment:
         self.install("--upgrade", "pip")
 
     def install(self, *arguments: str) -> None:
-        self.python("-m", "pip", "install", "-q", "--no-compile", *arguments)
+        ran = self.run(["-m", "pip", "install", "-q", "--no-compile", *arguments])
+        if ran.returncode != 0:
+            raise CannotInstall(pip_errors(ran.stderr))
 
     def python(self, *arguments: str) -> str:
         """What it prints. CalledProcessError, its output shown, when it fails."""
@@ -127,6 +133,12 @@ class Environment:
         own = distribution("torch")
         for name in sorted({file.parts[0] for file in own.files or []} - {"..", "__pycache__"}):
             shutil.copytree(str(own.locate_file(name)), site / name)
+
+
+def pip_errors(text: str) -> str:
+    """What pip says last, after all that it tried, in one line."""
+    said = [line.removeprefix("ERROR: ") for line in text.splitlines() if line.startswith("ERROR: ")]
+    return " ".join(line for line in said if "for help visit" not in line) or text.strip()
 
 
 class Set:
@@ -191,16 +203,21 @@ def check(step: Step, environment: Environment, lm_eval: str) -> str | None:
 
 
 def find_culprit(step: Step, environment: Environment, before: dict[str, str], lm_eval: str) -> str:
-    """Which dependency of those in `before`, {name: version}, it is; said in a line."""
+    """Which dependency of those in `before`, {name: version}, it is; said in a line. What another release of it needs comes
+    with it: transformers is to blame, and not the hub's client that its newer release asks for."""
     pinned = pinned_versions((ROOT / "constraints.txt").read_text(encoding="utf-8"))
     back: list[str] = []
     for name, release in before.items():
         if pinned.get(name, release) == release:
             continue
-        environment.install("--no-deps", f"{name}=={pinned[name]}")
+        known = environment.installed()
+        environment.install(f"{name}=={pinned[name]}")
         if check(step, environment, lm_eval) is None:
+            changed = environment.installed().items() - known.items()
+            along = ", ".join(f"{other} {found}" for other, found in sorted(changed) if other != name)
+            brought = f", which brings {along}" if along else ""
             others = f" (put back before it, to no avail: {', '.join(back)})" if back else ""
-            return f"{name} {release} breaks it: it passes with {name} {pinned[name]}{others}"
+            return f"{name} {release} breaks it: it passes with {name} {pinned[name]}{brought}{others}"
         back.append(f"{name} {pinned[name]}")
     return f"it is no dependency's version alone: it fails with {', '.join(back) or 'the versions of constraints.txt'} too"
 
@@ -210,7 +227,10 @@ def run(end: str) -> str | None:
     start_s, start_cpu_s = time.monotonic(), cpu_s()
     with tempfile.TemporaryDirectory(prefix="compat-") as folder:
         chosen = Set(end, Path(folder))
-        lm_eval = chosen.build()
+        try:
+            lm_eval = chosen.build()
+        except CannotInstall as error:
+            return f"the {end} cannot be installed: {error}"
         versions = chosen.versions()
         print(f"{end}: {', '.join(f'{name} {release}' for name, release in versions.items())}", *chosen.remarks, sep="\n  ")
         print(f"  installed in {time.monotonic() - start_s:.0f} s", flush=True)

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import compat
-from compat import Step, brings_cuda, find_culprit, lowest, pinned_versions, wanted
+from compat import Step, brings_cuda, find_culprit, lowest, pinned_versions, pip_errors, wanted
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
@@ -107,13 +107,28 @@ def test_a_torch_for_cuda_is_known_by_what_it_needs() -> None:
     assert not brings_cuda(["sympy", 'nvidia-cublas-cu12==12.4; platform_system == "nowhere"', 'cuda-x; extra == "all"'])
 
 
+def test_releases_that_do_not_go_together_are_named_in_pips_words() -> None:
+    said = (
+        "WARNING: something else\nERROR: Cannot install anyio==4.10 and openai==1.3.0 because these package versions have "
+        "conflicting dependencies.\nERROR: ResolutionImpossible: for help visit https://pip.pypa.io\n"
+    )
+    conflict = "Cannot install anyio==4.10 and openai==1.3.0 because these package versions have conflicting dependencies."
+    assert pip_errors(said) == conflict
+    assert pip_errors("Killed\n") == "Killed"
+
+
 class FakeEnvironment:
     def __init__(self, installed: dict[str, str], bad: dict[str, str]) -> None:
         self.now, self._bad = dict(installed), bad
 
-    def install(self, *arguments: str) -> None:
-        name, _, release = arguments[-1].partition("==")
+    def install(self, requirement: str) -> None:
+        name, _, release = requirement.partition("==")
         self.now[name] = release
+        if name == "transformers":
+            self.now["hub"] = "3"
+
+    def installed(self) -> dict[str, str]:
+        return dict(self.now)
 
     def fails(self) -> bool:
         return any(self.now[name] == release for name, release in self._bad.items())
@@ -124,7 +139,8 @@ class FakeEnvironment:
     [
         (
             {"transformers": "2"},
-            "transformers 2 breaks it: it passes with transformers 1 (put back before it, to no avail: torch 1)",
+            "transformers 2 breaks it: it passes with transformers 1, which brings hub 3 "
+            "(put back before it, to no avail: torch 1)",
         ),
         ({"torch": "2"}, "torch 2 breaks it: it passes with torch 1"),
         ({"numpy": "1"}, "it is no dependency's version alone: it fails with torch 1, transformers 1 too"),
