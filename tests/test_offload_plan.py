@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 
 from offload.config import EngineSettings, parse_size
 from offload.errors import FitError, ModelError, UsageError
+from offload.planner.cost import ModelCost, activation_bytes
+from offload.planner.memory import device_ledger
 from offload.planner.tree_choice import read_tree, resolve_method
 from offload.weights.placement import RING_BUFFERS
 from planning import CHAINS, GIB, LLAMA_2_70B, PUBLISHED, SETTINGS, draft_option, plan
+from tree.blocks import block_bytes
 from tree.optimizer import best_tree, expected_tokens
 from tree.shape import TreeShape
 from tree.spec import OptimalTree
@@ -19,6 +22,17 @@ from tree.spec import OptimalTree
 
 def test_a_row_of_70b_keys_and_values_takes_327680_bytes() -> None:
     assert LLAMA_2_70B.kv_bytes_per_row == 327_680
+
+
+def test_there_is_memory_to_draw_from_large_vocabularies_even_where_passes_take_little() -> None:
+    large = replace(LLAMA_2_70B, vocab_size=128_256)
+
+    def activations(target: ModelCost, tree_nodes: int) -> int:
+        ledger = device_ledger(target, None, tree_nodes=tree_nodes, context_rows=64, pass_rows=64, replays=False)
+        return ledger["activations"]
+
+    assert activations(LLAMA_2_70B, 1) == activation_bytes(LLAMA_2_70B, 64, 64)
+    assert activations(large, 256) == block_bytes(256, 128_256) > activations(large, 1)
 
 
 def test_seconds_per_pass_follow_from_resident_layers_and_rate() -> None:
