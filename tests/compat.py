@@ -211,7 +211,10 @@ def find_culprit(step: Step, environment: Environment, before: dict[str, str], l
         if pinned.get(name, release) == release:
             continue
         known = environment.installed()
-        environment.install(f"{name}=={pinned[name]}")
+        try:
+            environment.install(f"{name}=={pinned[name]}")
+        except CannotInstall:
+            continue
         if check(step, environment, lm_eval) is None:
             changed = environment.installed().items() - known.items()
             along = ", ".join(f"{other} {found}" for other, found in sorted(changed) if other != name)
@@ -226,8 +229,8 @@ def run(end: str) -> str | None:
     """Build a set and run the steps; a line about the first that failed."""
     start_s, start_cpu_s = time.monotonic(), cpu_s()
     with tempfile.TemporaryDirectory(prefix="compat-") as folder:
-        chosen = Set(end, Path(folder))
         try:
+            chosen = Set(end, Path(folder))
             lm_eval = chosen.build()
         except CannotInstall as error:
             return f"the {end} cannot be installed: {error}"

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import compat
-from compat import Step, brings_cuda, find_culprit, lowest, pinned_versions, pip_errors, wanted
+from compat import CannotInstall, Step, brings_cuda, find_culprit, lowest, pinned_versions, pip_errors, wanted
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
@@ -123,6 +123,8 @@ class FakeEnvironment:
 
     def install(self, requirement: str) -> None:
         name, _, release = requirement.partition("==")
+        if name == "stuck":
+            raise CannotInstall("it goes with nothing")
         self.now[name] = release
         if name == "transformers":
             self.now["hub"] = "3"
@@ -143,12 +145,13 @@ class FakeEnvironment:
             "(put back before it, to no avail: torch 1)",
         ),
         ({"torch": "2"}, "torch 2 breaks it: it passes with torch 1"),
+        ({"stuck": "2"}, "it is no dependency's version alone: it fails with torch 1, transformers 1 too"),
         ({"numpy": "1"}, "it is no dependency's version alone: it fails with torch 1, transformers 1 too"),
     ],
 )
 def test_the_dependency_that_breaks_us_is_named(monkeypatch: pytest.MonkeyPatch, bad: dict[str, str], says: str) -> None:
-    installed = {"torch": "2", "numpy": "1", "transformers": "2"}
+    installed = {"torch": "2", "numpy": "1", "stuck": "2", "transformers": "2"}
     environment = FakeEnvironment(installed, bad)
-    monkeypatch.setattr(compat, "pinned_versions", lambda text: {"torch": "1", "numpy": "1", "transformers": "1"})
+    monkeypatch.setattr(compat, "pinned_versions", lambda text: {"torch": "1", "numpy": "1", "stuck": "1", "transformers": "1"})
     monkeypatch.setattr(compat, "check", lambda step, place, lm_eval: "it failed" if place.fails() else None)
     assert find_culprit(Step("demo", []), environment, installed, "") == says  # type: ignore[arg-type]
