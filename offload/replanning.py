@@ -78,8 +78,8 @@ class Replanner:
         hardware = self._measured_again()
         if hardware is not None:
             workload, draft = measured_anew(fallbacks.settings, workload, draft, hardware)
-        workload, draft = refit(fallbacks.settings, seen, plan, workload, draft)
         tokens = believed_tokens(fallbacks.settings, seen, plan)
+        workload, draft = refit(seen, plan, workload, draft, tokens)
         chosen = choose_again(fallbacks.settings, plan, workload, draft, tokens, self._num_rounds)
         loop.follow(chosen, fallbacks.with_times(workload, draft))
         logger.info("%s", chosen.notes[-1])

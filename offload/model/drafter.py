@@ -1,6 +1,7 @@
 """The draft model as `tree.draft` sees it: something that grows a tree level by level and keeps up with what was accepted."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -82,12 +83,9 @@ class ModelDrafter:
         self._chunk_tokens = min(self._chunk_tokens, chunk_tokens)
         if self._fixed is not None and (max_rows := widest_pass(shape.num_nodes)) < self._fixed.max_rows:
             self._fixed = None  # its memory goes before the smaller one's comes
-            try:
+            with suppress(FitError, torch.OutOfMemoryError):
                 self._fixed = FixedPasses(self._model, self._device, max_rows)
-                self.prepare(shape)
-            except (FitError, torch.OutOfMemoryError):
-                self._fixed = None
-        self._masks.hold(shape)
+        self.follow(shape)
 
     def restart(self, token_ids: Sequence[int], prompt_tokens: int) -> None:
         """Another sequence, the first `prompt_tokens` of it a prompt. The cache, which is the caller's to cut, holds rows of a

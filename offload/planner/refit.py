@@ -57,9 +57,9 @@ def measured_anew(
 
 
 def refit(
-    settings: EngineSettings, seen: Seen, plan: Plan, workload: Workload, draft: DraftOption | None
+    seen: Seen, plan: Plan, workload: Workload, draft: DraftOption | None, tokens: float
 ) -> tuple[Workload, DraftOption | None]:
-    """The same, so that the tree of `plan` takes what was seen of it."""
+    """The same, so that the tree of `plan` takes what was seen of it, and has `tokens` a pass as nearly as can be."""
     expected = predict_tree(workload, memory_of(plan), plan.tree, draft)
     slower, later_s = _ratio(seen.compute_s, expected.compute_s), seen.after_s - expected.after_s
     times = replace(
@@ -80,7 +80,6 @@ def refit(
         rest_s=tuple(slower * seconds for seconds in draft.times.rest_s),
         wake_s=slower * draft.times.wake_s,
     )
-    tokens = believed_tokens(settings, seen, plan)
     return workload, replace(draft, times=times, acceptance=scaled_acceptance(draft.acceptance, plan.tree, tokens))
 
 
