@@ -10,7 +10,7 @@ from tree.sampling import SamplingParams
 
 from .errors import FitError, UsageError
 from .planner.plan import Plan
-from .text import TextCodec
+from .text.tokenizer import TextCodec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from .planner.tree_choice import read_acceptances, read_tree, resolve_method
 from .replanning import Replanner
 from .report import Memory
 from .source import ModelSource, check_source
-from .text import TextCodec, check_same_vocabulary
+from .text.tokenizer import TextCodec, check_same_vocabulary
 from .trace import Trace
 from .weights.store import WeightStore
 

@@ -18,7 +18,7 @@ from .replanning import Replanner
 from .report import Memory, Report
 from .stats import PassStats, RunStats
 from .streaming.stream import PassProgress
-from .text_stream import TextStream
+from .text.incremental import TextStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

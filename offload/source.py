@@ -13,7 +13,7 @@ from .planner.cost import ModelCost, kv_bytes_per_row
 from .planner.shapes import read_preset_config
 from .scale.model import open_scale_model
 from .scale.preset import is_scale_model
-from .text import TextCodec, open_codec
+from .text.tokenizer import TextCodec, open_codec
 from .weights.checkpoint import open_checkpoint
 from .weights.layout import LayerLayout
 from .weights.source import CheckpointSource, TensorSource

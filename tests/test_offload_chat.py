@@ -23,9 +23,9 @@ from offload.cli.dialogue import AnswerSettings, Dialogue
 from offload.cli.progress import progress_line
 from offload.cli.turns import read_turn
 from offload.config import EngineSettings
-from offload.conversation import render
 from offload.errors import DeviceError, ModelError, NumericError
 from offload.streaming.stream import PassProgress
+from offload.text.conversation import render
 from test_offload_cli import interrupt_in_round
 from text_models import CHAT_TEMPLATE, save_text_model
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from offload.conversation import TRANSCRIPT_STOPS, render, transcript
 from offload.demo import TARGET
 from offload.errors import ModelError, UsageError
-from offload.template import apply_template
-from offload.text import TextCodec
-from offload.text_stream import TextStream
+from offload.text.conversation import TRANSCRIPT_STOPS, render, transcript
+from offload.text.incremental import TextStream
+from offload.text.template import apply_template
+from offload.text.tokenizer import TextCodec
 from text_models import CHAT_TEMPLATE, save_tokenizer
 
 Make = Callable[..., TextCodec]
@@ -103,7 +103,7 @@ def test_a_template_that_loops_ends_in_bounded_time() -> None:
 
 
 def test_a_process_that_never_gets_its_cpu_time_is_ended_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offload.template.LIMIT_WALL_S", 0.0)
+    monkeypatch.setattr("offload.text.template.LIMIT_WALL_S", 0.0)
     with pytest.raises(ModelError, match="did not finish in 0 s"):
         apply_template("x", DIALOGUE, {})
 

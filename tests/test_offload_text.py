@@ -10,8 +10,8 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from offload.errors import ModelError, UsageError
-from offload.text import REPLACEMENT, TextCodec, check_same_vocabulary, open_codec
-from offload.text_stream import TextStream
+from offload.text.incremental import TextStream
+from offload.text.tokenizer import REPLACEMENT, TextCodec, check_same_vocabulary, open_codec
 from text_models import (
     BOS,
     EOS,

@@ -10,7 +10,7 @@ import pytest
 from offload.admission import Request
 from offload.serve.answers import Choice, CompletionFormat, Header, Offsets, spelling
 from offload.serve.server import Server
-from offload.text import TextCodec
+from offload.text.tokenizer import TextCodec
 from serving import MODEL, chat, client, running, tiny_engine
 from text_models import BOS, byte_fallback_tokenizer, save_tokenizer
 from tree.logprobs import ScoredToken

@@ -21,7 +21,7 @@ from ..device import open_device, pinned
 from ..measuring import measure_machine
 from ..planner.hardware_file import to_json
 from ..source import check_source
-from ..text import open_codec
+from ..text.tokenizer import open_codec
 from ..trace import Trace
 from .case import Case, Event, Outcome, outcome_of
 from .engines import engines_for, why_not

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ..config import counted
-from ..conversation import Message, render
 from ..errors import FitError, UsageError
+from ..text.conversation import Message, render
 from .dialogue import Dialogue
 from .progress import PassDisplay, draws_on
 from .terminal import full_statistics, say

@@ -169,7 +169,7 @@ def _prompts(arguments: argparse.Namespace, settings: EngineSettings) -> tuple[l
             return [Prompt(text="", category="")], [tuple(text)]
         prompts = [Prompt(text=text, category="")]
     from ..model.locate import locate_model
-    from ..text import open_codec
+    from ..text.tokenizer import open_codec
 
     codec = open_codec(TARGET if is_scale else locate_model(settings.model, "--model"))
     if codec is None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import counted
-from ..conversation import check_message, render
 from ..errors import DeviceError, OffloadError, UsageError
+from ..text.conversation import check_message, render
 from .answer import Answerer
 from .dialogue import AnswerSettings, Dialogue
 from .settings import check_small_files, engine_settings, settle_models

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from ..conversation import Message, check_message
 from ..errors import ModelError, UsageError, reason
+from ..text.conversation import Message, check_message
 from .acceptance import write_json
 from .parser import Parser, add_sampling_flags
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..admission import Admission, Request
     from ..engine import Engine, Generation
     from ..report import Report
-    from ..text import TextCodec
+    from ..text.tokenizer import TextCodec
 
 
 def run(arguments: argparse.Namespace) -> int:

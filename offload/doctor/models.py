@@ -10,7 +10,7 @@ from ..model.locate import find_config
 from ..planner.cost import GIB, ModelCost
 from ..planner.shapes import ModelShape, find_shape, is_preset
 from ..scale.preset import is_scale_model, scale_shape
-from ..text import TextCodec, check_same_vocabulary, open_codec
+from ..text.tokenizer import TextCodec, check_same_vocabulary, open_codec
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.disk_speed import measure_disk
 from .facts import Check, DiskFacts

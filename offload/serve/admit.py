@@ -8,8 +8,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..conversation import render
 from ..errors import ModelError
+from ..text.conversation import render
 from .answers import ChatFormat, CompletionFormat, Format, Header
 from .problems import Problem, engine_errors_as_problems
 from .protocol import ChatRequest, CompletionRequest, Sampling
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..admission import Request
     from ..engine import Engine
-    from ..text import TextCodec
+    from ..text.tokenizer import TextCodec
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 

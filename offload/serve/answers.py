@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ..admission import Request
     from ..engine import Step
-    from ..text import TextCodec
+    from ..text.tokenizer import TextCodec
 
 Json = dict[str, Any]
 

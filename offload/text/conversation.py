@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .errors import UsageError
-from .text import TextCodec
+from ..errors import UsageError
+from .tokenizer import TextCodec
 
 NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
 # What a transcript's answer ends before: a base model goes on with everybody's lines.

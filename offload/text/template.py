@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .errors import ModelError
+from ..errors import ModelError
 
 LIMIT_S = 2  # of CPU time; templates take milliseconds
 LIMIT_WALL_S = 30.0  # on a machine too busy to give two seconds of CPU

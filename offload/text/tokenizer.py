@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .errors import ModelError, UsageError
+from ..errors import ModelError, UsageError
 from .template import apply_template
 
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not yet a character
@@ -22,7 +22,7 @@ class TextCodec:
 
     def __init__(self, folder: Path) -> None:
         """ModelError when the tokenizer files are damaged."""
-        from .model.transformers_api import read_tokenizer
+        from ..model.transformers_api import read_tokenizer
 
         try:
             self._tokenizer: Any = read_tokenizer(folder)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .text import REPLACEMENT, TextCodec
+from .tokenizer import REPLACEMENT, TextCodec
 
 
 class TextStream:
