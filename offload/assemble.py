@@ -24,10 +24,10 @@ from .planner.memory import Budgets
 from .planner.plan import Plan, make_option, make_workload, plan_run
 from .planner.tree_choice import read_acceptances, read_tree, resolve_method
 from .replanning import Replanner
-from .report import Memory
+from .report.report import Memory
+from .report.trace import Trace
 from .source import ModelSource, check_source
 from .text.tokenizer import TextCodec, check_same_vocabulary
-from .trace import Trace
 from .weights.store import WeightStore
 
 logger = logging.getLogger(__name__)

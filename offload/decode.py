@@ -25,11 +25,11 @@ from .model.drafter import ModelDrafter
 from .model.masks import TreeMasks
 from .planner.fallback import Fallbacks, out_of_memory
 from .planner.plan import Plan
+from .report.stats import PassStats
+from .report.trace import Trace
 from .round_stats import round_stats
 from .sessions import Sessions, host_limit_bytes
-from .stats import PassStats
 from .streaming.stream import LayerStream, PassProgress
-from .trace import Trace
 
 logger = logging.getLogger(__name__)
 # Scoring a prompt needs logits of all its rows, of which a plan has room for a tree's. This is what a pass may take for them.

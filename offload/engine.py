@@ -15,8 +15,8 @@ from .decode import DecodeLoop, StepResult
 from .errors import UsageError
 from .planner.plan import Plan
 from .replanning import Replanner
-from .report import Memory, Report
-from .stats import PassStats, RunStats
+from .report.report import Memory, Report
+from .report.stats import PassStats, RunStats
 from .streaming.stream import PassProgress
 from .text.incremental import TextStream
 

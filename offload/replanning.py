@@ -16,7 +16,7 @@ from .planner.fallback import Fallbacks
 from .planner.hardware import HardwareProfile
 from .planner.plan import Plan
 from .planner.refit import Seen, believed_tokens, choose_again, measured_anew, refit
-from .stats import PassStats
+from .report.stats import PassStats
 
 logger = logging.getLogger(__name__)
 

@@ -3,9 +3,9 @@
 import time
 
 from .device import Device
-from .stats import PassStats
+from .report.stats import PassStats
+from .report.trace import Trace
 from .streaming.stream import LayerStream, LayerTiming, layer_timings
-from .trace import Trace
 
 
 def round_stats(

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from offload.deviation import deviation
 from offload.planner.rounds import Prediction
-from offload.stats import PassStats
+from offload.report.deviation import deviation
+from offload.report.stats import PassStats
 
 EXPECTED = Prediction(
     expected_tokens=5.0, pass_s=1.0, exposed_pass_s=0.9, compute_s=0.4, draft_s=0.1, after_s=0.05, round_s=1.0

@@ -33,7 +33,7 @@ from offload.planner.refit import (
 )
 from offload.planner.rounds import predict_tree
 from offload.replanning import FIRST_WAIT, MEASURED_SHARE, SEVERAL, Replanner, is_off, seen_in
-from offload.stats import PassStats
+from offload.report.stats import PassStats
 from planning import CHAINS, GIB, L40, LLAMA_2_70B, PUBLISHED, SETTINGS, budgets, constant_times, draft_option
 from tree.optimizer import expected_tokens
 from tree.shape import TreeShape

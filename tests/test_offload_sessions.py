@@ -24,7 +24,7 @@ from offload.engine import Engine
 from offload.errors import HostMemoryError
 from offload.model.kv_cache import KVCache
 from offload.model.rope import Rope
-from offload.report import Report
+from offload.report.report import Report
 from offload.sessions import MIN_KEPT_ROWS, Sessions, host_limit_bytes, num_common
 from test_offload_engine import open_tiny
 

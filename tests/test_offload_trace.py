@@ -10,7 +10,7 @@ from typing import Any
 from fakes import RefusingDevice
 from offload.assemble import open_engine
 from offload.config import EngineSettings
-from offload.trace import LANES, Trace
+from offload.report.trace import LANES, Trace
 from planning import L40
 
 Models = Callable[..., Path]

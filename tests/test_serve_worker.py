@@ -11,10 +11,10 @@ from offload.admission import Request
 from offload.engine import Step
 from offload.errors import DeviceError, DeviceMemoryError, NumericError
 from offload.loading import Progress
+from offload.report.stats import PassStats
 from offload.serve.problems import Problem
 from offload.serve.telemetry import Telemetry
 from offload.serve.worker import MAX_OUT_OF_MEMORY, EngineWorker, Finished, Job, Stepped
-from offload.stats import PassStats
 from serving import until
 from tree.shape import TreeShape
 from tree.verify import Verdict

@@ -25,7 +25,7 @@ from offload.assemble import open_engine
 from offload.cli.generate import _Asked
 from offload.cli.parser import DEMO_PROMPT, parse_arguments
 from offload.cli.settings import engine_settings
-from offload.report import environment
+from offload.report.report import environment
 
 SETTLING = 20
 TOKENS = 300

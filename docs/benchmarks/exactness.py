@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from exactness import run, save_pair
-from offload.report import environment
+from offload.report.report import environment
 from tree.sampling import SamplingParams
 
 CASES = list(itertools.product(("traversal", "rejection", "sample"), (0.3, 0.6, 1.0, 1.5), (0.8, 0.9, 1.0)))

@@ -22,7 +22,7 @@ from gpu_texts import figure, light
 from offload.device import Device, open_device, pinned
 from offload.doctor.gather import gather_facts, time_copies
 from offload.doctor.judge import judge
-from offload.report import environment
+from offload.report.report import environment
 
 UPLOAD = torch.arange(2**13)  # 64 KiB
 

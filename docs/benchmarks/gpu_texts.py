@@ -17,9 +17,9 @@ from offload.config import EngineSettings
 from offload.demo import DRAFT, TARGET, acceptance_at
 from offload.measuring import measure_machine
 from offload.planner.hardware_file import to_json
-from offload.report import Report
+from offload.report.report import Report
+from offload.report.trace import Trace
 from offload.source import check_source
-from offload.trace import Trace
 
 ROUNDS_SHOWN = 2
 ROUGH_PROFILE = "l40"  # where nothing is left to choose: measuring takes longer than these runs

@@ -28,7 +28,7 @@ from offload.demo import DRAFT, PROMPTS, TARGET, acceptance_at
 from offload.device import open_device
 from offload.engine import Engine
 from offload.planner.hardware import HardwareProfile
-from offload.report import environment
+from offload.report.report import environment
 from offload.source import check_source
 
 CASES = ((50e6, "4x6:kary"), (100e6, "64x10"), (200e6, "16x8"), (400e6, "64x10"))

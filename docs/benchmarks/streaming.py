@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from offload.assemble import open_engine
 from offload.config import EngineSettings
-from offload.report import environment
+from offload.report.report import environment
 from offload.weights.checkpoint import open_checkpoint
 from offload.weights.layout import LayerLayout
 from offload.weights.reader import ReadJob, TensorReader

@@ -32,7 +32,7 @@ import offload
 from offload.cli.profile import read_prompts
 from offload.demo import DRAFT, PROMPTS, TARGET
 from offload.engine import Step
-from offload.report import environment
+from offload.report.report import environment
 from tree.acceptance import Acceptance, AcceptanceCounter
 from tree.optimizer import best_tree, expected_tokens
 from tree.shape import TreeShape

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from offload.report import environment
+from offload.report.report import environment
 from tree.acceptance import Acceptance
 from tree.draft import grow
 from tree.optimizer import best_tree

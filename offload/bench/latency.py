@@ -10,7 +10,7 @@ from typing import Any
 from ..config import EngineSettings, counted
 from ..demo import TARGET
 from ..errors import UsageError
-from ..report import environment
+from ..report.report import environment
 from .case import Case, Outcome, as_error
 from .engines import why_not
 from .launch import run_isolated

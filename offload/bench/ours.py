@@ -9,8 +9,8 @@ from typing import Any
 from ..assemble import open_engine
 from ..device import cuda
 from ..engine import Engine
-from ..report import Report
-from ..trace import Trace
+from ..report.report import Report
+from ..report.trace import Trace
 from .case import Case
 
 

@@ -16,7 +16,7 @@ from ..assemble import open_engine
 from ..config import EngineSettings, counted
 from ..engine import Engine
 from ..errors import UsageError
-from ..report import environment
+from ..report.report import environment
 from .latency import SCHEMA_VERSION, describe_model
 from .machine import describe_gpu, describe_host
 from .prompts import Prompt

@@ -20,9 +20,9 @@ from ..demo import ACCEPTANCE, PROMPTS, TARGET
 from ..device import open_device, pinned
 from ..measuring import measure_machine
 from ..planner.hardware_file import to_json
+from ..report.trace import Trace
 from ..source import check_source
 from ..text.tokenizer import open_codec
-from ..trace import Trace
 from .case import Case, Event, Outcome, outcome_of
 from .engines import engines_for, why_not
 from .extent import Extent

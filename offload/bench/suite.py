@@ -15,7 +15,7 @@ from typing import Any
 
 from ..device import cuda
 from ..errors import ModelError, UsageError
-from ..report import git_commit
+from ..report.report import git_commit
 from .extent import Extent, cpu_extent, gpu_extent
 from .machine import describe_gpu, describe_host
 from .steps import HARDWARE, STEPS, Step

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..trace import Trace
+from ..report.trace import Trace
 from .engines import LABELS
 from .extent import Extent
 from .latency import SCALE_NOTE

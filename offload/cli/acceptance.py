@@ -11,7 +11,7 @@ from tree.acceptance import AcceptanceCounter
 
 from ..config import EngineSettings, counted
 from ..errors import UsageError
-from ..report import git_commit
+from ..report.report import git_commit
 
 if TYPE_CHECKING:
     from ..engine import Step

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..admission import Request
     from ..engine import Engine
-    from ..report import Report
+    from ..report.report import Report
 
 COLOURS, PLAIN = ("\033[36m", "\033[33m"), "\033[0m"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..config import EngineSettings
 from ..errors import DeviceError, UsageError, reason
-from ..trace import Trace
+from ..report.trace import Trace
 from .acceptance import AcceptanceRecorder, provenance, write_json
 from .parser import DEMO_PROMPT
 from .settings import check_small_files, check_writable, engine_settings, settle_models
@@ -20,7 +20,7 @@ from .terminal import LoadProgress, full_statistics, plan_summary, say
 if TYPE_CHECKING:
     from ..admission import Admission, Request
     from ..engine import Engine, Generation
-    from ..report import Report
+    from ..report.report import Report
     from ..text.tokenizer import TextCodec
 
 

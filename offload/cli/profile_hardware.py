@@ -14,7 +14,7 @@ from ..config import EngineSettings
 from ..demo import DRAFT, TARGET
 from ..errors import UsageError
 from ..planner.hardware_file import PRESETS, to_json
-from ..report import environment
+from ..report.report import environment
 from .acceptance import write_json
 from .settings import check_writable, warn_of_releases
 from .signals import leaving_at_once

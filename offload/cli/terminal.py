@@ -10,7 +10,7 @@ from ..config import bytes_text, counted
 
 if TYPE_CHECKING:
     from ..planner.plan import Plan
-    from ..report import Report
+    from ..report.report import Report
 
 
 def say(text: str) -> None:

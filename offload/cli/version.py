@@ -5,7 +5,7 @@ import json
 import platform
 
 from ..device import cuda
-from ..report import environment
+from ..report.report import environment
 from ..version import __version__
 
 

@@ -8,13 +8,13 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import rate_text, seconds_text
+from ..config import rate_text, seconds_text
 from .deviation import Deviation
 from .deviation import deviation as find_deviation
 from .stats import RunStats
 
 if TYPE_CHECKING:  # a plan places weights, so it knows torch; commands that only name a commit need not wait for it
-    from .planner.plan import Plan
+    from ..planner.plan import Plan
 
 SCHEMA_VERSION = 1
 
@@ -155,7 +155,7 @@ def _version(package: str) -> str | None:
 @functools.cache
 def git_commit() -> str | None:
     """The commit of the clone this runs from, with "+" when it has changes; None outside a clone."""
-    folder = Path(__file__).resolve().parent.parent
+    folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return None
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
