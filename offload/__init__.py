@@ -14,7 +14,7 @@ from .errors import OffloadError
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from .engine.engine import Engine
 
 __all__ = ["OffloadError", "__version__", "load"]
 

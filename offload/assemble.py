@@ -7,15 +7,16 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
-from .admission import Admission
+from .calibrate.measuring import laws_of, look_at_machine, measure_machine
 from .config import EngineSettings, bytes_text
-from .decode import DecodeLoop
 from .device import Device, choose_passes, device_of
 from .device.host import available_bytes
-from .engine import Engine
+from .engine.admission import Admission
+from .engine.decode import DecodeLoop
+from .engine.engine import Engine
+from .engine.loading import HOST_RESERVE_BYTES, Loaded, Progress, ReadCounter, bytes_to_read, share_memory, take_memory
+from .engine.replanning import Replanner
 from .errors import DeviceError, FitError, reason
-from .loading import HOST_RESERVE_BYTES, Loaded, Progress, ReadCounter, bytes_to_read, share_memory, take_memory
-from .measuring import laws_of, look_at_machine, measure_machine
 from .model.architecture import check_window
 from .model.generation_config import read_generation_defaults
 from .planner.fallback import Fallbacks
@@ -23,7 +24,6 @@ from .planner.hardware import HardwareProfile
 from .planner.memory import Budgets
 from .planner.plan import Plan, make_option, make_workload, plan_run
 from .planner.tree_choice import read_acceptances, read_tree, resolve_method
-from .replanning import Replanner
 from .report.report import Memory
 from .report.trace import Trace
 from .source import ModelSource, check_source

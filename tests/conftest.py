@@ -99,7 +99,7 @@ def quick_measurement() -> Iterator[None]:
         return measured[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("offload.measuring.measure_hardware", measure_once)
+        patch.setattr("offload.calibrate.measuring.measure_hardware", measure_once)
         yield
 
 

@@ -10,7 +10,7 @@ from conftest import VOCAB_SIZE
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.device import Device
-from offload.engine import Engine
+from offload.engine.engine import Engine
 from offload.model.drafter import ModelDrafter
 from planning import L40
 from tree.shape import TreeShape

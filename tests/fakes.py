@@ -22,7 +22,7 @@ from offload.device.base import CopyTicket, Ticket
 from offload.device.chunks import register_chunks
 from offload.device.cpu import CpuCopy, CpuDevice, CpuMark
 from offload.device.host import HostMapping, move
-from offload.engine import Engine
+from offload.engine.engine import Engine
 from offload.errors import HostMemoryError
 
 NAN_BYTE = 0xFF  # all bits set is a NaN in every float format

@@ -12,8 +12,8 @@ import httpx2 as httpx
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.demo import ACCEPTANCE, DRAFT, TARGET
-from offload.engine import Engine
-from offload.loading import Progress
+from offload.engine.engine import Engine
+from offload.engine.loading import Progress
 from offload.serve.server import Server
 from offload.serve.settings import ServeSettings
 from text_models import CHAT_TEMPLATE, save_text_model

@@ -23,7 +23,7 @@ from offload.device.base import CopyTicket, Ticket
 from offload.device.cuda import CudaDevice, RegisteredBuffer
 from offload.doctor.gather import gather_facts
 from offload.doctor.judge import judge
-from offload.engine import Engine, Step
+from offload.engine.engine import Engine, Step
 from offload.model.attention import tree_attention
 from planning import L40
 from tree.logprobs import Scoring

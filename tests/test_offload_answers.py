@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offload.assemble import open_engine
 from offload.config import EngineSettings
-from offload.engine import Engine
+from offload.engine.engine import Engine
 from planning import L40
 from serving import MODEL, client, running
 from text_models import byte_fallback_tokenizer, change_tensors, save_text_model, save_tokenizer

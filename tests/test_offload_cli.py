@@ -17,7 +17,7 @@ import pytest
 from command_line import DOES_NOT_FIT, LOST, Finished, assert_error, assert_holds, assert_usage_error, run_command
 from offload.cli.main import main
 from offload.cli.signals import leaving_at_once
-from offload.decode import DecodeLoop, StepResult
+from offload.engine.decode import DecodeLoop, StepResult
 from offload.text.tokenizer import TextCodec
 from text_models import BOS, CHAT_TEMPLATE, EOS, VOCAB_SIZE, change_json, copy_model, save_text_model
 

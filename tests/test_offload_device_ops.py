@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 import tree.logprobs
 import tree.verify
 from conftest import FAMILIES, VOCAB_SIZE
-from offload.decode import DecodeLoop
 from offload.device.base import CopyTicket, Interval, Ticket
+from offload.engine.decode import DecodeLoop
 from offload.model.attention import register
 from offload.model.causal_lm import CausalLM
 from offload.model.drafter import ModelDrafter

@@ -17,10 +17,10 @@ from fakes import DEVICES, CountingDevice
 from offload.assemble import open_engine
 from offload.calibrate import QUICK, Subject, measure_hardware
 from offload.config import EngineSettings
-from offload.decode import DecodeLoop
 from offload.demo import DRAFT, TARGET
 from offload.device import Device
-from offload.engine import Engine
+from offload.engine.decode import DecodeLoop
+from offload.engine.engine import Engine
 from offload.errors import UsageError
 from offload.model.drafter import ModelDrafter
 from offload.planner.hardware import Role

@@ -23,9 +23,9 @@ from fakes import REFUSING, AllocationFault, EagerDevice, FullHostDevice, LateDe
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.device.cpu import CpuDevice
-from offload.engine import Engine
+from offload.engine.engine import Engine
+from offload.engine.loading import Progress
 from offload.errors import FitError, HostMemoryError
-from offload.loading import Progress
 from offload.planner.fallback import MAX_TURNS, Fallbacks
 from offload.planner.hardware import HardwareProfile
 from offload.planner.plan import make_workload, plan_run
@@ -269,7 +269,7 @@ def test_the_command_line_ends_with_code_4(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("Tried to allocate 2.00 MiB.\nmore lines")
 
-    monkeypatch.setattr("offload.decode.DecodeLoop._run_target", full)
+    monkeypatch.setattr("offload.engine.decode.DecodeLoop._run_target", full)
     request = ["--prompt-ids", "1,2,3", "--max-new-tokens", 4, "--device", "cpu", "--resident-layers", 0]
     finished = run_command(capsys, "--model", models(num_layers=1), *request)
     assert_error(
@@ -461,8 +461,8 @@ def test_host_memory_that_is_refused_or_gone_goes_to_disk_with_a_warning(
         assert engine.generate(PROMPT, **SAMPLED).token_ids == expected
         assert engine.plan.notes[-1].startswith("less host memory than planned: 0 layers resident, 0 in host memory, 5 on disk")
         assert f"refused {5 * layer_bytes} bytes: {engine.plan.notes[-1]}" in caplog.text
-    monkeypatch.setattr("offload.loading.HOST_RESERVE_BYTES", 0)
-    monkeypatch.setattr("offload.loading.available_bytes", lambda: device_bytes + 4 * layer_bytes)
+    monkeypatch.setattr("offload.engine.loading.HOST_RESERVE_BYTES", 0)
+    monkeypatch.setattr("offload.engine.loading.available_bytes", lambda: device_bytes + 4 * layer_bytes)
     for host_memory in (None, 2**30):
         with open_tiny(models, **{**changes, "host_memory_bytes": host_memory}) as engine:
             plan = engine.plan
@@ -479,8 +479,8 @@ def test_a_host_without_room_for_the_ring_is_refused_once_and_for_all(models: Mo
     with pytest.raises(FitError, match="refused") as refused, open_tiny(models, FullHostDevice(layer_bytes), **changes):
         pass
     assert len(str(refused.value).splitlines()) == 3
-    monkeypatch.setattr("offload.loading.HOST_RESERVE_BYTES", 0)
-    monkeypatch.setattr("offload.loading.available_bytes", lambda: device_bytes + layer_bytes)
+    monkeypatch.setattr("offload.engine.loading.HOST_RESERVE_BYTES", 0)
+    monkeypatch.setattr("offload.engine.loading.available_bytes", lambda: device_bytes + layer_bytes)
     with pytest.raises(FitError, match="a ring of 2 layers") as caught, open_tiny(models, **changes):
         pass
     assert caught.value.exit_code == 4 and len(str(caught.value).splitlines()) == 3

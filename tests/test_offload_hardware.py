@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from command_line import INVALID, assert_error, assert_usage_error, run_command
-from offload import assemble, measuring
-from offload.calibrate import QUICK, Subject, measure_copies, measure_hardware
+from offload import assemble
+from offload.calibrate import QUICK, Subject, measure_copies, measure_hardware, measuring
 from offload.calibrate.effort import LEAST_POINTS, rising, table_of
 from offload.calibrate.growing import BRANCHING, num_levels, planned_tree, tree_of_levels
 from offload.calibrate.law_times import measure_verification

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from conftest import FAMILIES, VOCAB_SIZE, reference_model
 from offload.assemble import open_engine
 from offload.config import EngineSettings
-from offload.decode import DecodeLoop
 from offload.device.cpu import CpuDevice
+from offload.engine.decode import DecodeLoop
 from offload.errors import FitError, ModelError
 from offload.model.attention import pass_mask, tree_attention
 from offload.model.causal_lm import CausalLM

@@ -16,7 +16,8 @@ from command_line import run_command
 from offload import load
 from offload.assemble import open_engine
 from offload.config import EngineSettings, law_kind
-from offload.engine import Engine
+from offload.engine.engine import Engine
+from offload.engine.replanning import FIRST_WAIT, MEASURED_SHARE, SEVERAL, Replanner, is_off, seen_in
 from offload.errors import OutOfMemoryError
 from offload.planner.fallback import Fallbacks
 from offload.planner.hardware import HardwareProfile
@@ -32,7 +33,6 @@ from offload.planner.refit import (
     scaled_acceptance,
 )
 from offload.planner.rounds import predict_tree
-from offload.replanning import FIRST_WAIT, MEASURED_SHARE, SEVERAL, Replanner, is_off, seen_in
 from offload.report.stats import PassStats
 from planning import CHAINS, GIB, L40, LLAMA_2_70B, PUBLISHED, SETTINGS, budgets, constant_times, draft_option
 from tree.optimizer import expected_tokens

@@ -18,7 +18,7 @@ from fakes import RecordingDevice
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.device import Device
-from offload.engine import Engine
+from offload.engine.engine import Engine
 from offload.errors import ModelError
 from offload.model.architecture import architecture_of
 from offload.model.rope import Kind, Rope, read_rope

@@ -21,9 +21,9 @@ from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.demo import DRAFT, TARGET
 from offload.device import Device
-from offload.engine import Engine
+from offload.engine.engine import Engine
+from offload.engine.loading import Progress
 from offload.errors import FitError, ModelError, OffloadError, UsageError
-from offload.loading import Progress
 from offload.model.architecture import Architecture
 from offload.scale.geometry import Geometry, Sizes
 from offload.scale.model import open_scale_model, widen

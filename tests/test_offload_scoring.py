@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from conftest import reference_model
-from offload import decode
-from offload.engine import Engine, Step
+from offload.engine import decode
+from offload.engine.engine import Engine, Step
 from test_offload_engine import open_tiny
 from tree.logprobs import Scoring
 

@@ -16,16 +16,16 @@ import torch
 import offload
 from conftest import EOS
 from fakes import DEVICES, WatchedDevice
-from offload import sessions
 from offload.demo import DRAFT, TARGET
 from offload.device import Device
 from offload.device.cpu import CpuDevice
-from offload.engine import Engine
+from offload.engine import sessions
+from offload.engine.engine import Engine
+from offload.engine.sessions import MIN_KEPT_ROWS, Sessions, host_limit_bytes, num_common
 from offload.errors import HostMemoryError
 from offload.model.kv_cache import KVCache
 from offload.model.rope import Rope
 from offload.report.report import Report
-from offload.sessions import MIN_KEPT_ROWS, Sessions, host_limit_bytes, num_common
 from test_offload_engine import open_tiny
 
 Models = Callable[..., Path]
@@ -344,7 +344,10 @@ def test_a_host_without_room_keeps_nothing(device: Device, monkeypatch: pytest.M
     def refuse(num_bytes: int) -> None:
         raise HostMemoryError(f"{num_bytes} refused", where="host", cure="none")
 
-    places: dict[str, Any] = {"offload.sessions.available_bytes": lambda: 1000, "offload.model.kv_cache.HostMapping": refuse}
+    places: dict[str, Any] = {
+        "offload.engine.sessions.available_bytes": lambda: 1000,
+        "offload.model.kv_cache.HostMapping": refuse,
+    }
     for place, replacement in places.items():
         with monkeypatch.context() as patch:
             patch.setattr(place, replacement)

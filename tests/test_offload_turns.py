@@ -12,7 +12,7 @@ import pytest
 
 from offload.assemble import open_engine
 from offload.config import EngineSettings
-from offload.engine import Engine, Generation
+from offload.engine.engine import Engine, Generation
 from offload.errors import UsageError
 from planning import L40
 from tree.logprobs import Scoring

@@ -8,7 +8,7 @@ from pathlib import Path
 import offload
 from offload.cli.parser import Parser, add_model_flags, add_request_flags
 from offload.config import EngineSettings
-from offload.engine import Engine
+from offload.engine.engine import Engine
 
 ROOT = Path(__file__).resolve().parent.parent
 

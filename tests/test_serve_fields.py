@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from offload.assemble import open_engine
 from offload.config import EngineSettings
-from offload.engine import Engine
+from offload.engine.engine import Engine
 from offload.serve.fields import CHAT, COMPLETION, MESSAGE
 from offload.serve.problems import Problem, from_validation
 from offload.serve.protocol import ChatRequest, CompletionRequest, Sampling

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from offload.admission import Request
+from offload.engine.admission import Request
 from offload.serve.answers import Choice, CompletionFormat, Header, Offsets, spelling
 from offload.serve.server import Server
 from offload.text.tokenizer import TextCodec

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from offload.admission import Request
-from offload.engine import Step
+from offload.engine.admission import Request
+from offload.engine.engine import Step
+from offload.engine.loading import Progress
 from offload.errors import DeviceError, DeviceMemoryError, NumericError
-from offload.loading import Progress
 from offload.report.stats import PassStats
 from offload.serve.problems import Problem
 from offload.serve.telemetry import Telemetry

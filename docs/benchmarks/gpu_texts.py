@@ -13,9 +13,9 @@ from offload.assemble import open_engine
 from offload.bench.case import Case
 from offload.bench.launch import run_isolated
 from offload.bench.steps import prompt_ids
+from offload.calibrate.measuring import measure_machine
 from offload.config import EngineSettings
 from offload.demo import DRAFT, TARGET, acceptance_at
-from offload.measuring import measure_machine
 from offload.planner.hardware_file import to_json
 from offload.report.report import Report
 from offload.report.trace import Trace

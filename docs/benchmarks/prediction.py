@@ -26,7 +26,7 @@ from offload.calibrate import QUICK, Subject, measure_hardware
 from offload.config import EngineSettings
 from offload.demo import DRAFT, PROMPTS, TARGET, acceptance_at
 from offload.device import open_device
-from offload.engine import Engine
+from offload.engine.engine import Engine
 from offload.planner.hardware import HardwareProfile
 from offload.report.report import environment
 from offload.source import check_source

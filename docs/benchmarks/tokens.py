@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import offload
 from offload.cli.profile import read_prompts
 from offload.demo import DRAFT, PROMPTS, TARGET
-from offload.engine import Step
+from offload.engine.engine import Step
 from offload.report.report import environment
 from tree.acceptance import Acceptance, AcceptanceCounter
 from tree.optimizer import best_tree, expected_tokens

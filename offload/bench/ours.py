@@ -8,7 +8,7 @@ from typing import Any
 
 from ..assemble import open_engine
 from ..device import cuda
-from ..engine import Engine
+from ..engine.engine import Engine
 from ..report.report import Report
 from ..report.trace import Trace
 from .case import Case

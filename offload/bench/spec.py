@@ -14,7 +14,7 @@ from tree.acceptance import AcceptanceCounter
 
 from ..assemble import open_engine
 from ..config import EngineSettings, counted
-from ..engine import Engine
+from ..engine.engine import Engine
 from ..errors import UsageError
 from ..report.report import environment
 from .latency import SCHEMA_VERSION, describe_model

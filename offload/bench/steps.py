@@ -15,10 +15,10 @@ from tree.sampling import SamplingParams
 from tree.verify import Method, verify
 
 from ..assemble import open_engine
+from ..calibrate.measuring import measure_machine
 from ..config import EngineSettings
 from ..demo import ACCEPTANCE, PROMPTS, TARGET
 from ..device import open_device, pinned
-from ..measuring import measure_machine
 from ..planner.hardware_file import to_json
 from ..report.trace import Trace
 from ..source import check_source

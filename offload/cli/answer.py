@@ -15,8 +15,8 @@ from .terminal import full_statistics, say
 if TYPE_CHECKING:
     import argparse
 
-    from ..admission import Request
-    from ..engine import Engine
+    from ..engine.admission import Request
+    from ..engine.engine import Engine
     from ..report.report import Report
 
 COLOURS, PLAIN = ("\033[36m", "\033[33m"), "\033[0m"

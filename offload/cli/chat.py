@@ -18,7 +18,7 @@ from .terminal import LoadProgress, full_statistics, say, say_plan
 from .turns import Turn, line_reader, read_turn
 
 if TYPE_CHECKING:
-    from ..admission import Admission
+    from ..engine.admission import Admission
 
 HELP = '''/help                 this list
 /stats                the numbers of the last answer

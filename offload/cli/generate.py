@@ -18,8 +18,8 @@ from .signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, leaving_at_o
 from .terminal import LoadProgress, full_statistics, plan_summary, say
 
 if TYPE_CHECKING:
-    from ..admission import Admission, Request
-    from ..engine import Engine, Generation
+    from ..engine.admission import Admission, Request
+    from ..engine.engine import Engine, Generation
     from ..report.report import Report
     from ..text.tokenizer import TextCodec
 
@@ -113,7 +113,7 @@ class _Asked:
         self.request: Request | None = None
 
     def expect(self, settings: EngineSettings, codec: "TextCodec | None", max_positions: int) -> EngineSettings:
-        from ..admission import check_positions  # torch
+        from ..engine.admission import check_positions  # torch
 
         arguments = self._arguments
         if isinstance(self._prompt, str):

@@ -16,7 +16,7 @@ from .signals import leaving_at_once
 from .terminal import LoadProgress, say
 
 if TYPE_CHECKING:
-    from ..engine import Engine
+    from ..engine.engine import Engine
 
 # Wide at the top and deep along the first children, so that many ranks and many levels are tried in every pass.
 MEASURING_TREE = "256x12"

@@ -12,9 +12,9 @@ from .settings import check_small_files, engine_settings, settle_models
 from .terminal import say, say_plan
 
 if TYPE_CHECKING:
-    from ..admission import Admission
-    from ..engine import Engine
-    from ..loading import Progress
+    from ..engine.admission import Admission
+    from ..engine.engine import Engine
+    from ..engine.loading import Progress
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 

@@ -17,8 +17,8 @@ from .protocol import ChatRequest, CompletionRequest, Sampling
 if TYPE_CHECKING:
     from tree.logprobs import Scoring
 
-    from ..admission import Request
-    from ..engine import Engine
+    from ..engine.admission import Request
+    from ..engine.engine import Engine
     from ..text.tokenizer import TextCodec
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's

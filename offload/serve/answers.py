@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tree.logprobs import ScoredToken
 
-    from ..admission import Request
-    from ..engine import Step
+    from ..engine.admission import Request
+    from ..engine.engine import Step
     from ..text.tokenizer import TextCodec
 
 Json = dict[str, Any]

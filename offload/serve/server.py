@@ -17,8 +17,8 @@ from .telemetry import Telemetry
 from .worker import EngineWorker
 
 if TYPE_CHECKING:
-    from ..engine import Engine
-    from ..loading import Progress
+    from ..engine.engine import Engine
+    from ..engine.loading import Progress
 
 KEEP_ALIVE_S = 5  # how long an idle connection is kept for the client's next request
 

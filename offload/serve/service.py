@@ -21,7 +21,7 @@ from .telemetry import Telemetry
 from .worker import EngineWorker, Finished, Job, Stepped
 
 if TYPE_CHECKING:
-    from ..engine import Engine
+    from ..engine.engine import Engine
 
 MAX_ADMITTING = 2  # prompts that are tokenised, or laid out by a template's process, at a time
 T = TypeVar("T", bound=Sampling)

@@ -17,9 +17,9 @@ from .problems import Problem, from_error, place_of
 from .telemetry import Telemetry
 
 if TYPE_CHECKING:  # torch takes seconds to import: `open_engine` does it, on the worker's thread, while the server answers
-    from ..admission import Request
-    from ..engine import Engine, Step
-    from ..loading import Progress
+    from ..engine.admission import Request
+    from ..engine.engine import Engine, Step
+    from ..engine.loading import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from tree.logprobs import Scoring
 from tree.sampling import SamplingParams
 
-from .errors import FitError, UsageError
-from .planner.plan import Plan
-from .text.tokenizer import TextCodec
+from ..errors import FitError, UsageError
+from ..planner.plan import Plan
+from ..text.tokenizer import TextCodec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

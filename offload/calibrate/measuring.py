@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from .calibrate import QUICK, Effort, Subject, measure_hardware, own_threads
-from .config import EngineSettings, LawKind
-from .device import Device, device_of
-from .planner.hardware import HardwareProfile
-from .planner.hardware_file import find_hardware
-from .planner.memory import Budgets
-from .planner.plan import context_tokens
-from .planner.tree_choice import read_acceptances
-from .source import ModelSource
-from .weights.checkpoint import Checkpoint
-from .weights.source import CheckpointSource
+from ..config import EngineSettings, LawKind
+from ..device import Device, device_of
+from ..planner.hardware import HardwareProfile
+from ..planner.hardware_file import find_hardware
+from ..planner.memory import Budgets
+from ..planner.plan import context_tokens
+from ..planner.tree_choice import read_acceptances
+from ..source import ModelSource
+from ..weights.checkpoint import Checkpoint
+from ..weights.source import CheckpointSource
+from . import QUICK, Effort, Subject, measure_hardware, own_threads
 
 
 def look_at_machine(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .device import Device
-from .model.attention import pass_mask
+from ..device import Device
+from ..model.attention import pass_mask
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,10 @@
 
 import time
 
-from .device import Device
-from .report.stats import PassStats
-from .report.trace import Trace
-from .streaming.stream import LayerStream, LayerTiming, layer_timings
+from ..device import Device
+from ..report.stats import PassStats
+from ..report.trace import Trace
+from ..streaming.stream import LayerStream, LayerTiming, layer_timings
 
 
 def round_stats(

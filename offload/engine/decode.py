@@ -17,19 +17,19 @@ from tree.sampling import SamplingParams
 from tree.shape import TreeShape
 from tree.verify import Method, Verdict, verify
 
-from .device import Device
-from .errors import NumericError, OutOfMemoryError
+from ..device import Device
+from ..errors import NumericError, OutOfMemoryError
+from ..model.causal_lm import CausalLM
+from ..model.drafter import ModelDrafter
+from ..model.masks import TreeMasks
+from ..planner.fallback import Fallbacks, out_of_memory
+from ..planner.plan import Plan
+from ..report.stats import PassStats
+from ..report.trace import Trace
+from ..streaming.stream import LayerStream, PassProgress
 from .inputs import PassInputs, pass_inputs
-from .model.causal_lm import CausalLM
-from .model.drafter import ModelDrafter
-from .model.masks import TreeMasks
-from .planner.fallback import Fallbacks, out_of_memory
-from .planner.plan import Plan
-from .report.stats import PassStats
-from .report.trace import Trace
 from .round_stats import round_stats
 from .sessions import Sessions, host_limit_bytes
-from .streaming.stream import LayerStream, PassProgress
 
 logger = logging.getLogger(__name__)
 # Scoring a prompt needs logits of all its rows, of which a plan has room for a tree's. This is what a pass may take for them.

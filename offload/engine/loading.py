@@ -8,22 +8,22 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from .config import bytes_text
-from .device import Device
-from .device.host import available_bytes
-from .errors import FitError, HostMemoryError
-from .model.causal_lm import CausalLM, WeightSource
-from .model.drafter import PROMPT_CHUNK_TOKENS, ModelDrafter
-from .model.kv_cache import KVCache
-from .model.masks import TreeMasks
-from .planner.cost import ledger_lines, size_text
-from .planner.fallback import Fallbacks
-from .planner.plan import Plan
-from .source import ModelSource
-from .streaming.stream import LayerStream, ResidentWeights
-from .weights.placement import RING_BUFFERS, Placement
-from .weights.source import share_layers
-from .weights.store import WeightStore, load_through_host
+from ..config import bytes_text
+from ..device import Device
+from ..device.host import available_bytes
+from ..errors import FitError, HostMemoryError
+from ..model.causal_lm import CausalLM, WeightSource
+from ..model.drafter import PROMPT_CHUNK_TOKENS, ModelDrafter
+from ..model.kv_cache import KVCache
+from ..model.masks import TreeMasks
+from ..planner.cost import ledger_lines, size_text
+from ..planner.fallback import Fallbacks
+from ..planner.plan import Plan
+from ..source import ModelSource
+from ..streaming.stream import LayerStream, ResidentWeights
+from ..weights.placement import RING_BUFFERS, Placement
+from ..weights.source import share_layers
+from ..weights.store import WeightStore, load_through_host
 
 logger = logging.getLogger(__name__)
 

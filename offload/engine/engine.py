@@ -10,15 +10,15 @@ from tree.logprobs import ScoredToken
 from tree.shape import TreeShape
 from tree.verify import Verdict
 
+from ..errors import UsageError
+from ..planner.plan import Plan
+from ..report.report import Memory, Report
+from ..report.stats import PassStats, RunStats
+from ..streaming.stream import PassProgress
+from ..text.incremental import TextStream
 from .admission import Admission, Request
 from .decode import DecodeLoop, StepResult
-from .errors import UsageError
-from .planner.plan import Plan
 from .replanning import Replanner
-from .report.report import Memory, Report
-from .report.stats import PassStats, RunStats
-from .streaming.stream import PassProgress
-from .text.incremental import TextStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .device.host import available_bytes
-from .errors import OutOfMemoryError
-from .model.kv_cache import KVCache
-from .model.rope import Rope
-from .planner.plan import Plan
+from ..device.host import available_bytes
+from ..errors import OutOfMemoryError
+from ..model.kv_cache import KVCache
+from ..model.rope import Rope
+from ..planner.plan import Plan
 
 MAX_KEPT = 4
 MAX_KEPT_BYTES = 8 * 2**30

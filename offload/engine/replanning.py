@@ -11,12 +11,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from .errors import OffloadError
-from .planner.fallback import Fallbacks
-from .planner.hardware import HardwareProfile
-from .planner.plan import Plan
-from .planner.refit import Seen, believed_tokens, choose_again, measured_anew, refit
-from .report.stats import PassStats
+from ..errors import OffloadError
+from ..planner.fallback import Fallbacks
+from ..planner.hardware import HardwareProfile
+from ..planner.plan import Plan
+from ..planner.refit import Seen, believed_tokens, choose_again, measured_anew, refit
+from ..report.stats import PassStats
 
 logger = logging.getLogger(__name__)
 
