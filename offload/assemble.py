@@ -23,7 +23,7 @@ from .planner.fallback import Fallbacks
 from .planner.hardware import HardwareProfile
 from .planner.memory import Budgets
 from .planner.plan import Plan, make_option, make_workload, plan_run
-from .planner.tree_choice import read_acceptances, read_tree, resolve_method
+from .planner.tree_flag import read_acceptances, read_tree, resolve_method
 from .report.report import Memory
 from .report.trace import Trace
 from .source import ModelSource, check_source

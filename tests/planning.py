@@ -7,8 +7,8 @@ from offload.planner.cost import ModelCost, kv_bytes_per_row
 from offload.planner.hardware import HardwareProfile, ModelTimes
 from offload.planner.memory import Budgets
 from offload.planner.plan import Plan, make_workload, plan_run
-from offload.planner.rounds import DraftOption
-from offload.planner.tree_choice import DEFAULT_ACCEPTANCE, read_acceptance
+from offload.planner.prediction import DraftOption
+from offload.planner.tree_flag import DEFAULT_ACCEPTANCE, read_acceptance
 from tree.acceptance import Acceptance
 from tree.shape import TreeShape
 from tree.spec import OptimalTree

@@ -11,7 +11,7 @@ from offload.cli.acceptance import AcceptanceRecorder
 from offload.cli.main import main
 from offload.config import EngineSettings
 from offload.errors import UsageError
-from offload.planner.tree_choice import DEFAULT_ACCEPTANCE, read_acceptance
+from offload.planner.tree_flag import DEFAULT_ACCEPTANCE, read_acceptance
 from planning import L40
 
 Models = Callable[..., Path]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from offload.planner.rounds import Prediction
+from offload.planner.prediction import Prediction
 from offload.report.deviation import deviation
 from offload.report.stats import PassStats
 

@@ -24,7 +24,7 @@ from offload.engine.engine import Engine
 from offload.errors import UsageError
 from offload.model.drafter import ModelDrafter
 from offload.planner.hardware import Role
-from offload.planner.tree_choice import resolve_method
+from offload.planner.tree_flag import resolve_method
 from offload.report.report import Report
 from offload.source import check_source
 from planning import L40

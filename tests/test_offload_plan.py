@@ -11,7 +11,7 @@ from offload.config import EngineSettings, parse_size
 from offload.errors import FitError, ModelError, UsageError
 from offload.planner.cost import ModelCost, activation_bytes
 from offload.planner.memory import device_ledger
-from offload.planner.tree_choice import read_tree, resolve_method
+from offload.planner.tree_flag import read_tree, resolve_method
 from offload.weights.placement import RING_BUFFERS
 from planning import CHAINS, GIB, LLAMA_2_70B, PUBLISHED, SETTINGS, draft_option, plan
 from tree.blocks import block_bytes

@@ -22,6 +22,7 @@ from offload.errors import OutOfMemoryError
 from offload.planner.fallback import Fallbacks
 from offload.planner.hardware import HardwareProfile
 from offload.planner.plan import Plan, make_workload, plan_run
+from offload.planner.prediction import predict_tree
 from offload.planner.refit import (
     BELIEVED_GREEDY_ROUNDS,
     BELIEVED_ROUNDS,
@@ -32,7 +33,6 @@ from offload.planner.refit import (
     refit,
     scaled_acceptance,
 )
-from offload.planner.rounds import predict_tree
 from offload.report.stats import PassStats
 from planning import CHAINS, GIB, L40, LLAMA_2_70B, PUBLISHED, SETTINGS, budgets, constant_times, draft_option
 from tree.optimizer import expected_tokens

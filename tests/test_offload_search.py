@@ -13,10 +13,10 @@ from offload.planner.advice import compare_drafts
 from offload.planner.cost import ModelCost
 from offload.planner.hardware import LawTimes, ModelTimes
 from offload.planner.memory import MAX_AUTO_SLOTS, MIN_SLOTS, MemoryPlan, plan_memory
-from offload.planner.pipeline import PartTimes, steady_round
 from offload.planner.plan import make_workload
-from offload.planner.rounds import DraftOption, Workload, expanded_per_level, predict
+from offload.planner.prediction import DraftOption, Workload, expanded_per_level, predict
 from offload.planner.search import best_choice
+from offload.planner.timeline import PartTimes, steady_round
 from offload.weights.placement import Placement, spread_evenly
 from planning import GIB, L40, LLAMA_2_7B, LLAMA_2_70B, SETTINGS, budgets, constant_times, draft_option, plan
 from tree.acceptance import Acceptance

@@ -10,7 +10,7 @@ from tree.acceptance import Acceptance
 from ..device import Device
 from ..planner.cost import layer_flops
 from ..planner.hardware import HardwareProfile
-from ..planner.tree_choice import DEFAULT_ACCEPTANCE, read_acceptance
+from ..planner.tree_flag import DEFAULT_ACCEPTANCE, read_acceptance
 from ..weights.checkpoint import Checkpoint
 from ..weights.disk_speed import measure_disk
 from .effort import Effort

@@ -10,7 +10,7 @@ from ..planner.hardware import HardwareProfile
 from ..planner.hardware_file import find_hardware
 from ..planner.memory import Budgets
 from ..planner.plan import context_tokens
-from ..planner.tree_choice import read_acceptances
+from ..planner.tree_flag import read_acceptances
 from ..source import ModelSource
 from ..weights.checkpoint import Checkpoint
 from ..weights.source import CheckpointSource

@@ -12,7 +12,7 @@ from tree.shape import TreeShape
 from ..config import counted
 from ..errors import UsageError
 from ..planner.plan import Plan
-from ..planner.rounds import DraftOption
+from ..planner.prediction import DraftOption
 from .plan_screen import sweep_unit
 
 

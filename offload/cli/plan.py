@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..config import EngineSettings, check_draft_passes, law_kind, parse_rate, parse_size
 from ..errors import FitError, ModelError, UsageError
-from ..planner.tree_choice import DEFAULT_ACCEPTANCE, read_acceptance, read_acceptances, read_tree
+from ..planner.tree_flag import DEFAULT_ACCEPTANCE, read_acceptance, read_acceptances, read_tree
 from .plan_screen import json_document, refusal_document, screen, sweep_lines, verdict_lines
 from .settings import check_writable, planned
 from .terminal import say
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..planner.hardware import HardwareProfile
     from ..planner.memory import Budgets
     from ..planner.plan import Plan
-    from ..planner.rounds import DraftOption, Workload
+    from ..planner.prediction import DraftOption, Workload
     from ..planner.shapes import ModelShape
 
 MODEL, DRAFT, MACHINE = "llama-2-70b", "llama-2-7b", "rtx-4090"

@@ -11,7 +11,7 @@ from ..demo import DRAFT, LINK, TARGET, acceptance_at
 from ..errors import ModelError, UsageError
 from ..model.locate import check_name
 from ..planner.shapes import is_preset
-from ..planner.tree_choice import read_acceptances, read_tree
+from ..planner.tree_flag import read_acceptances, read_tree
 from ..scale.preset import PREFIX as SCALE_PREFIX
 from .terminal import say
 

@@ -7,7 +7,7 @@ from ..errors import FitError
 from .cost import GIB
 from .memory import Budgets
 from .plan import Plan, tree_of
-from .rounds import DraftOption, Workload, predict_tree
+from .prediction import DraftOption, Workload, predict_tree
 from .search import Choice, best_choice
 
 MORE_BYTES = 8 * GIB

@@ -16,7 +16,7 @@ from ..weights.placement import RING_BUFFERS, Placement, spread_evenly
 from .memory import CHUNK_ROWS, MIN_SLOTS, Budgets, MemoryPlan, device_ledger, host_ledger, layers_ledger, plan_memory
 from .notes import NOTHING_STREAMED
 from .plan import Plan
-from .rounds import DraftOption, Workload, predict_tree
+from .prediction import DraftOption, Workload, predict_tree
 
 # Turns of remedies for one pass. Each halves something or moves a layer: where so many do not help, others take what is freed.
 MAX_TURNS = 3

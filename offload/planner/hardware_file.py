@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import ModelError
-from .files import read_file
 from .hardware import RATES, REQUIRED_RATES, HardwareProfile, LawTimes, MeasuredModel, ModelTimes
+from .json_file import read_file
 
 SCHEMA_VERSION = 1
 PRESETS = Path(__file__).parents[2] / "profiles/hardware"

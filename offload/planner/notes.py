@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from ..config import counted, seconds_text
 from .memory import MemoryPlan
-from .rounds import DraftOption, Prediction, Workload
+from .prediction import DraftOption, Prediction, Workload
 
 NOTHING_STREAMED = "the model fits on the device entirely: nothing is streamed"
 NO_TREE = "one token a pass: "  # what follows is why

@@ -18,8 +18,8 @@ from .cost import ModelCost
 from .hardware import HardwareProfile
 from .memory import MAX_AUTO_SLOTS, MIN_SLOTS, Budgets, MemoryPlan, plan_memory
 from .notes import NO_TREE, plan_notes, why_no_tree
+from .prediction import DraftOption, Prediction, Workload, predict_tree
 from .room import reserve_memory, with_room
-from .rounds import DraftOption, Prediction, Workload, predict_tree
 from .search import MAX_NODES, NODES, Choice, best_choice
 
 # Attention costs grow with the context; predictions are for a text in its middle, and texts are seldom longer than this.

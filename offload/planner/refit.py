@@ -14,7 +14,7 @@ from .hardware import HardwareProfile
 from .memory import MemoryPlan
 from .notes import NO_TREE, why_no_tree
 from .plan import Plan, context_tokens, tree_of
-from .rounds import DraftOption, Prediction, Workload, predict_tree
+from .prediction import DraftOption, Prediction, Workload, predict_tree
 from .search import NODES, best_choice
 
 MOST_TIMES = 32.0  # by which a time is corrected at most: what is further off was not what is thought

@@ -4,7 +4,7 @@ from tree.shape import TreeShape
 
 from ..errors import FitError
 from .memory import MemoryPlan
-from .rounds import DraftOption, Prediction, Workload, predict_tree
+from .prediction import DraftOption, Prediction, Workload, predict_tree
 from .search import Choice
 
 ROOMS = (256, 128, 64, 32, 16)  # nodes

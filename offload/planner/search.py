@@ -19,7 +19,7 @@ from tree.optimizer import Growth, growth
 from ..errors import FitError
 from ..weights.placement import Placement
 from .memory import MemoryPlan
-from .rounds import DraftOption, Workload, predict, rounds
+from .prediction import DraftOption, Workload, predict, rounds
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

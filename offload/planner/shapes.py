@@ -11,7 +11,7 @@ from ..errors import ModelError
 from ..model.locate import find_config
 from ..model.rope import read_rope
 from .cost import ModelCost, kv_bytes_per_row
-from .files import read_file
+from .json_file import read_file
 
 PRESETS = Path(__file__).parents[2] / "profiles/models"
 CURE = "give the config.json of a dense Llama, Mistral, Qwen2 or Qwen3"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .stats import PassStats
 
 if TYPE_CHECKING:  # numpy, which commands that only name a commit need not wait for
-    from ..planner.rounds import Prediction
+    from ..planner.prediction import Prediction
 
 TOLERANCE = 0.10  # of the predicted seconds per token
 ACCEPTANCE, COMPUTE, DRAFT, LINK = "acceptance", "compute (s a pass)", "draft (s a pass)", "link (GB/s)"

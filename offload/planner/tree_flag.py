@@ -10,7 +10,7 @@ from tree.spec import OptimalTree, parse_tree_spec
 
 from ..config import EngineSettings
 from ..errors import UsageError
-from .files import read_file
+from .json_file import read_file
 
 if TYPE_CHECKING:
     from tree.verify import Method

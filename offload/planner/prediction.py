@@ -13,7 +13,7 @@ from tree.shape import TreeShape
 from .cost import ModelCost
 from .hardware import LawTimes, ModelTimes
 from .memory import MemoryPlan
-from .pipeline import PartTimes, RoundTimes, steady_round
+from .timeline import PartTimes, RoundTimes, steady_round
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
