@@ -14,23 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A room is a package or a module directly under offload/. It may import itself and what stands beside it here; a name
 # with a dot admits one module of a room. Who may import `tree`, the other package, is in TREE_IMPORTERS.
 FLOOR = {"errors", "config", "version"}
-NUMBERS = {"stats", "trace", "text", "device.base"}  # records and words: they read no weights and move none
 MACHINE = {*FLOOR, "device", "weights", "streaming"}
-ENGINE = {*MACHINE, *NUMBERS, "model", "planner"}
-LOADED = {
-    *ENGINE,
-    "admission",
-    "calibrate",
-    "decode",
-    "engine",
-    "loading",
-    "measuring",
-    "replanning",
-    "report",
-    "scale",
-    "source",
-}
-ALL = {*LOADED, "assemble", "conversation", "demo", "doctor", "releases", "sessions"}
+MODEL = {*MACHINE, "model", "planner", "text"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -40,52 +25,43 @@ ALLOWED: dict[str, set[str]] = {
     "device": FLOOR,
     "weights": {*FLOOR, "device"},
     "streaming": {*FLOOR, "device", "weights"},
-    "stats": {*FLOOR, *NUMBERS},
-    "trace": {*FLOOR, *NUMBERS},
-    "template_process": set(),  # runs alone: what it imports is what an untrusted template shares a process with
-    "template": FLOOR,
-    "text": {*FLOOR, *NUMBERS, "template", "model.transformers_api"},  # which reads tokenizers, too
-    "text_stream": {"text"},
-    "conversation": {*FLOOR, "text"},
+    "text": {*FLOOR, "model.transformers_api"},  # which reads tokenizers, too
     "model": {*MACHINE, "releases"},  # whether a family or a release is to blame for a pass that fails
     # shapes come from where models are found, without building any; buckets say what recordings of the draft will take
     "planner": {*FLOOR, "device", "weights", "model.locate", "model.rope", "model.buckets"},
-    "deviation": {"planner", "stats"},
-    "report": {*FLOOR, *NUMBERS, "deviation", "planner"},
-    "admission": {*FLOOR, *NUMBERS, "planner"},
-    # a model looked at and not yet loaded: what calibrate measures and assemble loads
-    "source": {*ENGINE, "scale"},
-    "calibrate": {*ENGINE, "source"},
-    "measuring": {*ENGINE, "calibrate", "source"},
-    "sessions": {*FLOOR, "device", "model", "planner"},  # which rows a sequence may take over; caches are the model's
-    "round_stats": {*FLOOR, *NUMBERS, "device", "streaming"},  # what the device and the stream know of a round that is over
-    "inputs": {*FLOOR, "device", "model"},  # what a pass is given
-    "decode": {*ENGINE, "inputs", "sessions", "round_stats"},
-    "replanning": {*ENGINE},
-    "engine": {*ENGINE, "admission", "decode", "replanning", "report", "text_stream"},
-    "loading": {*ENGINE, "source"},
-    "assemble": LOADED,
-    "doctor": {*ENGINE, "releases", "scale.preset"},  # looks at files, devices and sizes as a run would, and runs nothing
-    # HTTP around one engine; `loading` for the type of a callback only: whoever starts a server says how its engine is opened
-    "serve": {*FLOOR, *NUMBERS, "conversation", "admission", "engine", "loading", "releases"},
+    "report": {*FLOOR, "device.base", "planner", "text"},  # records and words: it reads no weights and moves none
     "demo": FLOOR,  # data, and the script that made it
-    "scale": {
-        *MACHINE,
-        "model",
-        "planner.shapes",
+    # makes tensors instead of reading them; computes what the demo target computes
+    "scale": {*MACHINE, "model", "planner.shapes", "demo"},
+    "source": {*MODEL, "scale"},  # a model looked at and not yet loaded: what calibrate measures and engine loads
+    "calibrate": {*MODEL, "source"},
+    "engine": {*MODEL, "report", "source"},
+    "assemble": {*MODEL, "calibrate", "engine", "report", "source"},
+    "doctor": {*MODEL, "releases", "scale.preset"},  # looks at files, devices and sizes as a run would, and runs nothing
+    # HTTP around one engine; whoever starts a server says how its engine is opened
+    "serve": {*FLOOR, "engine", "planner", "releases", "report", "text"},
+    "bench": {*MODEL, "assemble", "calibrate", "demo", "engine", "releases", "report", "scale", "source"},
+    "cli": {
+        *MODEL,
+        "assemble",
+        "bench",
+        "calibrate",
         "demo",
-    },  # makes tensors instead of reading them; computes what the demo target computes
-    "bench": ALL,  # drives whole engines, ours and others
-    "cli": {*ALL, "bench", "serve"},
-    "__init__": {*ENGINE, "engine", "assemble", "releases"},  # the package's face: `offload.load`
+        "doctor",
+        "engine",
+        "releases",
+        "report",
+        "scale",
+        "serve",
+        "source",
+    },
+    "__init__": {*MODEL, "assemble", "engine", "releases", "report"},  # the package's face: `offload.load`
 }
 
 # Where offload may say `from tree.x import y`.
 TREE_IMPORTERS = (
-    "offload/admission.py",
     "offload/calibrate/",  # times what is done with trees
-    "offload/decode.py",
-    "offload/engine.py",
+    "offload/engine/",
     "offload/planner/",
     "offload/bench/",
     "offload/cli/",
@@ -172,7 +148,7 @@ def _imports(path: Path) -> Iterator[Import]:
 
 
 def room_of(path: Path) -> str:
-    """The part below offload: "device" for device/cpu.py, "engine" for engine.py, "__init__" for __init__.py."""
+    """The part below offload: "device" for device/cpu.py, "source" for source.py, "__init__" for __init__.py."""
     return Path(path.relative_to(ROOT).parts[1]).stem
 
 
@@ -199,6 +175,11 @@ def test_arrows_in_offload_point_down() -> None:
         and not is_admitted(found.module.removeprefix("offload").lstrip(".") or "__init__", room_of(path))
     ]
     assert_none(offenders)
+
+
+def test_what_renders_an_untrusted_template_imports_nothing_of_ours() -> None:
+    path = ROOT / "offload/text/template_process.py"
+    assert path.exists() and not [found for found in imports_of(path) if found.module.split(".")[0] in {"offload", "tree"}]
 
 
 def test_tree_imports_only_torch_numpy_and_the_standard_library() -> None:
