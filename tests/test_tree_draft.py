@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tree.draft import grow
+from tree.draft import DraftTree, grow
 from tree.sampling import SamplingParams, law, top_k_tokens
 from tree.shape import TreeShape
 
@@ -68,7 +68,7 @@ def test_siblings_are_distinct_tokens_of_the_vocabulary(sampled: bool, rng: torc
 def test_deterministic_children_are_the_most_probable_in_order(rng: torch.Generator) -> None:
     model = TableModel(2)
     tree = grow(model, 2, UNEVEN, SamplingParams(1.0), rng, sampled=False)
-    assert tree.laws is None
+    assert tree.probabilities is None
     for node in (0, 1, 3, 4):
         best = top_k_tokens(model.logits(node)[None], UNEVEN.num_children[node])[0]
         assert tree.token_ids[list(UNEVEN.children(node))].tolist() == best.tolist()
@@ -79,13 +79,13 @@ def test_deterministic_children_are_the_most_probable_in_order(rng: torch.Genera
 def test_laws_are_those_of_the_nodes_with_children(params: SamplingParams, dtype: torch.dtype, rng: torch.Generator) -> None:
     model = TableModel(2, dtype)
     tree = grow(model, 2, UNEVEN, params, rng, sampled=True)
-    assert tree.laws is not None and tree.laws.shape == (UNEVEN.num_nodes, VOCABULARY)
-    assert tree.laws.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert tree.probabilities is not None and tree.probabilities.shape == (UNEVEN.num_nodes, VOCABULARY)
+    assert tree.probabilities.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for node in range(UNEVEN.num_nodes):
         if UNEVEN.num_children[node]:
-            assert torch.allclose(tree.laws[node], law(model.logits(node), params))
+            assert torch.allclose(tree.probabilities[node], law(model.logits(node), params))
         else:
-            assert not tree.laws[node].any()
+            assert not tree.probabilities[node].any()
 
 
 def test_children_have_the_law_of_their_parent(rng: torch.Generator) -> None:
@@ -111,7 +111,7 @@ def test_children_have_the_law_of_their_parent(rng: torch.Generator) -> None:
 def test_the_root_alone_needs_no_model(rng: torch.Generator) -> None:
     model = TableModel(7)
     tree = grow(model, 7, TreeShape.root_only(), SamplingParams(1.0), rng, sampled=True)
-    assert model.calls == [] and tree.laws is None and tree.token_ids.tolist() == [7]
+    assert model.calls == [] and tree.probabilities is None and tree.token_ids.tolist() == [7]
 
 
 def test_every_round_draws_afresh_and_a_seed_repeats_all_of_them() -> None:
@@ -122,6 +122,27 @@ def test_every_round_draws_afresh_and_a_seed_repeats_all_of_them() -> None:
 
     assert rounds(1) == rounds(1) != rounds(2)
     assert all(before != after for before, after in pairwise(rounds(1)))
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_all_or_none_of_a_static_tree_is_drawn(sampled: bool, rng: torch.Generator) -> None:
+    tree = grow(TableModel(0), 0, UNEVEN, SamplingParams(1.0), rng, sampled=sampled)
+    assert tree.drawn == (False, *[sampled] * 7)
+
+
+def test_trees_that_contradict_themselves_are_refused() -> None:
+    pair, token_ids, rows = TreeShape.chain(2), torch.tensor([3, 4]), torch.full((2, 5), 0.2)
+    for found, message in (
+        ((pair, token_ids, None, (False, True)), "node 1 is drawn, but there are no probabilities"),
+        ((pair, token_ids, rows, (False, False)), "but no node is drawn"),
+        ((pair, token_ids, rows, (True, True)), "the root .* cannot be drawn"),
+        ((pair, token_ids, None, (False,)), r"\(2,\) token ids and 1 marks .* a tree of 2 nodes"),
+        ((pair, token_ids[:1], None, (False, False)), r"\(1,\) token ids and 2 marks .* a tree of 2 nodes"),
+        ((pair, token_ids, rows[:1], (False, True)), r"probabilities of shape \(1, 5\) for a tree of 2 nodes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DraftTree(*found)
+    assert DraftTree.root_only(token_ids[:1]).drawn == (False,)
 
 
 @pytest.mark.parametrize("sampled", [False, True])

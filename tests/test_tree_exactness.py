@@ -118,7 +118,8 @@ def node_logits(
 
 def drafted(world: World, shape: TreeShape, context: tuple[int, int], tokens: tuple[int, ...], *, with_laws: bool) -> DraftTree:
     logits = torch.stack([node_logits(world.draft, shape, context, tokens, node) for node in range(shape.num_nodes)])
-    return DraftTree(shape, torch.tensor(tokens), law(logits, world.params) if with_laws else None)
+    drawn = (False, *(with_laws,) * (shape.num_nodes - 1))
+    return DraftTree(shape, torch.tensor(tokens), law(logits, world.params) if any(drawn) else None, drawn)
 
 
 # -- verifiers: the law of what they emit, given a tree --------------------------------------------------------------------
@@ -167,7 +168,7 @@ def traversal_by_recursion(tree: DraftTree, logits: torch.Tensor, params: Sampli
 
     def visit(node: int, weight: float, undecided: float) -> float:
         """Adds what the subtree of `node` emits; returns the probability that it accepts nothing."""
-        current, remaining = own[node].copy(), None if tree.laws is None else tree.laws[node].numpy().copy()
+        current, remaining = own[node].copy(), None if tree.probabilities is None else tree.probabilities[node].numpy().copy()
         for child in tree.shape.children(node):
             token = int(tree.token_ids[child])
             proposal = np.zeros_like(current)
@@ -294,17 +295,17 @@ def trees_with_untempered_laws(world: World, shape: TreeShape, context: tuple[in
 def trees_pruned_by_value(world: World, shape: TreeShape, context: tuple[int, int]) -> Trees:
     """Three children drawn at the root, the two of highest draft probability kept, in draw order."""
     for probability, tree in sampled_trees(world, TreeShape.from_widths((3,)), context):
-        assert tree.laws is not None
+        assert tree.probabilities is not None
         tokens = tree.token_ids[1:].tolist()
-        worst = min(tokens, key=lambda token: float(tree.laws[0, token]))
+        worst = min(tokens, key=lambda token: float(tree.probabilities[0, token]))
         kept = tuple(token for token in tokens if token != worst)
         yield probability, drafted(world, shape, context, (context[1], *kept), with_laws=True)
 
 
 def rejection_without_renormalising(tree: DraftTree, logits: torch.Tensor, params: SamplingParams) -> Law:
     """Recursive rejection at the root of a star, as if its children had been drawn with replacement."""
-    assert tree.laws is not None
-    current, proposal = law(logits, params)[0].numpy(), tree.laws[0].numpy()
+    assert tree.probabilities is not None
+    current, proposal = law(logits, params)[0].numpy(), tree.probabilities[0].numpy()
     emitted, reach = defaultdict(float), 1.0
     for child in tree.shape.children(0):
         token = int(tree.token_ids[child])

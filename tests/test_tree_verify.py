@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -122,10 +122,10 @@ def test_weights_and_residuals_are_probabilities(
 @pytest.mark.parametrize("method", METHODS)
 def test_inputs_are_not_modified(method: Method) -> None:
     drafted, logits, generator = random_case(3, UNEVEN, 6, UNIT, sampled=True)
-    assert drafted.laws is not None
-    before = [tensor.clone() for tensor in (drafted.token_ids, drafted.laws, logits)]
+    assert drafted.probabilities is not None
+    before = [tensor.clone() for tensor in (drafted.token_ids, drafted.probabilities, logits)]
     verify(drafted, logits, UNIT, generator, method=method)
-    assert all(map(torch.equal, before, (drafted.token_ids, drafted.laws, logits)))
+    assert all(map(torch.equal, before, (drafted.token_ids, drafted.probabilities, logits)))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -142,7 +142,8 @@ def test_a_seed_repeats_the_verdict(method: Method) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_low_precision_logits_are_judged_in_float32(method: Method, dtype: torch.dtype) -> None:
     drafted, logits, generator = random_case(8, UNEVEN, 6, UNIT, sampled=True, dtype=dtype)
-    exact = DraftTree(drafted.shape, drafted.token_ids, law(random_markov(8, 6, dtype).table[drafted.token_ids].double(), UNIT))
+    probabilities = law(random_markov(8, 6, dtype).table[drafted.token_ids].double(), UNIT)
+    exact = replace(drafted, probabilities=probabilities)
     rough = verify(drafted, logits, UNIT, generator, method=method).expected_tokens
     fine = verify(exact, logits.double(), UNIT, generator, method=method).expected_tokens
     assert rough == pytest.approx(fine, abs=1e-5)
@@ -174,7 +175,7 @@ def test_greedy_rounds_emit_the_argmax_chain(method: Method, sampled: bool, rng:
 def test_greedy_ties_go_to_the_lowest_token_id(rng: torch.Generator) -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0]])
     for child, expected in ((1, (1, 0)), (2, (1,))):
-        drafted = DraftTree(TreeShape.chain(2), torch.tensor([0, child]), None)
+        drafted = DraftTree(TreeShape.chain(2), torch.tensor([0, child]), None, (False, False))
         assert verify(drafted, logits, SamplingParams(), rng, method="sample").token_ids == expected
 
 
@@ -275,8 +276,8 @@ def test_a_row_without_a_finite_logit_is_reported_and_masked_tokens_are_not(meth
 @pytest.mark.parametrize("method", ["traversal", "rejection"])
 def test_a_draft_law_with_nan_is_reported(method: Method) -> None:
     drafted, logits, generator = random_case(1, UNEVEN, 6, UNIT, sampled=True)
-    assert drafted.laws is not None
-    drafted.laws[1] = math.nan
+    assert drafted.probabilities is not None
+    drafted.probabilities[1] = math.nan
     with pytest.raises(FloatingPointError, match=r"draft law .* is not finite"):
         verify(drafted, logits, UNIT, generator, method=method)
 
@@ -285,7 +286,7 @@ def test_mismatched_arguments_are_refused() -> None:
     drafted, logits, generator = random_case(1, UNEVEN, 6, UNIT, sampled=True)
     with pytest.raises(ValueError, match=r"logits of shape \(7, 6\) for a tree of 8 nodes"):
         verify(drafted, logits[:7], UNIT, generator, method="sample")
-    with pytest.raises(ValueError, match=r"draft laws of shape \(8, 6\) beside logits of shape \(8, 5\)"):
+    with pytest.raises(ValueError, match=r"draft probabilities of shape \(8, 6\) beside logits of shape \(8, 5\)"):
         verify(drafted, logits[:, :5], UNIT, generator, method="traversal")
     with pytest.raises(ValueError, match="unknown verification method 'typical'"):
         verify(drafted, logits, UNIT, generator, method="typical")  # type: ignore[arg-type]
@@ -345,7 +346,9 @@ def test_blocks_of_rows_change_nothing_but_memory(
         monkeypatch.setattr(module, name, most(getattr(module, name)))
     drafted, weights, verdict = outcome()
     assert torch.equal(drafted.token_ids, at_once[0].token_ids) and torch.equal(weights, at_once[1]) and verdict == at_once[2]
-    assert drafted.laws is None or (at_once[0].laws is not None and torch.equal(drafted.laws, at_once[0].laws))
+    assert drafted.probabilities is None or (
+        at_once[0].probabilities is not None and torch.equal(drafted.probabilities, at_once[0].probabilities)
+    )
     assert max(seen) == 2
 
 

@@ -1,9 +1,10 @@
-"""Fills a shape with tokens, level by level, through a model known only by protocol.
+"""What a round asks of a drafter, the tree that it answers with, and growing one of a shape that is known beforehand.
 
-Knows nothing of caches, masks or devices: the model keeps those. A level's children are drawn in one batch, only nodes
-that have children are run, and token ids stay tensors, so growing a tree never waits for the device.
+Knows nothing of caches, masks or devices: drafters keep those. In `grow`, the children of a level are drawn in one batch, only
+nodes that have children are run, and token ids stay tensors, so growing a tree never waits for the device.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,8 +17,111 @@ from .shape import TreeShape
 from .transfer import index_tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)  # tensors have no truth value to compare by
+class DraftTree:
+    """A grown tree: what `tree.verify` judges.
+
+    shape: its own; nothing outside the drafter knows it before.
+    token_ids: int64 [N] in node order, the root's first. Siblings are distinct, and offered to the verifier in order.
+    probabilities: [N, V], row v that from which the drawn children of v were drawn; other rows are not looked at. None if no
+        node was drawn.
+    drawn: [N]; whether a node was drawn at random, or chosen: a function of what was known before. False for the root.
+
+    A drawn child was drawn from its parent's row without the tokens of all earlier siblings, drawn or chosen, renormalised; a
+    row of which nothing is left then is followed by a certain token, as in `sampling.sample_without_replacement`. ValueError
+    where the fields contradict each other.
+    """
+
+    shape: TreeShape
+    token_ids: Tensor
+    probabilities: Tensor | None
+    drawn: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        num_nodes = self.shape.num_nodes
+        if self.token_ids.shape != (num_nodes,) or len(self.drawn) != num_nodes:
+            found = f"{tuple(self.token_ids.shape)} token ids and {len(self.drawn)} marks of what was drawn"
+            raise ValueError(f"{found} for a tree of {num_nodes} nodes")
+        if self.drawn[0]:
+            raise ValueError("the root is the last committed token: it cannot be drawn")
+        if self.probabilities is None and any(self.drawn):
+            raise ValueError(f"node {self.drawn.index(True)} is drawn, but there are no probabilities that it was drawn from")
+        if self.probabilities is not None and not any(self.drawn):
+            raise ValueError("there are probabilities to draw from, but no node is drawn")
+        if self.probabilities is not None and (self.probabilities.ndim != 2 or len(self.probabilities) != num_nodes):
+            raise ValueError(f"probabilities of shape {tuple(self.probabilities.shape)} for a tree of {num_nodes} nodes")
+
+    @classmethod
+    def root_only(cls, root: Tensor) -> "DraftTree":
+        """Plain decoding: no speculation. `root`: int64 [1], the last committed token."""
+        return cls(TreeShape.root_only(), root, None, (False,))
+
+
+class DraftContext(Protocol):
+    """One text, as its drafter knows it.
+
+    A round is `grow`, a pass of the target in which `grow_ahead` is called, and `follow`.
+    """
+
+    def grow(
+        self, max_nodes: int, max_levels: int, params: SamplingParams, generator: torch.Generator, *, sampled: bool
+    ) -> DraftTree:
+        """A tree below the last committed token, of at most `max_nodes` nodes and `max_levels` levels; both count the root and
+        are at least 1.
+
+        params: what the target's tokens are sampled with. A drafter may draw from any probabilities, if the tree holds them.
+        generator: the text's own; the tree is on its device. Nothing else is random.
+        sampled: whether the verifier gains from children that were drawn. If not, all should be chosen.
+
+        The text is the target's own only if growth is previsible (docs/losslessness.md, section 8). Which node gets a child,
+        how many children, what they are drawn from and when growth ends may depend on all that was known before a child was
+        drawn: the text, ancestors, earlier siblings, other branches, probabilities. They never depend on the value of the
+        drawn child itself, and a drawn child is never dropped, moved or replaced for what it is. Chosen children are free.
+
+        May be called again without `follow` in between, as a round may be taken back: as if the first call had not been.
+        """
+        ...
+
+    def grow_ahead(self) -> None:
+        """One short step of work for later trees, or nothing. Called between the layers of the pass that verifies the last
+        tree, any number of times."""
+        ...
+
+    def follow(self, path: tuple[int, ...], token_ids: tuple[int, ...], features: Tensor | None) -> None:
+        """The verdict on the last tree.
+
+        path: accepted nodes, the root first.
+        token_ids: the tokens committed: those of path[1:], and one of the target's own, which is the next root.
+        features: [len(path), len(feature_layers) * D], outputs of those layers at the accepted nodes, side by side; None if
+            the drafter wants none.
+        """
+        ...
+
+
+class Drafter(Protocol):
+    """Proposes trees for any number of texts at once.
+
+    Each text has a place, a small number. A text that starts in a place follows the one that was there.
+    """
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """Layers of the target whose outputs `DraftContext.follow` wants; () for none."""
+        ...
+
+    def aim(self, shape: TreeShape, max_rows: int) -> None:
+        """What a planner has chosen: trees like `shape`, and passes of at most `max_rows` rows, from here on. Called between
+        rounds. A drafter with a mind of its own takes the number of nodes of `shape` as the most that it may grow."""
+        ...
+
+    def start(self, place: int, token_ids: Sequence[int], prompt_tokens: int) -> DraftContext:
+        """A text begins in `place`, or is taken up again. `token_ids` are committed, the first `prompt_tokens` of them a
+        prompt; the last is the root of the first tree."""
+        ...
+
+
 class TreeModel(Protocol):
-    """What a draft model must do. Logits are of any float dtype, on the device of the generator given to `grow`."""
+    """What `grow` asks of a draft model. Logits are of any float dtype, on the device of the generator given to `grow`."""
 
     def begin(self, shape: TreeShape) -> Tensor:
         """Start a tree: logits [1, V] at the root, the law of the token after the last committed one."""
@@ -26,20 +130,6 @@ class TreeModel(Protocol):
     def expand(self, nodes: tuple[int, ...], token_ids: Tensor) -> Tensor:
         """Run `nodes` of one level, ancestors already run, on `token_ids` int64 [n]: logits [n, V]."""
         ...
-
-
-@dataclass(frozen=True, slots=True, eq=False)  # tensors have no truth value to compare by
-class DraftTree:
-    """A grown tree. token_ids: int64 [N] in node order, the root's first; siblings are distinct.
-
-    laws: [N, V], row v the law from which the children of v were drawn without replacement, then by the fallback of
-    `sampling.sample_without_replacement`; rows of nodes without children are zero. None if children were not drawn but
-    chosen as a function of what precedes them.
-    """
-
-    shape: TreeShape
-    token_ids: Tensor
-    laws: Tensor | None
 
 
 def grow(
@@ -51,13 +141,13 @@ def grow(
     *,
     sampled: bool,
 ) -> DraftTree:
-    """Fill `shape` below `root_token_id`; the model is not called for the root alone.
+    """A tree of `shape` below `root_token_id`; the model is not called for the root alone.
 
     sampled: children are drawn without replacement from law(draft logits, params). Otherwise child k is the k-th most
     probable token of the draft. ValueError if a node has more children than the vocabulary has tokens.
     """
     token_ids = torch.full((shape.num_nodes,), root_token_id, dtype=torch.int64, device=generator.device)
-    laws: Tensor | None = None
+    probabilities: Tensor | None = None
     for level, nodes in enumerate(shape.expanded[:-1]):
         rows = index_tensor(nodes, token_ids.device)
         logits = model.expand(nodes, token_ids.index_select(0, rows)) if level else model.begin(shape)
@@ -67,15 +157,15 @@ def grow(
             part = slice(block.start, block.stop)
             if sampled:
                 block_laws = law(logits[part], params)
-                if laws is None:
-                    laws = block_laws.new_zeros(shape.num_nodes, block_laws.shape[-1])
-                laws.index_copy_(0, rows[part], block_laws)
+                if probabilities is None:
+                    probabilities = block_laws.new_zeros(shape.num_nodes, block_laws.shape[-1])  # [N, V]
+                probabilities.index_copy_(0, rows[part], block_laws)
                 children[part] = sample_without_replacement(block_laws, branching, generator, ranking=logits[part])
             else:
                 children[part] = top_k_tokens(logits[part], branching)
         below = shape.levels[level + 1]
         token_ids[below.start : below.stop] = children.flatten().index_select(0, _kept_children(shape, nodes, children))
-    return DraftTree(shape, token_ids, laws)
+    return DraftTree(shape, token_ids, probabilities, (False, *(sampled,) * (shape.num_nodes - 1)))
 
 
 def _kept_children(shape: TreeShape, nodes: tuple[int, ...], children: Tensor) -> Tensor:

@@ -72,7 +72,9 @@ def _resolve_children(tree: DraftTree, nodes: tuple[int, ...], laws: Tensor, wei
         accept[c] = min(1, w P(c) / Q(c));  R = max(w P - Q, 0), S = sum R;  w <- S / (S + 1 - w);  P <- R / S
     """
     shape = tree.shape
-    proposals = None if tree.laws is None else tree.laws.index_select(0, index_tensor(nodes, laws.device)).to(laws.dtype)
+    proposals = None
+    if tree.probabilities is not None:
+        proposals = tree.probabilities.index_select(0, index_tensor(nodes, laws.device)).to(laws.dtype)  # [n, V]
     for rank in range(shape.num_children[nodes[0]]):
         width = sum(shape.num_children[node] > rank for node in nodes)
         child_ids = index_tensor([shape.children(node)[rank] for node in nodes[:width]], laws.device)

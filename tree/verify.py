@@ -42,8 +42,9 @@ class Verdict:
 def verify(tree: DraftTree, logits: Tensor, params: SamplingParams, generator: torch.Generator, *, method: Method) -> Verdict:
     """Judge `tree` by the target's logits [N, V] at its nodes, any float dtype; they share `generator`'s device.
 
-    The emitted tokens have exactly the law of sampling from law(logits, params) one by one. The tree's laws must be
-    those its children were drawn from, and no child may have been dropped because of its value (docs/losslessness.md). Draft
+    The emitted tokens have exactly the law of sampling from law(logits, params) one by one. The tree's
+    probabilities must be those its children were drawn from, and no drawn child may have been dropped because of its value
+    (docs/losslessness.md). Draft
     token ids lie in [0, V). FloatingPointError if a row of logits holds NaN or +inf or no finite entry, or if a draft
     law that is needed holds NaN; ValueError for mismatched shapes.
     """
@@ -60,8 +61,9 @@ def _check_arguments(tree: DraftTree, logits: Tensor, method: str) -> None:
         raise ValueError(f"unknown verification method {method!r}; one of {', '.join(METHODS)}")
     if logits.ndim != 2 or logits.shape[0] != tree.shape.num_nodes:
         raise ValueError(f"logits of shape {tuple(logits.shape)} for a tree of {tree.shape.num_nodes} nodes")
-    if tree.laws is not None and tree.laws.shape != logits.shape:
-        raise ValueError(f"draft laws of shape {tuple(tree.laws.shape)} beside logits of shape {tuple(logits.shape)}")
+    if tree.probabilities is not None and tree.probabilities.shape != logits.shape:
+        shapes = f"{tuple(tree.probabilities.shape)} beside logits of shape {tuple(logits.shape)}"
+        raise ValueError(f"draft probabilities of shape {shapes}")
 
 
 # -- sample ------------------------------------------------------------------------------------------------------------

@@ -163,17 +163,18 @@ def verification(extent: Extent, max_seconds: float) -> Row:
     place = device.torch_device
     generator = torch.Generator(place).manual_seed(0)
     shape = best_tree(Acceptance.from_json(ACCEPTANCE.read_text(encoding="utf-8")), extent.verify_nodes, 18)
-    laws = torch.rand(shape.num_nodes, extent.verify_vocab, generator=generator, device=place).softmax(-1)
+    probabilities = torch.rand(shape.num_nodes, extent.verify_vocab, generator=generator, device=place).softmax(-1)
     logits = torch.randn(shape.num_nodes, extent.verify_vocab, generator=generator, device=place) * 4
     token_ids = torch.tensor([0, *shape.ranks[1:]], device=place)
     rows = []
     methods: tuple[tuple[Method, float], ...] = (("sample", 0.0), ("traversal", 0.6), ("rejection", 0.6))
     for method, temperature in methods:
-        drawn = DraftTree(shape, token_ids, laws if temperature else None)
+        drawn = (False, *(temperature > 0,) * (shape.num_nodes - 1))
+        draft = DraftTree(shape, token_ids, probabilities if temperature else None, drawn)
         times = []
         for _ in range(VERIFY_RUNS + 1):
             start_s = time.monotonic()
-            verify(drawn, logits, SamplingParams(temperature=temperature), generator, method=method)  # ends with a host sync
+            verify(draft, logits, SamplingParams(temperature=temperature), generator, method=method)  # ends with a host sync
             times.append(time.monotonic() - start_s)
         rows.append({"method": method if temperature else "greedy", "median_s": percentile(times[1:], 50)})
     device.close()

@@ -227,7 +227,7 @@ class DecodeLoop:
     def _grow(self, shape: TreeShape) -> DraftTree:
         root = self._committed[-1]
         if self._drafter is None or shape.num_nodes == 1:
-            return DraftTree(shape, self._device.upload(torch.tensor([root])), None)
+            return DraftTree.root_only(self._device.upload(torch.tensor([root])))
         sampled = self._method != "sample" and not self._params.greedy
         return grow(self._drafter, root, shape, self._params, self._generator, sampled=sampled)
 
