@@ -5,10 +5,10 @@ of outcomes are computed, and total variation must vanish to rounding. Negative 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import permutations, product
+from itertools import product
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ import torch
 
 from tree.draft import DraftTree
 from tree.residual import weigh
-from tree.sampling import SamplingParams, law, top_k_tokens
+from tree.sampling import SamplingParams, law
 from tree.shape import TreeShape
 from tree.verify import _end_of_walk, _first_in_post_order, rejection_stops, traversal_stops
 
@@ -74,39 +74,65 @@ def random_world(seed: int, vocabulary: int, kind: str, params: SamplingParams =
 # -- growth policies: every tree with its probability --------------------------------------------------------------------
 
 
-def ordered_draws(draft_law: np.ndarray, ranking: np.ndarray, k: int) -> Iterator[tuple[float, tuple[int, ...]]]:
-    """Sequential sampling without replacement by its definition, then the highest ranked tokens for certain."""
-    support = [token for token in range(len(draft_law)) if draft_law[token] > 0]
-    rest = sorted(set(range(len(draft_law))) - set(support), key=lambda token: -ranking[token])
-    for drawn in permutations(support, min(k, len(support))):
-        probability, mass = 1.0, draft_law.sum()
-        for token in drawn:
-            probability *= draft_law[token] / mass
-            mass -= draft_law[token]
-        yield probability, (*drawn, *rest[: k - len(drawn)])
+def next_child(
+    draft_law: np.ndarray, ranking: np.ndarray, earlier: tuple[int, ...], is_drawn: bool
+) -> Iterator[tuple[float, int]]:
+    """By definition: drawn from what the earlier siblings leave, renormalised, or for certain the highest ranked one."""
+    left = [token for token in range(len(draft_law)) if token not in earlier]
+    mass = sum(draft_law[token] for token in left)
+    if not is_drawn or mass == 0:
+        yield 1.0, max(left, key=lambda token: ranking[token])
+        return
+    yield from ((draft_law[token] / mass, token) for token in left if draft_law[token] > 0)
 
 
-def sampled_trees(world: World, shape: TreeShape, context: tuple[int, int]) -> Trees:
-    """What `grow(..., sampled=True)` may give."""
+def ordered_children(
+    draft_law: np.ndarray, ranking: np.ndarray, are_drawn: Sequence[bool]
+) -> Iterator[tuple[float, tuple[int, ...]]]:
+    """All children that a node may have, with their probability."""
+    if not are_drawn:
+        yield 1.0, ()
+        return
+    for probability, earlier in ordered_children(draft_law, ranking, are_drawn[:-1]):
+        for factor, token in next_child(draft_law, ranking, earlier, are_drawn[-1]):
+            yield probability * factor, (*earlier, token)
+
+
+def grown_trees(world: World, shape: TreeShape, context: tuple[int, int], drawn: tuple[bool, ...]) -> Trees:
+    """All trees of `shape` whose nodes are drawn or chosen as `drawn` [N] says."""
 
     def fill(node: int, tokens: tuple[int, ...], probability: float) -> Trees:
         if node == shape.num_nodes:
-            yield probability, drafted(world, shape, context, tokens, with_laws=True)
+            yield probability, drafted(world, shape, context, tokens, drawn)
             return
         logits = node_logits(world.draft, shape, context, tokens, node)
-        for factor, children in ordered_draws(law(logits, world.params).numpy(), logits.numpy(), shape.num_children[node]):
+        are_drawn = [drawn[child] for child in shape.children(node)]
+        for factor, children in ordered_children(law(logits, world.params).numpy(), logits.numpy(), are_drawn):
             yield from fill(node + 1, tokens + children, probability * factor)
 
     yield from fill(0, (context[1],), 1.0)
 
 
-def deterministic_trees(world: World, shape: TreeShape, context: tuple[int, int]) -> Trees:
-    """What `grow(..., sampled=False)` gives."""
-    tokens: tuple[int, ...] = (context[1],)
-    for node in range(shape.num_nodes):
-        logits = node_logits(world.draft, shape, context, tokens, node)
-        tokens += tuple(top_k_tokens(logits[None], shape.num_children[node])[0].tolist()) if shape.num_children[node] else ()
-    yield 1.0, drafted(world, shape, context, tokens, with_laws=False)
+def policy(is_drawn: Callable[[int, int], bool]) -> Callable[..., Trees]:
+    """Trees whose child of rank k of node v is drawn where is_drawn(v, k), and chosen elsewhere."""
+
+    def grow_all(world: World, shape: TreeShape, context: tuple[int, int]) -> Trees:
+        children = range(1, shape.num_nodes)
+        drawn = (False, *(is_drawn(shape.parents[child], shape.ranks[child]) for child in children))
+        return grown_trees(world, shape, context, drawn)
+
+    return grow_all
+
+
+sampled_trees = policy(lambda node, rank: True)  # what `grow(..., sampled=True)` may give
+POLICIES = {
+    "sampled": sampled_trees,
+    "deterministic": policy(lambda node, rank: False),  # what `grow(..., sampled=False)` gives
+    "chosen first": policy(lambda node, rank: rank > 0),
+    "drawn first": policy(lambda node, rank: rank == 0),
+    "chosen between": policy(lambda node, rank: rank != 1),
+    "by node and rank": policy(lambda node, rank: (node + rank) % 2 == 0),  # one step offers drawn and chosen children
+}
 
 
 def node_logits(
@@ -116,9 +142,10 @@ def node_logits(
     return table[before, tokens[node]]
 
 
-def drafted(world: World, shape: TreeShape, context: tuple[int, int], tokens: tuple[int, ...], *, with_laws: bool) -> DraftTree:
+def drafted(
+    world: World, shape: TreeShape, context: tuple[int, int], tokens: tuple[int, ...], drawn: tuple[bool, ...]
+) -> DraftTree:
     logits = torch.stack([node_logits(world.draft, shape, context, tokens, node) for node in range(shape.num_nodes)])
-    drawn = (False, *(with_laws,) * (shape.num_nodes - 1))
     return DraftTree(shape, torch.tensor(tokens), law(logits, world.params) if any(drawn) else None, drawn)
 
 
@@ -172,10 +199,11 @@ def traversal_by_recursion(tree: DraftTree, logits: torch.Tensor, params: Sampli
         for child in tree.shape.children(node):
             token = int(tree.token_ids[child])
             proposal = np.zeros_like(current)
-            if remaining is None or remaining.sum() == 0:
+            if remaining is None or not tree.drawn[child] or remaining.sum() == 0:
                 proposal[token] = 1.0
             else:
                 proposal = remaining / remaining.sum()
+            if remaining is not None:
                 remaining[token] = 0.0
             undecided = visit(child, min(1.0, weight * current[token] / proposal[token]), undecided)
             residual = np.maximum(weight * current - proposal, 0.0)
@@ -245,7 +273,6 @@ def total_variation(world: World, shape: TreeShape, grow_all: Callable[..., Tree
     return float(abs(continued(world, context, emitted, length) - continued(world, context, {(): 1.0}, length)).sum() / 2)
 
 
-POLICIES = {"sampled": sampled_trees, "deterministic": deterministic_trees}
 KINDS = ("dense", "zeros", "ties", "disjoint", "one-hot", "equal")
 
 
@@ -257,6 +284,18 @@ def test_two_rounds_have_the_law_of_the_target(policy: str, verifier: str, kind:
     for seed, (vocabulary, shape) in enumerate(cases):
         world = random_world(seed, vocabulary, kind)
         assert total_variation(world, SHAPES[shape], POLICIES[policy], VERIFIERS[verifier]) <= TOLERANCE, shape
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS)
+def test_a_drawn_child_may_be_called_chosen(verifier: str) -> None:
+    """The text keeps its law, whatever first children were drawn from; only less is accepted."""
+
+    def call_first_chosen(world: World, shape: TreeShape, context: tuple[int, int]) -> Trees:
+        for probability, tree in sampled_trees(world, shape, context):
+            yield probability, replace(tree, drawn=tuple(rank > 0 for rank in shape.ranks))
+
+    for seed, kind in enumerate(KINDS):
+        assert total_variation(random_world(seed, 3, kind), PAIR, call_first_chosen, VERIFIERS[verifier]) <= TOLERANCE, kind
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
@@ -289,7 +328,7 @@ def trees_with_untempered_laws(world: World, shape: TreeShape, context: tuple[in
     """Children drawn at the world's temperature, verified as if drawn at another."""
     hotter = World(world.target, world.draft * 0.4, world.params)
     for probability, tree in sampled_trees(world, shape, context):
-        yield probability, drafted(hotter, shape, context, tuple(tree.token_ids.tolist()), with_laws=True)
+        yield probability, drafted(hotter, shape, context, tuple(tree.token_ids.tolist()), tree.drawn)
 
 
 def trees_pruned_by_value(world: World, shape: TreeShape, context: tuple[int, int]) -> Trees:
@@ -299,7 +338,21 @@ def trees_pruned_by_value(world: World, shape: TreeShape, context: tuple[int, in
         tokens = tree.token_ids[1:].tolist()
         worst = min(tokens, key=lambda token: float(tree.probabilities[0, token]))
         kept = tuple(token for token in tokens if token != worst)
-        yield probability, drafted(world, shape, context, (context[1], *kept), with_laws=True)
+        yield probability, drafted(world, shape, context, (context[1], *kept), (False, True, True))
+
+
+def trees_with_chosen_passed_off_as_drawn(world: World, shape: TreeShape, context: tuple[int, int]) -> Trees:
+    for probability, tree in POLICIES["chosen first"](world, shape, context):
+        yield probability, replace(tree, drawn=(False, *(True,) * (shape.num_nodes - 1)))
+
+
+def trees_chosen_for_a_later_draw(world: World, shape: TreeShape, context: tuple[int, int]) -> Trees:
+    """The first child is chosen, but for what the second one is, which was drawn before: not of what was known before."""
+    assert shape == PAIR
+    row = law(world.draft[context], world.params)
+    for second, probability in enumerate(row.tolist()):
+        first = (second + 1) % world.vocabulary
+        yield probability, drafted(world, shape, context, (context[1], first, second), (False, False, True))
 
 
 def rejection_without_renormalising(tree: DraftTree, logits: torch.Tensor, params: SamplingParams) -> Law:
@@ -332,6 +385,10 @@ MISTAKES = {
     "children pruned by value, traversal": (PAIR, trees_pruned_by_value, VERIFIERS["traversal"]),
     "children pruned by value, rejection": (PAIR, trees_pruned_by_value, VERIFIERS["rejection"]),
     "draws not renormalised": (PAIR, sampled_trees, rejection_without_renormalising),
+    "chosen passed off as drawn, traversal": (PAIR, trees_with_chosen_passed_off_as_drawn, VERIFIERS["traversal"]),
+    "chosen passed off as drawn, rejection": (PAIR, trees_with_chosen_passed_off_as_drawn, VERIFIERS["rejection"]),
+    "chosen for a later draw, traversal": (PAIR, trees_chosen_for_a_later_draw, VERIFIERS["traversal"]),
+    "chosen for a later draw, rejection": (PAIR, trees_chosen_for_a_later_draw, VERIFIERS["rejection"]),
     "verifier chosen by tokens": (PAIR, sampled_trees, verifier_chosen_by_tokens),
 }
 
@@ -374,6 +431,37 @@ def test_children_that_cover_the_support_of_the_target_always_accept(verifier: s
     assert root_rejection(world, SHAPES["star"], verifier) == pytest.approx(0.0, abs=TOLERANCE)
     whole_vocabulary = random_world(6, 4, "dense")
     assert root_rejection(whole_vocabulary, TreeShape.from_widths((4,)), verifier) == pytest.approx(0.0, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("verifier", ["traversal", "rejection"])
+def test_a_draw_from_the_rest_is_worth_more_before_the_chosen_child_than_after_it(verifier: str) -> None:
+    """One child is the draft's best token, the other is drawn from the rest of the draft. Offered first, the draw covers
+    sum min(P, Q) of the rest and the chosen child all of its own probability: the most that these two can."""
+
+    def accepted(world: World, *, drawn_first: bool) -> float:
+        rows = law(world.draft, UNIT)
+        best = int(rows[0, 0].argmax())
+        rest = rows[0, 0].clone()
+        rest[best] = 0.0
+        rest /= rest.sum()
+        emitted: Law = defaultdict(float)
+        for token in range(world.vocabulary):
+            children, drawn = ((token, best), (True, False)) if drawn_first else ((best, token), (False, True))
+            tree = drafted(world, PAIR, (0, 0), (0, *children), (False, *drawn))
+            if token != best:
+                assert tree.probabilities is not None
+                tree.probabilities[0] = rest
+                for tokens, factor in VERIFIERS[verifier](tree, target_logits(world, tree, (0, 0)), UNIT).items():
+                    emitted[tokens] += float(rest[token]) * factor
+        assert abs(continued(world, (0, 0), emitted, 2) - continued(world, (0, 0), {(): 1.0}, 2)).sum() / 2 <= TOLERANCE
+        most = world.target_laws[0, 0, best] + np.minimum(world.target_laws[0, 0], rest.numpy()).sum()
+        share = sum(probability for tokens, probability in emitted.items() if len(tokens) > 1)
+        assert share == pytest.approx(most, abs=TOLERANCE) or not drawn_first
+        return share
+
+    for seed in range(5):
+        world = random_world(seed, 4, "dense")
+        assert accepted(world, drawn_first=True) > accepted(world, drawn_first=False)
 
 
 def test_a_draft_equal_to_the_target_is_accepted_to_the_end_of_its_first_chain() -> None:

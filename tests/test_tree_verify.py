@@ -296,13 +296,18 @@ def test_mismatched_arguments_are_refused() -> None:
 
 
 class NoScalarReads(TorchDispatchMode):
-    """Fails on operations that make the host wait for the device; counts the copies that bring results back."""
+    """Fails on operations that make the host wait for the device; counts all others."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_operations = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         assert name not in self.WAITS, f"{name} waits for the device"
+        self.num_operations += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -316,6 +321,41 @@ def test_growing_and_verifying_never_read_a_scalar_from_the_device(
         drafted = grow(model, 0, UNEVEN, params, rng, sampled=sampled)
         for method in METHODS:
             verify(drafted, model.table.index_select(0, drafted.token_ids), params, rng, method=method)
+
+
+def with_chosen(drafted: DraftTree, *chosen: int) -> DraftTree:
+    return replace(drafted, drawn=tuple(was and node not in chosen for node, was in enumerate(drafted.drawn)))
+
+
+def test_only_a_step_that_mixes_drawn_and_chosen_children_takes_more_operations() -> None:
+    """Nodes 4 and 6 are offered in one step, as first children of nodes 1 and 3; node 5 is offered alone."""
+    drafted, logits, _ = random_case(3, UNEVEN, 6, UNIT, sampled=True)
+
+    def operations(tree: DraftTree) -> int:
+        with NoScalarReads() as counted:
+            weigh(tree, logits, UNIT, traversal=True)
+        return counted.num_operations
+
+    all_drawn = operations(drafted)
+    assert operations(with_chosen(drafted, 5)) < all_drawn
+    assert operations(with_chosen(drafted, 4, 6)) < all_drawn
+    assert operations(with_chosen(drafted, 7)) < all_drawn
+    assert operations(with_chosen(drafted, 4)) > all_drawn
+    none_drawn = replace(drafted, probabilities=None, drawn=(False,) * 8)
+    only_7_drawn = operations(with_chosen(drafted, *range(1, 7)))
+    assert only_7_drawn - operations(none_drawn) == all_drawn - operations(with_chosen(drafted, 7))
+
+
+@pytest.mark.parametrize("method", ["traversal", "rejection"])
+def test_rows_that_nothing_was_drawn_from_are_not_looked_at(method: Method) -> None:
+    """Not even where a sibling step draws from others: they may hold anything."""
+    drafted, logits, _ = random_case(3, UNEVEN, 6, UNIT, sampled=True)
+    mixed = with_chosen(drafted, 6)
+    assert mixed.probabilities is not None
+    spoilt = replace(mixed, probabilities=mixed.probabilities.clone())
+    spoilt.probabilities[[3, 5]] = math.nan
+    verdicts = [verify(tree, logits, UNIT, torch.Generator().manual_seed(1), method=method) for tree in (mixed, spoilt)]
+    assert verdicts[0] == verdicts[1]
 
 
 @pytest.mark.parametrize("method", METHODS)

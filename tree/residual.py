@@ -5,7 +5,7 @@ algorithm 2) starts every node at weight 1; traversal verification (arXiv 2505.1
 at the weight that its parent's step gave it. Proofs: docs/losslessness.md.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,34 +65,46 @@ def _blocks(shape: TreeShape, vocab_size: int) -> Iterator[tuple[int, ...]]:
 
 
 def _resolve_children(tree: DraftTree, nodes: tuple[int, ...], laws: Tensor, weights: Tensor, accept: Tensor) -> None:
-    """Offer the children of `nodes` (widest first) in draw order; writes the children's entries of `accept` [N].
+    """Offer the children of `nodes` (widest first) in order; writes the children's entries of `accept` [N].
 
     In place: `laws` [n, V], the target's laws, become the residual laws after the last child; `weights` [n], float64,
     what the nodes are left with. The step for child c with proposal law Q, weight w and law P:
         accept[c] = min(1, w P(c) / Q(c));  R = max(w P - Q, 0), S = sum R;  w <- S / (S + 1 - w);  P <- R / S
     """
     shape = tree.shape
-    proposals = None
-    if tree.probabilities is not None:
-        proposals = tree.probabilities.index_select(0, index_tensor(nodes, laws.device)).to(laws.dtype)  # [n, V]
+    remaining = None  # [n, V] what is left to be drawn from
+    if tree.probabilities is not None and any(tree.drawn[child] for node in nodes for child in shape.children(node)):
+        remaining = tree.probabilities.index_select(0, index_tensor(nodes, laws.device)).to(laws.dtype)
     for rank in range(shape.num_children[nodes[0]]):
         width = sum(shape.num_children[node] > rank for node in nodes)
-        child_ids = index_tensor([shape.children(node)[rank] for node in nodes[:width]], laws.device)
-        tokens = tree.token_ids.index_select(0, child_ids)[:, None]
-        proposal = None if proposals is None else _take_proposal(proposals[:width], tokens)
+        children = [shape.children(node)[rank] for node in nodes[:width]]
+        child_ids = index_tensor(children, laws.device)
+        tokens = tree.token_ids.index_select(0, child_ids)[:, None]  # [width, 1]
+        proposal = None
+        if remaining is not None:
+            proposal = _take_proposal(remaining[:width], tokens, [tree.drawn[child] for child in children])
         accept.index_copy_(0, child_ids, _offer(laws[:width], weights[:width], proposal, tokens))
 
 
-def _take_proposal(remaining: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The law Q [n, V] from which `tokens` [n, 1] were drawn, and Q(token) [n, 1]; strikes them off `remaining`.
+def _take_proposal(remaining: Tensor, tokens: Tensor, drawn: Sequence[bool]) -> tuple[Tensor, Tensor] | None:
+    """The law Q [n, V] that `tokens` [n, 1] were proposed by, and Q(token) [n, 1]; strikes them off `remaining` [n, V]. None
+    if no token was drawn.
 
-    `remaining` holds draft laws without the tokens drawn before. A row without mass is exhausted: its token was
-    certain, so Q is one-hot there: written as a row of zeros with Q(token) = 1, since `_offer` strikes the token anyway.
+    `remaining` holds draft laws without the tokens of earlier siblings. Q is one-hot where the token was certain: it was
+    chosen, or its row had no mass left. That is written as a row of zeros with Q(token) = 1, since `_offer` strikes the token
+    anyway.
     """
-    mass = remaining.sum(-1, keepdim=True, dtype=torch.float64)
-    exhausted = mass == 0
-    proposal = remaining / mass.masked_fill(exhausted, 1.0).to(remaining.dtype)
-    proposed = proposal.gather(-1, tokens).masked_fill_(exhausted, 1.0)
+    if not any(drawn):
+        remaining.scatter_(-1, tokens, 0.0)
+        return None
+    mass = remaining.sum(-1, keepdim=True, dtype=torch.float64)  # [n, 1]
+    certain = mass == 0
+    if not all(drawn):
+        certain |= ~index_tensor(drawn, remaining.device).bool()[:, None]
+    proposal = remaining / mass.masked_fill(certain, 1.0).to(remaining.dtype)
+    if not all(drawn):
+        proposal.masked_fill_(certain, 0.0)
+    proposed = proposal.gather(-1, tokens).masked_fill_(certain, 1.0)
     remaining.scatter_(-1, tokens, 0.0)
     return proposal, proposed
 
