@@ -27,7 +27,7 @@ from .planner.tree_flag import read_acceptances, read_tree, resolve_method
 from .report.report import Memory
 from .report.trace import Trace
 from .source import ModelSource, check_source
-from .text.tokenizer import TextCodec, check_same_vocabulary
+from .text.tokenizer import Tokenizer, check_same_vocabulary
 from .weights.store import WeightStore
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def open_engine(
     trace: Trace | None = None,
     device: Device | None = None,
     hardware: HardwareProfile | None = None,
-    expect: Callable[[EngineSettings, TextCodec | None, int], EngineSettings] | None = None,
+    expect: Callable[[EngineSettings, Tokenizer | None, int], EngineSettings] | None = None,
     admit: Callable[[Admission], None] | None = None,
 ) -> Engine:
     """Load what `settings` name. Raises the errors of errors.py; nothing stays allocated after one.
@@ -60,7 +60,7 @@ def open_engine(
         stack.enter_context(device.translated())
         target = check_source(settings.model, "--model", settings.dtype, device.torch_device.type)
         drafts = _drafts(settings, target, device.torch_device.type)
-        settings = expect(settings, target.codec, target.architecture.max_positions) if expect is not None else settings
+        settings = expect(settings, target.tokenizer, target.architecture.max_positions) if expect is not None else settings
         budgets = host = _budgets(settings, device)
         if target.tensors.equal_layers:  # what exceeds the host's memory shares it, see share_memory
             budgets = replace(budgets, host_bytes=None)
@@ -100,7 +100,7 @@ def open_engine(
 def _admitted(target: ModelSource, plan: Plan, seed: int, admit: Callable[[Admission], None] | None) -> Admission:
     """What a model so planned will take, once whoever has a request has asked it."""
     check_window(target.architecture, plan.text_tokens, str(target.folder / "config.json"))
-    admission = Admission(plan=plan, codec=target.codec, vocab_size=target.architecture.vocab_size, seed=seed)
+    admission = Admission(plan=plan, tokenizer=target.tokenizer, vocab_size=target.architecture.vocab_size, seed=seed)
     if admit is not None:
         admit(admission)
     return admission
@@ -131,7 +131,7 @@ def _drafts(settings: EngineSettings, target: ModelSource, device_type: str) -> 
     drafts = [check_source(name, "--draft-model", settings.dtype, device_type) for name in settings.draft_models]
     for draft in drafts:
         sizes = (target.architecture.vocab_size, draft.architecture.vocab_size)
-        check_same_vocabulary(target.codec, draft.codec, sizes, "--draft-model")
+        check_same_vocabulary(target.tokenizer, draft.tokenizer, sizes, "--draft-model")
     return drafts
 
 

@@ -13,7 +13,7 @@ from .planner.cost import ModelCost, kv_bytes_per_row
 from .planner.shapes import read_preset_config
 from .scale.model import open_scale_model
 from .scale.preset import is_scale_model
-from .text.tokenizer import TextCodec, open_codec
+from .text.tokenizer import Tokenizer, open_tokenizer
 from .weights.checkpoint import open_checkpoint
 from .weights.layout import LayerLayout
 from .weights.source import CheckpointSource, TensorSource
@@ -60,7 +60,7 @@ class ModelSource:
 
     folder: Path
     tensors: TensorSource
-    codec: TextCodec | None
+    tokenizer: Tokenizer | None
     model: TypedModel
 
     @property
@@ -71,16 +71,16 @@ class ModelSource:
 def check_source(name: str, flag: str, dtype: str, device_type: str) -> ModelSource:
     """The model `name`, a folder or a hub id, as `flag` gave it. Errors of errors.py for whatever is wrong with it."""
     folder, architecture, tensors = open_scale_model(name, flag) if is_scale_model(name) else _open_folder(name, flag)
-    codec = open_codec(folder)
-    if codec is not None and codec.num_tokens > architecture.vocab_size:
+    tokenizer = open_tokenizer(folder)
+    if tokenizer is not None and tokenizer.num_tokens > architecture.vocab_size:
         raise ModelError(
-            f"the tokenizer numbers {codec.num_tokens} tokens, the model's embedding has {architecture.vocab_size}",
+            f"the tokenizer numbers {tokenizer.num_tokens} tokens, the model's embedding has {architecture.vocab_size}",
             where=str(folder),
             cure="use the tokenizer files that belong to this model",
         )
     stored = tensors.dtype(f"{architecture.prefix}.0.{next(iter(architecture.layer_shapes))}")
     model = TypedModel(architecture=architecture, dtype=resolve_dtype(dtype, stored, device_type))
-    return ModelSource(folder=folder, tensors=tensors, codec=codec, model=model)
+    return ModelSource(folder=folder, tensors=tensors, tokenizer=tokenizer, model=model)
 
 
 def _open_folder(name: str, flag: str) -> tuple[Path, Architecture, TensorSource]:

@@ -84,8 +84,8 @@ def test_each_line_is_a_turn_and_stdout_holds_the_answers_alone(chat: Chat, mode
     assert (finished.code, finished.stdout, finished.stderr) == (0, f"{first}\n{second}\n", "")
     with open_engine(EngineSettings(model=str(model), device="cpu", tree="none")) as engine:
         for number in (1, 3):
-            assert engine.codec is not None
-            prompt = render(engine.codec, document["messages"][:number])
+            assert engine.tokenizer is not None
+            prompt = render(engine.tokenizer, document["messages"][:number])
             answer = engine.generate(prompt.token_ids, max_new_tokens=8, stop=prompt.stop, ignore_eos=True).text
             assert answer is not None and answer.strip() == contents(document)[number]
 
@@ -103,8 +103,8 @@ def test_the_template_of_the_model_is_used_unless_raw_is_asked_for(
     folder = save_text_model(tmp_path / "model", chat_template=CHAT_TEMPLATE)
     prompts: list[str] = []
 
-    def record(codec: Any, messages: Any, *, template: bool) -> Any:
-        prompt = render(codec, messages, template=template)
+    def record(tokenizer: Any, messages: Any, *, template: bool) -> Any:
+        prompt = render(tokenizer, messages, template=template)
         prompts.append(prompt.text)
         return prompt
 

@@ -18,7 +18,7 @@ from command_line import DOES_NOT_FIT, LOST, Finished, assert_error, assert_hold
 from offload.cli.main import main
 from offload.cli.signals import leaving_at_once
 from offload.engine.decode import DecodeLoop, StepResult
-from offload.text.tokenizer import TextCodec
+from offload.text.tokenizer import Tokenizer
 from text_models import BOS, CHAT_TEMPLATE, EOS, VOCAB_SIZE, change_json, copy_model, save_text_model
 
 Run = Callable[..., Finished]
@@ -65,8 +65,8 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def codec(model: Path) -> TextCodec:
-    return TextCodec(model)
+def tokenizer(model: Path) -> Tokenizer:
+    return Tokenizer(model)
 
 
 @pytest.fixture
@@ -152,12 +152,12 @@ def test_json_has_every_key_of_the_contract(run: Run, draft: Path) -> None:
     assert document["speculation"]["tree_nodes"] == 7 and document["speculation"]["tree_levels"] == 4
 
 
-def test_json_numbers_agree_with_each_other(run: Run, draft: Path, codec: TextCodec) -> None:
+def test_json_numbers_agree_with_each_other(run: Run, draft: Path, tokenizer: Tokenizer) -> None:
     flags = ("--draft-model", draft, "--tree", "2x3:kary", "--resident-layers", "1", "--slots", "2")
     document = json_of(run("--prompt", PROMPT, "--json", *flags))
     timing, speculation, streaming = document["timing"], document["speculation"], document["streaming"]
-    assert document["prompt_token_ids"] == codec.encode(PROMPT)
-    assert document["text"] == codec.decode(document["token_ids"])
+    assert document["prompt_token_ids"] == tokenizer.encode(PROMPT)
+    assert document["text"] == tokenizer.decode(document["token_ids"])
     assert len(document["token_ids"]) == NUM_TOKENS
     accepted = speculation["accepted_per_pass"]
     assert len(accepted) == speculation["passes"] and sum(accepted) >= NUM_TOKENS and min(accepted) >= 1
@@ -250,19 +250,19 @@ def test_token_ids_need_no_tokenizer(run: Run, models: Models) -> None:
     assert [int(token_id) for token_id in finished.stdout.split()] == document["token_ids"]
 
 
-def test_token_ids_are_not_templated_and_their_text_is_decoded(run: Run, codec: TextCodec) -> None:
-    ids = codec.encode(PROMPT)
+def test_token_ids_are_not_templated_and_their_text_is_decoded(run: Run, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(PROMPT)
     by_ids = json_of(run("--prompt-ids", ",".join(map(str, ids)), "--json"))
     by_text = json_of(run("--prompt", PROMPT, "--json"))
     assert (by_ids["text"], by_ids["token_ids"]) == (by_text["text"], by_text["token_ids"])
 
 
-def test_a_chat_template_is_applied_unless_raw_is_asked_for(run: Run, tmp_path: Path, codec: TextCodec) -> None:
+def test_a_chat_template_is_applied_unless_raw_is_asked_for(run: Run, tmp_path: Path, tokenizer: Tokenizer) -> None:
     folder = save_text_model(tmp_path / "chat", chat_template=CHAT_TEMPLATE)
 
     def prompt_of(*flags: str) -> str:
         document = json_of(run("--model", folder, "--prompt", "hi", "--json", *flags))
-        return codec.decode(document["prompt_token_ids"])
+        return tokenizer.decode(document["prompt_token_ids"])
 
     assert prompt_of() == prompt_of("--chat") == "[user]hi[reply]"
     assert prompt_of("--system-prompt", "be") == "[system]be[user]hi[reply]"
@@ -544,9 +544,9 @@ def headers_of(folder: Path) -> int:
     return sum(8 + int.from_bytes(first, "little") for first in firsts)
 
 
-def test_the_model_of_these_tests_is_what_they_say(codec: TextCodec) -> None:
-    assert len(codec.vocabulary()) == VOCAB_SIZE
-    assert (codec.vocabulary()["<s>"], codec.vocabulary()["</s>"]) == (BOS, EOS)
+def test_the_model_of_these_tests_is_what_they_say(tokenizer: Tokenizer) -> None:
+    assert len(tokenizer.vocabulary()) == VOCAB_SIZE
+    assert (tokenizer.vocabulary()["<s>"], tokenizer.vocabulary()["</s>"]) == (BOS, EOS)
 
 
 def test_a_context_that_is_too_short_names_only_what_would_help(models: Models, capsys: pytest.CaptureFixture[str]) -> None:

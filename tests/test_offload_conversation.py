@@ -13,10 +13,10 @@ from offload.errors import ModelError, UsageError
 from offload.text.conversation import TRANSCRIPT_STOPS, render, transcript
 from offload.text.incremental import TextStream
 from offload.text.template import apply_template
-from offload.text.tokenizer import TextCodec
+from offload.text.tokenizer import Tokenizer
 from text_models import CHAT_TEMPLATE, save_tokenizer
 
-Make = Callable[..., TextCodec]
+Make = Callable[..., Tokenizer]
 DIALOGUE = [
     {"role": "system", "content": "Be <brief> & kind."},
     {"role": "user", "content": "H\u00e9llo {{ 7 * 7 }} "},
@@ -59,33 +59,33 @@ HOSTILE = {
 
 
 @pytest.fixture
-def codec_with(tmp_path: Path) -> Make:
-    def make(template: object = None) -> TextCodec:
-        folder = tmp_path / f"codec-{len(list(tmp_path.iterdir()))}"
-        return TextCodec(save_tokenizer(folder, chat_template=template))  # type: ignore[arg-type]
+def tokenizer_with(tmp_path: Path) -> Make:
+    def make(template: object = None) -> Tokenizer:
+        folder = tmp_path / f"tokenizer-{len(list(tmp_path.iterdir()))}"
+        return Tokenizer(save_tokenizer(folder, chat_template=template))  # type: ignore[arg-type]
 
     return make
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_gives_what_it_gives_in_transformers(codec_with: Make, tmp_path: Path, name: str) -> None:
-    codec = codec_with(TEMPLATES[name])
-    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "codec-0")
-    prompt = render(codec, DIALOGUE)
-    assert prompt.text == tokenizer.apply_chat_template(DIALOGUE, tokenize=False, add_generation_prompt=True)
-    assert list(prompt.token_ids) == tokenizer(prompt.text, add_special_tokens=False).input_ids
+def test_a_template_gives_what_it_gives_in_transformers(tokenizer_with: Make, tmp_path: Path, name: str) -> None:
+    tokenizer = tokenizer_with(TEMPLATES[name])
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "tokenizer-0")
+    prompt = render(tokenizer, DIALOGUE)
+    assert prompt.text == theirs.apply_chat_template(DIALOGUE, tokenize=False, add_generation_prompt=True)
+    assert list(prompt.token_ids) == theirs(prompt.text, add_special_tokens=False).input_ids
     assert prompt.templated and prompt.stop == ()
 
 
-def test_a_template_may_be_told_more_than_the_messages(codec_with: Make, tmp_path: Path) -> None:
+def test_a_template_may_be_told_more_than_the_messages(tokenizer_with: Make, tmp_path: Path) -> None:
     template = (
         "{{ messages | length }}{{ 'x' if enable_thinking is defined and not enable_thinking }}{{ level }}{{ bos_token }}"
     )
-    codec = codec_with(template)
-    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "codec-0")
+    tokenizer = tokenizer_with(template)
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "tokenizer-0")
     for values in ({}, {"enable_thinking": False, "level": [1, {"a": None}]}, {"bos_token": "other"}):
-        wanted = tokenizer.apply_chat_template(DIALOGUE, tokenize=False, add_generation_prompt=True, **values)
-        assert render(codec, DIALOGUE, values=values).text == wanted
+        wanted = theirs.apply_chat_template(DIALOGUE, tokenize=False, add_generation_prompt=True, **values)
+        assert render(tokenizer, DIALOGUE, values=values).text == wanted
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -108,34 +108,34 @@ def test_a_process_that_never_gets_its_cpu_time_is_ended_by_the_clock(monkeypatc
         apply_template("x", DIALOGUE, {})
 
 
-def test_a_template_that_refuses_the_messages_says_why(codec_with: Make) -> None:
+def test_a_template_that_refuses_the_messages_says_why(tokenizer_with: Make) -> None:
     with pytest.raises(ModelError, match="the chat template failed: TemplateError: roles must alternate"):
-        render(codec_with("{{ raise_exception('roles must\nalternate') }}"), DIALOGUE)
+        render(tokenizer_with("{{ raise_exception('roles must\nalternate') }}"), DIALOGUE)
 
 
-def test_several_templates_need_a_default(codec_with: Make) -> None:
-    codec = codec_with({"default": "d{{ messages | length }}", "tool_use": "t"})
-    assert render(codec, DIALOGUE).text == "d4"
+def test_several_templates_need_a_default(tokenizer_with: Make) -> None:
+    tokenizer = tokenizer_with({"default": "d{{ messages | length }}", "tool_use": "t"})
+    assert render(tokenizer, DIALOGUE).text == "d4"
     with pytest.raises(ModelError, match="names none as the default"):
-        render(codec_with({"rag": "r", "tool_use": "t"}), DIALOGUE)
+        render(tokenizer_with({"rag": "r", "tool_use": "t"}), DIALOGUE)
 
 
 # -- transcripts --------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_without_template_gets_a_transcript(codec_with: Make) -> None:
-    codec = codec_with()
-    prompt = render(codec, DIALOGUE)
+def test_a_model_without_template_gets_a_transcript(tokenizer_with: Make) -> None:
+    tokenizer = tokenizer_with()
+    prompt = render(tokenizer, DIALOGUE)
     assert prompt.text == "Be <brief> & kind.\n\nUser: H\u00e9llo {{ 7 * 7 }}\nAssistant: 'Hi'\nUser: why?\nAssistant:"
-    assert not prompt.templated and list(prompt.token_ids) == codec.encode(prompt.text)
-    assert render(codec_with(CHAT_TEMPLATE), DIALOGUE, template=False) == prompt
+    assert not prompt.templated and list(prompt.token_ids) == tokenizer.encode(prompt.text)
+    assert render(tokenizer_with(CHAT_TEMPLATE), DIALOGUE, template=False) == prompt
 
 
-def test_an_answer_to_a_transcript_ends_before_the_next_role_line(codec_with: Make) -> None:
-    codec = codec_with()
+def test_an_answer_to_a_transcript_ends_before_the_next_role_line(tokenizer_with: Make) -> None:
+    tokenizer = tokenizer_with()
     for line in ("\nUser: and", "\nAssistant: more", "\nSystem: x"):
-        stream = TextStream(codec, TRANSCRIPT_STOPS)
-        tokens = iter(codec.encode(" Because.\n\nUsers: no." + line))
+        stream = TextStream(tokenizer, TRANSCRIPT_STOPS)
+        tokens = iter(tokenizer.encode(" Because.\n\nUsers: no." + line))
         text = ""
         while not stream.stopped:
             text += stream.push(next(tokens))
@@ -143,7 +143,7 @@ def test_an_answer_to_a_transcript_ends_before_the_next_role_line(codec_with: Ma
 
 
 def test_the_demo_pair_is_a_base_model_and_goes_by_transcript() -> None:
-    assert not render(TextCodec(TARGET), DIALOGUE).templated
+    assert not render(Tokenizer(TARGET), DIALOGUE).templated
 
 
 def test_a_transcript_goes_on_where_the_last_one_ended() -> None:
@@ -170,6 +170,6 @@ def test_a_transcript_goes_on_where_the_last_one_ended() -> None:
     ids=["none", "text", "role", "no role", "role of a list", "null", "no content", "surrogate"],
 )
 @pytest.mark.parametrize("template", [None, CHAT_TEMPLATE], ids=["transcript", "template"])
-def test_bad_messages_are_usage_errors(codec_with: Make, messages: Any, reason: str, template: str | None) -> None:
+def test_bad_messages_are_usage_errors(tokenizer_with: Make, messages: Any, reason: str, template: str | None) -> None:
     with pytest.raises(UsageError, match=reason):
-        render(codec_with(template), messages)
+        render(tokenizer_with(template), messages)

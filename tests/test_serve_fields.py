@@ -242,8 +242,8 @@ def test_minus_1_tokens_are_all_that_there_is_room_for(server: Server) -> None:
 def test_stop_tokens_end_the_answer_before_them(server: Server) -> None:
     scored = ask(server, completion(logprobs=0))
     engine = server.worker.engine
-    assert isinstance(engine, Engine) and engine.codec is not None
-    ids = [engine.codec.encode(token, add_special_tokens=False) for token in scored["choices"][0]["logprobs"]["tokens"]]
+    assert isinstance(engine, Engine) and engine.tokenizer is not None
+    ids = [engine.tokenizer.encode(token, add_special_tokens=False) for token in scored["choices"][0]["logprobs"]["tokens"]]
     at, stop = next((at, one[0]) for at, one in enumerate(ids) if len(one) == 1 and at and one not in ids[:at])
     stopped = ask(server, completion(stop_token_ids=[stop], ignore_eos=True))
     assert stopped["usage"]["completion_tokens"] == at + 1 and stopped["choices"][0]["finish_reason"] == "stop"

@@ -10,7 +10,7 @@ import pytest
 from offload.engine.admission import Request
 from offload.serve.answers import Choice, CompletionFormat, Header, Offsets, spelling
 from offload.serve.server import Server
-from offload.text.tokenizer import TextCodec
+from offload.text.tokenizer import Tokenizer
 from serving import MODEL, chat, client, running, tiny_engine
 from text_models import BOS, byte_fallback_tokenizer, save_tokenizer
 from tree.logprobs import ScoredToken
@@ -76,13 +76,13 @@ def _document(line: str) -> Any:
 
 def test_a_prompts_first_word_has_no_space_in_the_text(tmp_path: Path) -> None:
     """Where words begin with their space, the first one's is not shown: what follows stands one character earlier."""
-    codec = TextCodec(save_tokenizer(tmp_path, byte_fallback_tokenizer()))
-    prompt = (codec.vocabulary()["<s>"], *codec.encode("a b", add_special_tokens=False))
-    score = ScoredToken(codec.vocabulary()["\u2581a"], -1.0, ())
+    tokenizer = Tokenizer(save_tokenizer(tmp_path, byte_fallback_tokenizer()))
+    prompt = (tokenizer.vocabulary()["<s>"], *tokenizer.encode("a b", add_special_tokens=False))
+    score = ScoredToken(tokenizer.vocabulary()["\u2581a"], -1.0, ())
     choice = Choice(request=Request(prompt=prompt), text=" a", scores=[score])
     choice.prompt_scores = tuple(ScoredToken(token_id, -1.0, ()) for token_id in prompt[1:])
     header = Header(id="x", created=0, model=MODEL)
-    layout = CompletionFormat(header, codec, with_logprobs=True, echo=True, num_new=1, prompt_texts=["a b"])
+    layout = CompletionFormat(header, tokenizer, with_logprobs=True, echo=True, num_new=1, prompt_texts=["a b"])
     (document,) = layout.whole([choice], {})["choices"]
     assert document["text"] == "a b a"
     assert document["logprobs"]["tokens"] == ["<s>", " a", " b", " a"]
@@ -94,7 +94,7 @@ def test_a_character_belongs_to_the_token_that_completes_it() -> None:
 
 
 def test_parts_of_characters_are_spelt_as_openai_does(tmp_path: Path) -> None:
-    codec = TextCodec(save_tokenizer(tmp_path))
-    part = next(number for number in range(256) if codec.token_bytes(number) == b"\xe2")
-    assert (spelling(codec, part), spelling(codec, part, "bytes:")) == ("\\xe2", "bytes:\\xe2")
-    assert spelling(codec, BOS) == "<s>"
+    tokenizer = Tokenizer(save_tokenizer(tmp_path))
+    part = next(number for number in range(256) if tokenizer.token_bytes(number) == b"\xe2")
+    assert (spelling(tokenizer, part), spelling(tokenizer, part, "bytes:")) == ("\\xe2", "bytes:\\xe2")
+    assert spelling(tokenizer, BOS) == "<s>"

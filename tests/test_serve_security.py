@@ -263,7 +263,7 @@ def test_prompts_and_keys_are_in_no_log(
         def quote(*_: object, **__: object) -> None:
             raise RuntimeError(f"cannot do {SECRET}")
 
-        monkeypatch.setattr(engine.codec, "encode", quote)
+        monkeypatch.setattr(engine.tokenizer, "encode", quote)
         assert error_code(http.post("/v1/completions", json=completion(SECRET))) == (500, "internal_error")
         monkeypatch.undo()
         monkeypatch.setattr(engine, "run", quote)

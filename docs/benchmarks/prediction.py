@@ -139,9 +139,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     lines = PROMPTS.read_text(encoding="utf-8").splitlines()[: arguments.prompts]
-    codec = check_source(str(TARGET), "--model", "auto", "cpu").codec
-    assert codec is not None
-    prompts = [codec.encode(json.loads(line)["turns"][0]) for line in lines]
+    tokenizer = check_source(str(TARGET), "--model", "auto", "cpu").tokenizer
+    assert tokenizer is not None
+    prompts = [tokenizer.encode(json.loads(line)["turns"][0]) for line in lines]
     cells = [*CASES, *((SWEEP_LINK, tree) for tree in ("auto", *SWEEP))]
     rows: list[list[Row]] = [[] for _ in cells]
     for _ in range(arguments.repeats):

@@ -22,7 +22,7 @@ from ..device import open_device, pinned
 from ..planner.hardware_file import to_json
 from ..report.trace import Trace
 from ..source import check_source
-from ..text.tokenizer import open_codec
+from ..text.tokenizer import open_tokenizer
 from .case import Case, Event, Outcome, outcome_of
 from .engines import engines_for, why_not
 from .extent import Extent
@@ -258,9 +258,9 @@ def _run_baseline(extent: Extent, engine: str, depth: int, max_seconds: float) -
 
 def prompt_ids() -> tuple[int, ...]:
     """A prompt of the demo's, which is every scale model's."""
-    codec = open_codec(TARGET)
-    assert codec is not None
-    return tuple(codec.encode(read_prompts(PROMPTS)[0].text))
+    tokenizer = open_tokenizer(TARGET)
+    assert tokenizer is not None
+    return tuple(tokenizer.encode(read_prompts(PROMPTS)[0].text))
 
 
 def _full_depth(extent: Extent) -> int:

@@ -83,11 +83,11 @@ class Answerer:
 
     def _request(self, asked: list[Message]) -> "Request":
         """The longest view of `asked` that leaves room for an answer. FitError when none does."""
-        dialogue, arguments, codec = self.dialogue, self._arguments, self.engine.codec
-        assert codec is not None, "checked before the engine was loaded"
+        dialogue, arguments, tokenizer = self.dialogue, self._arguments, self.engine.tokenizer
+        assert tokenizer is not None, "checked before the engine was loaded"
         refused: FitError | None = None
         for num_left_out, view in dialogue.views(asked):
-            prompt = render(codec, view, template=not arguments.raw)
+            prompt = render(tokenizer, view, template=not arguments.raw)
             settings = asdict(dialogue.settings)
             settings["seed"] = (settings["seed"] + self._num_retries) % 2**63
             try:

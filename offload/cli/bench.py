@@ -169,15 +169,15 @@ def _prompts(arguments: argparse.Namespace, settings: EngineSettings) -> tuple[l
             return [Prompt(text="", category="")], [tuple(text)]
         prompts = [Prompt(text=text, category="")]
     from ..model.locate import locate_model
-    from ..text.tokenizer import open_codec
+    from ..text.tokenizer import open_tokenizer
 
-    codec = open_codec(TARGET if is_scale else locate_model(settings.model, "--model"))
-    if codec is None:
+    tokenizer = open_tokenizer(TARGET if is_scale else locate_model(settings.model, "--model"))
+    if tokenizer is None:
         raise UsageError("the model folder has no tokenizer", where="--model", cure="give token ids with --prompt-ids 1,2,3")
     system = arguments.system_prompt
-    if not arguments.raw and (arguments.chat or system or codec.has_chat_template):
-        return prompts, [tuple(codec.encode_chat(one.text, system)) for one in prompts]
-    return prompts, [tuple(codec.encode(one.text)) for one in prompts]
+    if not arguments.raw and (arguments.chat or system or tokenizer.has_chat_template):
+        return prompts, [tuple(tokenizer.encode_chat(one.text, system)) for one in prompts]
+    return prompts, [tuple(tokenizer.encode(one.text)) for one in prompts]
 
 
 def _write(arguments: argparse.Namespace, document: dict[str, Any], *, table: str | None = None) -> None:

@@ -55,10 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_model(admission: "Admission", dialogue: Dialogue, arguments: argparse.Namespace) -> None:
     """What a conversation needs, before the weights are read: a tokenizer, and a template that can lay out a question."""
-    if admission.codec is None:
+    if admission.tokenizer is None:
         raise UsageError("the model folder has no tokenizer", where="--model", cure="a chat needs one; add its files")
     question = {"role": "user", "content": "Hello"}
-    prompt = render(admission.codec, [*dialogue.messages, question], template=not arguments.raw)
+    prompt = render(admission.tokenizer, [*dialogue.messages, question], template=not arguments.raw)
     if not prompt.templated and not arguments.raw and not arguments.quiet:
         say("the model has no chat template: it gets a plain transcript with lines User: and Assistant:")
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..engine.admission import Admission, Request
     from ..engine.engine import Engine, Generation
     from ..report.report import Report
-    from ..text.tokenizer import TextCodec
+    from ..text.tokenizer import Tokenizer
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -112,18 +112,18 @@ class _Asked:
         self._prompt, self._arguments = prompt, arguments
         self.request: Request | None = None
 
-    def expect(self, settings: EngineSettings, codec: "TextCodec | None", max_positions: int) -> EngineSettings:
+    def expect(self, settings: EngineSettings, tokenizer: "Tokenizer | None", max_positions: int) -> EngineSettings:
         from ..engine.admission import check_positions  # torch
 
         arguments = self._arguments
         if isinstance(self._prompt, str):
-            if codec is None:
+            if tokenizer is None:
                 return settings  # which admit refuses
-            templated = arguments.chat or arguments.system_prompt or codec.has_chat_template
+            templated = arguments.chat or arguments.system_prompt or tokenizer.has_chat_template
             if templated and not arguments.raw:
-                self._prompt = codec.encode_chat(self._prompt, arguments.system_prompt)
+                self._prompt = tokenizer.encode_chat(self._prompt, arguments.system_prompt)
             else:
-                self._prompt = codec.encode(self._prompt)
+                self._prompt = tokenizer.encode(self._prompt)
         num_prompt, num_new = len(self._prompt), arguments.max_new_tokens
         check_positions(num_prompt, num_new, max_positions)
         return replace(settings, text_tokens=num_prompt + num_new, context_tokens=num_prompt + num_new // 2)
@@ -155,7 +155,7 @@ def _print_text(engine: "Engine", generation: "Generation", recorder: Acceptance
     try:
         for step in generation:
             recorder.add(step)
-            write(step.text if engine.codec is not None else "".join(f"{token_id} " for token_id in step.token_ids))
+            write(step.text if engine.tokenizer is not None else "".join(f"{token_id} " for token_id in step.token_ids))
     except KeyboardInterrupt:
         exit_code = EXIT_INTERRUPTED
     except Terminated:

@@ -35,10 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     def open_it(progress: "Progress") -> "Engine":
         from ..assemble import open_engine  # torch: while the server answers already
-        from ..serve.admit import require_codec
+        from ..serve.admit import require_tokenizer
 
         def admit(admission: "Admission") -> None:
-            require_codec(admission.codec)
+            require_tokenizer(admission.tokenizer)
 
         engine = open_engine(settings, progress=progress, admit=admit)
         say_plan(engine.plan, arguments)

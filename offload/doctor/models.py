@@ -10,7 +10,7 @@ from ..model.locate import find_config
 from ..planner.cost import GIB, ModelCost
 from ..planner.shapes import ModelShape, find_shape, is_preset
 from ..scale.preset import is_scale_model, scale_shape
-from ..text.tokenizer import TextCodec, check_same_vocabulary, open_codec
+from ..text.tokenizer import Tokenizer, check_same_vocabulary, open_tokenizer
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.disk_speed import measure_disk
 from .facts import Check, DiskFacts
@@ -28,7 +28,7 @@ class Inspected:
     checks: tuple[Check, ...]
     cost: ModelCost | None = None
     vocab_size: int | None = None
-    codec: TextCodec | None = None
+    tokenizer: Tokenizer | None = None
     checkpoint: Checkpoint | None = None
 
 
@@ -57,7 +57,7 @@ def compare_vocabularies(target: Inspected, draft: Inspected) -> tuple[Check, ..
         value = f"{sizes[0]} tokens in the target, {sizes[1]} in the draft, by their shapes"
         return (Check(name="vocabulary", value=value, cure="right only if it is padding: run doctor on the models' folders"),)
     try:
-        check_same_vocabulary(target.codec, draft.codec, sizes, "--draft-model")
+        check_same_vocabulary(target.tokenizer, draft.tokenizer, sizes, "--draft-model")
     except ModelError as error:
         return (_fault("vocabulary", error),)
     return (Check(name="vocabulary", value=f"{sizes[0]} tokens, the same in draft and target"),)
@@ -77,30 +77,30 @@ def _inspect_folder(folder: Path, flag: str, label: str, on_gpu: bool) -> Inspec
     size, files = bytes_text(checkpoint.num_bytes), counted(len(checkpoint.files), "file")
     layers = counted(architecture.num_layers, "layer")
     value = f"{architecture.config.model_type}, {layers}, {size} in {files}, headers and index sound"
-    codec, tokenizer = _inspect_tokenizer(folder, label, architecture.vocab_size)
+    tokenizer, tokenizer_check = _inspect_tokenizer(folder, label, architecture.vocab_size)
     return Inspected(
-        checks=(Check(name=label, value=value), tokenizer),
+        checks=(Check(name=label, value=value), tokenizer_check),
         cost=_cost_of_folder(folder, flag, on_gpu),
         vocab_size=architecture.vocab_size,
-        codec=codec,
+        tokenizer=tokenizer,
         checkpoint=checkpoint,
     )
 
 
-def _inspect_tokenizer(folder: Path, label: str, vocab_size: int) -> tuple[TextCodec | None, Check]:
+def _inspect_tokenizer(folder: Path, label: str, vocab_size: int) -> tuple[Tokenizer | None, Check]:
     name = "tokenizer" if label == "model" else f"{label} tokens"
     try:
-        codec = open_codec(folder)
+        tokenizer = open_tokenizer(folder)
     except ModelError as error:
         return None, _fault(name, error)
-    if codec is None:
+    if tokenizer is None:
         cure = "copy the tokenizer files into the folder; without them only --prompt-ids works"
         return None, Check(name=name, value="none in the model's folder", cure=cure)
-    if codec.num_tokens > vocab_size:
-        value = f"numbers {codec.num_tokens} tokens, the model's embedding has {vocab_size}"
+    if tokenizer.num_tokens > vocab_size:
+        value = f"numbers {tokenizer.num_tokens} tokens, the model's embedding has {vocab_size}"
         cure = "use the tokenizer files that belong to this model"
-        return codec, Check(name=name, value=value, cure=cure, exit_code=ModelError.exit_code)
-    return codec, Check(name=name, value=f"{codec.num_tokens} tokens")
+        return tokenizer, Check(name=name, value=value, cure=cure, exit_code=ModelError.exit_code)
+    return tokenizer, Check(name=name, value=f"{tokenizer.num_tokens} tokens")
 
 
 def _cost_of_folder(folder: Path, flag: str, on_gpu: bool) -> ModelCost | None:

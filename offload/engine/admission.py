@@ -10,7 +10,7 @@ from tree.sampling import SamplingParams
 
 from ..errors import FitError, UsageError
 from ..planner.plan import Plan
-from ..text.tokenizer import TextCodec
+from ..text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +35,13 @@ class Admission:
     """`seed` is that of requests which name none."""
 
     plan: Plan
-    codec: TextCodec | None
+    tokenizer: Tokenizer | None
     vocab_size: int
     seed: int
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text. UsageError when the model has no tokenizer."""
-        if self.codec is None:
+        if self.tokenizer is None:
             raise UsageError(
                 "the model folder has no tokenizer", where="--prompt", cure="give token ids with --prompt-ids 1,2,3"
             )
@@ -51,7 +51,7 @@ class Admission:
             raise UsageError(
                 f"the prompt is not Unicode: {error}", where="--prompt", cure="leave lone surrogates out"
             ) from error
-        return self.codec.encode(text)
+        return self.tokenizer.encode(text)
 
     def request(
         self,
@@ -110,7 +110,7 @@ class Admission:
             raise UsageError(f"{request.max_new_tokens} is too few", where="--max-new-tokens", cure="give at least 1")
         if not 0 <= request.seed < 2**63:
             raise UsageError(f"{request.seed} is not a seed", where="--seed", cure="give a number from 0 to 2**63 - 1")
-        if request.stop and self.codec is None:
+        if request.stop and self.tokenizer is None:
             raise UsageError("stop strings need a tokenizer", where="--stop", cure="leave --stop out")
 
     def _check_room(self, request: Request) -> None:

@@ -45,7 +45,7 @@ class Generation:
 
     def __init__(self, engine: "Engine", request: Request) -> None:
         self._engine, self._request = engine, request
-        self._text = TextStream(engine.codec, request.stop, request.prompt) if engine.codec is not None else None
+        self._text = TextStream(engine.tokenizer, request.stop, request.prompt) if engine.tokenizer is not None else None
         self.token_ids: list[int] = []
         self.finish_reason = "interrupted"
         self.stats = RunStats(load_s=engine.load_s)
@@ -183,7 +183,7 @@ class Engine:
         close: Callable[[], None],
         replanner: Replanner | None = None,
     ) -> None:
-        self.loop, self.admission, self.codec = loop, admission, admission.codec
+        self.loop, self.admission, self.tokenizer = loop, admission, admission.tokenizer
         self.eos_token_ids, self.load_s = eos_token_ids, load_s
         self.method, self.emulated_link, self.device_name = method, emulated_link, device_name
         self._memory, self._close, self.replanner = memory, close, replanner

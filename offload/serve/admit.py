@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..engine.admission import Request
     from ..engine.engine import Engine
-    from ..text.tokenizer import TextCodec
+    from ..text.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
@@ -33,23 +33,23 @@ class Order:
     format: Format
 
 
-def require_codec(codec: "TextCodec | None") -> "TextCodec":
+def require_tokenizer(tokenizer: "Tokenizer | None") -> "Tokenizer":
     """ModelError for a model without a tokenizer: a server of text needs one."""
-    if codec is None:
+    if tokenizer is None:
         raise ModelError(
             "the model folder has no tokenizer", where="--model", cure="add tokenizer.json, or use generate --prompt-ids"
         )
-    return codec
+    return tokenizer
 
 
 def admit_chat(engine: "Engine", body: ChatRequest, model_name: str) -> Order:
-    codec = require_codec(engine.codec)
+    tokenizer = require_tokenizer(engine.tokenizer)
     if body.top_logprobs and not body.logprobs:
         raise Problem(400, "invalid_value", "top_logprobs needs logprobs true beside it", "top_logprobs")
-    values = _template_values(codec, body)
+    values = _template_values(tokenizer, body)
     with engine_errors_as_problems("messages"):
         try:
-            prompt = render(codec, [message.plain() for message in body.messages], values=values)
+            prompt = render(tokenizer, [message.plain() for message in body.messages], values=values)
         except ModelError as error:  # most templates refuse some order of roles, so this is the client's, too
             raise Problem(400, "chat_template_error", error.what, "messages") from None
     token_ids = list(prompt.token_ids)
@@ -60,12 +60,12 @@ def admit_chat(engine: "Engine", body: ChatRequest, model_name: str) -> Order:
     num_new = _num_new(engine, len(token_ids), -1 if wanted is None else wanted)
     requests = _requests(engine, body, token_ids, num_new, (*body.stop_strings, *prompt.stop), scoring)
     header = Header(id=f"chatcmpl-{secrets.token_hex(12)}", created=int(time.time()), model=model_name)
-    layout = ChatFormat(header, codec, with_logprobs=bool(body.logprobs))
+    layout = ChatFormat(header, tokenizer, with_logprobs=bool(body.logprobs))
     return Order(requests=requests, choices_per_prompt=len(requests), format=layout)
 
 
 def admit_completion(engine: "Engine", body: CompletionRequest, model_name: str) -> Order:
-    codec = require_codec(engine.codec)
+    tokenizer = require_tokenizer(engine.tokenizer)
     echo, num_choices = bool(body.echo), body.n or 1
     field, wanted = body.limit
     num_new = DEFAULT_COMPLETION_TOKENS if wanted is None else wanted
@@ -76,24 +76,24 @@ def admit_completion(engine: "Engine", body: CompletionRequest, model_name: str)
     texts: list[str] = []
     for prompt in body.prompts:
         special = body.add_special_tokens is not False
-        token_ids = prompt if isinstance(prompt, list) else codec.encode(prompt, add_special_tokens=special)
+        token_ids = prompt if isinstance(prompt, list) else tokenizer.encode(prompt, add_special_tokens=special)
         made = _requests(engine, body, token_ids, _num_new(engine, len(token_ids), num_new), body.stop_strings, scoring)
         requests += made
         if echo:
-            texts += [prompt if isinstance(prompt, str) else codec.decode(token_ids)] * len(made)
+            texts += [prompt if isinstance(prompt, str) else tokenizer.decode(token_ids)] * len(made)
     header = Header(id=f"cmpl-{secrets.token_hex(12)}", created=int(time.time()), model=model_name)
     with_logprobs = body.logprobs is not None
-    layout = CompletionFormat(header, codec, with_logprobs=with_logprobs, echo=echo, num_new=num_new, prompt_texts=texts)
+    layout = CompletionFormat(header, tokenizer, with_logprobs=with_logprobs, echo=echo, num_new=num_new, prompt_texts=texts)
     return Order(requests=tuple(requests), choices_per_prompt=num_choices, format=layout)
 
 
-def _template_values(codec: "TextCodec", body: ChatRequest) -> dict[str, object]:
+def _template_values(tokenizer: "Tokenizer", body: ChatRequest) -> dict[str, object]:
     """What the model's template is told beside the messages. A template that knows no effort gives none: Problem."""
     given = body.chat_template_kwargs or {}
     effort = body.reasoning_effort
     if effort is None:
         return given
-    known = any(name in (codec.chat_template or "") for name in ("reasoning_effort", "enable_thinking"))
+    known = any(name in (tokenizer.chat_template or "") for name in ("reasoning_effort", "enable_thinking"))
     if not known and effort != "none":
         raise Problem(400, "unsupported_parameter", "the model's chat template knows no reasoning_effort", "reasoning_effort")
     return {"reasoning_effort": effort, "enable_thinking": effort != "none", **given}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ..engine.admission import Request
     from ..engine.engine import Step
-    from ..text.tokenizer import TextCodec
+    from ..text.tokenizer import Tokenizer
 
 Json = dict[str, Any]
 
@@ -76,12 +76,12 @@ def usage(choices: Sequence[Choice], choices_per_prompt: int) -> Json:
     }
 
 
-def spelling(codec: "TextCodec", token_id: int, prefix: str = "") -> str:
+def spelling(tokenizer: "Tokenizer", token_id: int, prefix: str = "") -> str:
     """One token as OpenAI writes it: its text, and a part of a character as `prefix` and its bytes, \\xe2\\x80. So tokens
     that differ read differently."""
-    if codec.is_special(token_id):
-        return codec.token_text(token_id)
-    spelt = codec.token_bytes(token_id)
+    if tokenizer.is_special(token_id):
+        return tokenizer.token_text(token_id)
+    spelt = tokenizer.token_bytes(token_id)
     try:
         return spelt.decode()
     except UnicodeDecodeError:
@@ -111,8 +111,8 @@ class Offsets:
 class ChatFormat:
     """Chunks and answer of /v1/chat/completions."""
 
-    def __init__(self, header: Header, codec: "TextCodec", *, with_logprobs: bool) -> None:
-        self.header, self._codec, self._with_logprobs = header, codec, with_logprobs
+    def __init__(self, header: Header, tokenizer: "Tokenizer", *, with_logprobs: bool) -> None:
+        self.header, self._tokenizer, self._with_logprobs = header, tokenizer, with_logprobs
 
     def opening(self, choices: Sequence[Choice]) -> Iterator[Json]:
         for index in range(len(choices)):
@@ -153,8 +153,8 @@ class ChatFormat:
         }
 
     def _token(self, token_id: int, logprob: float) -> Json:
-        spelt = None if self._codec.is_special(token_id) else list(self._codec.token_bytes(token_id))
-        return {"token": spelling(self._codec, token_id), "logprob": max(logprob, LEAST_LOGPROB), "bytes": spelt}
+        spelt = None if self._tokenizer.is_special(token_id) else list(self._tokenizer.token_bytes(token_id))
+        return {"token": spelling(self._tokenizer, token_id), "logprob": max(logprob, LEAST_LOGPROB), "bytes": spelt}
 
 
 # -- completions ----------------------------------------------------------------------------------------------------------
@@ -164,9 +164,16 @@ class CompletionFormat:
     """Chunks and answer of /v1/completions. `echo` puts the prompt in front; with `num_new` 0 nothing stands behind it."""
 
     def __init__(
-        self, header: Header, codec: "TextCodec", *, with_logprobs: bool, echo: bool, num_new: int, prompt_texts: Sequence[str]
+        self,
+        header: Header,
+        tokenizer: "Tokenizer",
+        *,
+        with_logprobs: bool,
+        echo: bool,
+        num_new: int,
+        prompt_texts: Sequence[str],
     ) -> None:
-        self.header, self._codec, self._with_logprobs = header, codec, with_logprobs
+        self.header, self._tokenizer, self._with_logprobs = header, tokenizer, with_logprobs
         self._echo, self._num_new, self._prompt_texts = echo, num_new, prompt_texts
         self._offsets: dict[int, Offsets] = defaultdict(Offsets)
 
@@ -201,9 +208,9 @@ class CompletionFormat:
             values.insert(0, None)
             tops.insert(0, None)
         if echo:  # a text lacks the space that some tokenizers put before its first word
-            prompt = b"".join(self._codec.token_bytes(token_id) for token_id in choice.request.prompt)
+            prompt = b"".join(self._tokenizer.token_bytes(token_id) for token_id in choice.request.prompt)
             self._offsets[index] = Offsets(len(self._prompt_texts[index]) - len(prompt.decode(errors="replace")))
-        offsets = self._offsets[index].of([self._codec.token_bytes(token_id) for token_id in token_ids])
+        offsets = self._offsets[index].of([self._tokenizer.token_bytes(token_id) for token_id in token_ids])
         return {
             "tokens": [self._spelling(token_id) for token_id in token_ids],
             "token_logprobs": values,
@@ -219,7 +226,7 @@ class CompletionFormat:
         return top
 
     def _spelling(self, token_id: int) -> str:
-        return spelling(self._codec, token_id, "bytes:")
+        return spelling(self._tokenizer, token_id, "bytes:")
 
 
 Format = ChatFormat | CompletionFormat

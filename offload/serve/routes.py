@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from ..version import __version__
-from .admit import require_codec
+from .admit import require_tokenizer
 from .problems import Problem
 from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .service import Service
@@ -74,9 +74,9 @@ def text_routes(service: Service) -> APIRouter:
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, object]:
-        codec = require_codec(service.worker.ready().codec)
+        tokenizer = require_tokenizer(service.worker.ready().tokenizer)
         tokens = await run_in_threadpool(
-            lambda: codec.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+            lambda: tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
         )
         return {"tokens": tokens, "count": len(tokens), "max_model_len": service.worker.ready().plan.text_tokens}
 
@@ -85,15 +85,15 @@ def text_routes(service: Service) -> APIRouter:
         engine = service.worker.ready()
         if any(token_id >= engine.admission.vocab_size for token_id in body.tokens):
             raise Problem(400, "invalid_value", f"the vocabulary has {engine.admission.vocab_size} tokens", "tokens")
-        return {"prompt": await run_in_threadpool(require_codec(engine.codec).decode, body.tokens)}
+        return {"prompt": await run_in_threadpool(require_tokenizer(engine.tokenizer).decode, body.tokens)}
 
     @router.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, object]:
         engine = service.worker.ready()
-        codec = require_codec(engine.codec)
+        tokenizer = require_tokenizer(engine.tokenizer)
         roles: dict[str, str | None] = {"bos_token": None, "eos_token": None, "pad_token": None}
-        roles |= codec.special_tokens()
-        return {**roles, "chat_template": codec.chat_template, "vocab_size": engine.admission.vocab_size}
+        roles |= tokenizer.special_tokens()
+        return {**roles, "chat_template": tokenizer.chat_template, "vocab_size": engine.admission.vocab_size}
 
     return router
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import UsageError
-from .tokenizer import TextCodec
+from .tokenizer import Tokenizer
 
 NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
 # What a transcript's answer ends before: a base model goes on with everybody's lines.
@@ -25,7 +25,7 @@ class Prompt:
 
 
 def render(
-    codec: TextCodec, messages: Sequence[object], *, template: bool = True, values: Mapping[str, object] | None = None
+    tokenizer: Tokenizer, messages: Sequence[object], *, template: bool = True, values: Mapping[str, object] | None = None
 ) -> Prompt:
     """The prompt for an answer to `messages`, [{"role": "system" | "user" | "assistant", "content": str}, ...]. With
     `template` False, or without a template, it is a transcript. `values` are what a template may know beside the messages,
@@ -36,11 +36,11 @@ def render(
     checked = [check_message(message, number) for number, message in enumerate(messages)]
     if not checked:
         raise UsageError("no messages", where="messages", cure="give at least one")
-    if template and codec.has_chat_template:
-        text = codec.lay_out(checked, values)
-        return Prompt(text=text, token_ids=tuple(codec.encode_laid_out(text)), stop=(), templated=True)
+    if template and tokenizer.has_chat_template:
+        text = tokenizer.lay_out(checked, values)
+        return Prompt(text=text, token_ids=tuple(tokenizer.encode_laid_out(text)), stop=(), templated=True)
     text = transcript(checked)
-    return Prompt(text=text, token_ids=tuple(codec.encode(text)), stop=TRANSCRIPT_STOPS, templated=False)
+    return Prompt(text=text, token_ids=tuple(tokenizer.encode(text)), stop=TRANSCRIPT_STOPS, templated=False)
 
 
 def transcript(messages: Sequence[Message]) -> str:

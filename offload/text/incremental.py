@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .tokenizer import REPLACEMENT, TextCodec
+from .tokenizer import REPLACEMENT, Tokenizer
 
 
 class TextStream:
@@ -14,10 +14,10 @@ class TextStream:
     A stop string may name special tokens, which the text leaves out.
     """
 
-    def __init__(self, codec: TextCodec, stop: Sequence[str] = (), context: Sequence[int] = ()) -> None:
-        self._codec = codec
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
         # `_window_text` is what of the window's text is in `text`, or in the prompt's; `_num_taken` tokens are behind it.
-        self._token_ids, self._window_text = _tail(codec, context)
+        self._token_ids, self._window_text = _tail(tokenizer, context)
         self._window_start = 0  # tokens from here on are decoded together, so that the cost per token stays constant
         # The prompt's last bytes may be a part of a character, and a window may not begin inside one.
         self._num_taken = 0 if self._window_text.endswith(REPLACEMENT) else len(self._token_ids)
@@ -28,23 +28,23 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         self._token_ids.append(token_id)
-        window = self._codec.decode(self._token_ids[self._window_start :])
+        window = self._tokenizer.decode(self._token_ids[self._window_start :])
         if not window.endswith(REPLACEMENT):
             self._take(window)
             # The next window begins with what was just taken: whole characters, as a decoder gives up a run of byte tokens
             # that begins inside one, and some text, as it drops the space in front of the first word.
-            taken = self._codec.decode(self._token_ids[self._num_taken :])
+            taken = self._tokenizer.decode(self._token_ids[self._num_taken :])
             if taken:
                 self._window_start, window = self._num_taken, taken
             self._window_text, self._num_taken = window, len(self._token_ids)
-        if self._codec.is_special(token_id) and not self.stopped:
-            self._end_at(self._stops.add(self._codec.token_text(token_id), shown=False))
+        if self._tokenizer.is_special(token_id) and not self.stopped:
+            self._end_at(self._stops.add(self._tokenizer.token_text(token_id), shown=False))
         return self._give(len(self.text) if self.stopped else self._stops.num_certain())
 
     def finish(self) -> str:
         """The rest: what was held back, and bytes that never became a character."""
         if not self.stopped:
-            self._take(self._codec.decode(self._token_ids[self._window_start :]))
+            self._take(self._tokenizer.decode(self._token_ids[self._window_start :]))
             self._window_text = ""
             self._window_start = self._num_taken = len(self._token_ids)
         return self._give(len(self.text))
@@ -71,16 +71,16 @@ def _behind(beginning: str, whole: str) -> str:
     return whole[same:]
 
 
-def _tail(codec: TextCodec, context: Sequence[int]) -> tuple[list[int], str]:
+def _tail(tokenizer: Tokenizer, context: Sequence[int]) -> tuple[list[int], str]:
     """The last tokens of `context`, and their text: as many as it takes for what follows to be written as behind all of
     them. They show a letter, and do not begin inside a character."""
     num_tokens = 8
     while num_tokens < len(context):
-        text = codec.decode(context[-num_tokens:])
-        if text.strip().strip(REPLACEMENT) and codec.decode(context[-2 * num_tokens :]).endswith(text):
+        text = tokenizer.decode(context[-num_tokens:])
+        if text.strip().strip(REPLACEMENT) and tokenizer.decode(context[-2 * num_tokens :]).endswith(text):
             return list(context[-num_tokens:]), text
         num_tokens *= 2
-    return list(context), codec.decode(context)
+    return list(context), tokenizer.decode(context)
 
 
 class StopSearch:

@@ -1,6 +1,6 @@
 """Text to token ids and back. Tokens arrive a few at a time; text leaves as soon as it can no longer change.
 
-Knows nothing of models. A model folder without a tokenizer has no TextCodec; token ids still work there.
+Knows nothing of models. A model folder may lack a tokenizer; token ids still work there.
 """
 
 import re
@@ -17,7 +17,7 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # how sentencepiece writes a byte
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
-class TextCodec:
+class Tokenizer:
     """A model's tokenizer and chat template."""
 
     def __init__(self, folder: Path) -> None:
@@ -127,12 +127,12 @@ def _bytes_of_stand_ins() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + number): byte for number, byte in enumerate(others)}
 
 
-def open_codec(folder: Path) -> TextCodec | None:
+def open_tokenizer(folder: Path) -> Tokenizer | None:
     """The folder's tokenizer, None when it has none."""
-    return TextCodec(folder) if any((folder / name).exists() for name in _TOKENIZER_FILES) else None
+    return Tokenizer(folder) if any((folder / name).exists() for name in _TOKENIZER_FILES) else None
 
 
-def check_same_vocabulary(target: TextCodec | None, draft: TextCodec | None, sizes: tuple[int, int], where: str) -> None:
+def check_same_vocabulary(target: Tokenizer | None, draft: Tokenizer | None, sizes: tuple[int, int], where: str) -> None:
     """ModelError naming the first token that draft and target number differently. Without two tokenizers to compare, the
     sizes (target, draft) must be equal; with equal tokenizers they may differ by padding."""
     cure = "use a draft model of the same family: it must share the target's tokenizer"
@@ -145,7 +145,9 @@ def check_same_vocabulary(target: TextCodec | None, draft: TextCodec | None, siz
                 cure=cure,
             )
         return
-    by_id, draft_by_id = ({token_id: token for token, token_id in codec.vocabulary().items()} for codec in (target, draft))
+    by_id, draft_by_id = (
+        {token_id: token for token, token_id in tokenizer.vocabulary().items()} for tokenizer in (target, draft)
+    )
     if by_id != draft_by_id:
         first = min(i for i in {*by_id, *draft_by_id} if by_id.get(i) != draft_by_id.get(i))
         raise ModelError(
