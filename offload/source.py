@@ -1,5 +1,6 @@
 """A model that was looked at and not yet loaded: what it is, where its tensors are, how large it will be."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from .errors import ModelError
 from .model.architecture import Architecture, architecture_of, match_weights, read_architecture
 from .model.locate import locate_model
 from .model.transformers_api import make_config
-from .planner.cost import ModelCost, kv_bytes_per_row
+from .planner.cost import LayerCost, ModelCost, kv_bytes_per_row
 from .planner.shapes import read_preset_config
 from .scale.model import open_scale_model
 from .scale.preset import is_scale_model
@@ -39,12 +40,16 @@ class TypedModel:
     @property
     def cost(self) -> ModelCost:
         architecture, config, itemsize = self.architecture, self.architecture.config, self.dtype.itemsize
-        kv_bytes = kv_bytes_per_row(architecture.num_layers, architecture.num_kv_heads, architecture.head_dim, itemsize)
+        layer_bytes = self.layout.num_bytes
+        layer = LayerCost(
+            stored_bytes=layer_bytes,
+            computed_bytes=layer_bytes,
+            num_parameters=sum(map(math.prod, architecture.layer_shapes.values())),
+            kv_bytes_per_row=kv_bytes_per_row(architecture.num_kv_heads, architecture.head_dim, itemsize),
+        )
         return ModelCost(
-            num_layers=architecture.num_layers,
-            layer_bytes=self.layout.num_bytes,
-            shared_bytes=self.shared_layout.num_bytes,
-            kv_bytes_per_row=kv_bytes,
+            layers=(layer,) * architecture.num_layers,
+            outside_bytes=self.shared_layout.num_bytes,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             num_heads=config.num_attention_heads,

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from offload.config import EngineSettings
-from offload.planner.cost import ModelCost, kv_bytes_per_row
+from offload.planner.cost import LayerCost, ModelCost, kv_bytes_per_row
 from offload.planner.hardware import HardwareProfile, ModelTimes
 from offload.planner.memory import Budgets
 from offload.planner.plan import Plan, make_workload, plan_run
@@ -14,11 +14,22 @@ from tree.shape import TreeShape
 from tree.spec import OptimalTree
 
 GIB = 2**30
+
+
+def equal_layers(num_layers: int, *, num_parameters: int, num_kv_heads: int) -> tuple[LayerCost, ...]:
+    """In float16, with heads of 128, stored as they compute."""
+    layer = LayerCost(
+        stored_bytes=2 * num_parameters,
+        computed_bytes=2 * num_parameters,
+        num_parameters=num_parameters,
+        kv_bytes_per_row=kv_bytes_per_row(num_kv_heads, 128, 2),
+    )
+    return (layer,) * num_layers
+
+
 LLAMA_2_70B = ModelCost(
-    num_layers=80,
-    layer_bytes=855_654_400 * 2,
-    shared_bytes=2 * 32000 * 8192 * 2,
-    kv_bytes_per_row=kv_bytes_per_row(80, 8, 128, 2),
+    layers=equal_layers(80, num_parameters=855_654_400, num_kv_heads=8),
+    outside_bytes=2 * 32000 * 8192 * 2,
     hidden_size=8192,
     intermediate_size=28672,
     num_heads=64,
@@ -28,10 +39,8 @@ LLAMA_2_70B = ModelCost(
 )
 LLAMA_2_7B = replace(
     LLAMA_2_70B,
-    num_layers=32,
-    layer_bytes=202_383_360 * 2,
-    shared_bytes=2 * 32000 * 4096 * 2,
-    kv_bytes_per_row=kv_bytes_per_row(32, 32, 128, 2),
+    layers=equal_layers(32, num_parameters=202_383_360, num_kv_heads=32),
+    outside_bytes=2 * 32000 * 4096 * 2,
     hidden_size=4096,
     intermediate_size=11008,
     num_heads=32,

@@ -202,10 +202,10 @@ def test_a_line_is_status_name_value_and_cure() -> None:
 def test_a_pair_needs_its_layers_on_the_host_and_two_of_them_with_the_draft_on_the_device() -> None:
     target, draft = find_shape("llama-2-70b", "").cost(2), find_shape("llama-2-7b", "").cost(2)
     need = need_of(target, draft, on_gpu=True)
-    assert need.host_bytes == 80 * target.layer_bytes and need.least_host_bytes == 2 * target.layer_bytes
+    assert need.host_bytes == target.stored_bytes and need.least_host_bytes == 2 * target.slot_bytes
     assert (
         need.least_device_bytes
-        == 2 * target.layer_bytes + target.shared_bytes + 2 * find_shape("llama-2-7b", "").num_parameters
+        == 2 * target.slot_bytes + target.outside_bytes + 2 * find_shape("llama-2-7b", "").num_parameters
     )
     on_cpu = need_of(target, draft, on_gpu=False)
     assert on_cpu.host_bytes == need.host_bytes + need.least_device_bytes

@@ -325,7 +325,7 @@ def test_every_plan_that_follows_another_takes_less_and_they_come_to_an_end(
         assert after.prediction.s_per_token >= before.prediction.s_per_token * (1 - 1e-9)
         assert host_gib is None or sum(after.host_ledger.values()) <= host_gib * GIB
         streamed = len(after.placement.host) + len(after.placement.disk)
-        assert streamed + len(after.placement.resident) == 80 and after.bytes_per_pass == streamed * LLAMA_2_70B.layer_bytes
+        assert streamed + len(after.placement.resident) == 80 and after.bytes_per_pass == streamed * LLAMA_2_70B.slot_bytes
 
 
 # -- the host, when a model is loaded -----------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from offload.config import EngineSettings, parse_size
 from offload.errors import FitError, ModelError, UsageError
-from offload.planner.cost import ModelCost, activation_bytes
+from offload.planner.cost import LayerCost, ModelCost, activation_bytes
 from offload.planner.memory import device_ledger
 from offload.planner.tree_flag import read_tree, resolve_method
 from offload.weights.placement import RING_BUFFERS
-from planning import CHAINS, GIB, LLAMA_2_70B, PUBLISHED, SETTINGS, draft_option, plan
+from planning import CHAINS, GIB, L40, LLAMA_2_70B, PUBLISHED, SETTINGS, draft_option, plan
 from tree.blocks import block_bytes
 from tree.optimizer import best_tree, expected_tokens
 from tree.shape import TreeShape
@@ -48,7 +48,7 @@ def test_auto_fills_the_device_without_exceeding_it(device_gib: float) -> None:
     used = sum(made.device_ledger.values())
     assert used <= device_gib * GIB
     if made.placement.streamed and len(made.placement.streamed) > 1:
-        assert used + LLAMA_2_70B.layer_bytes > device_gib * GIB or made.num_slots < 3
+        assert used + LLAMA_2_70B.slot_bytes > device_gib * GIB or made.num_slots < 3
 
 
 @given(st.floats(4, 140))
@@ -56,8 +56,47 @@ def test_layers_beyond_the_host_budget_go_to_disk(host_gib: float) -> None:
     made = plan(replace(SETTINGS, resident_layers=0), device_gib=None, host_gib=host_gib)
     assert sum(made.host_ledger.values()) <= host_gib * GIB
     on_disk = len(made.placement.disk)
-    assert on_disk == 0 or made.host_ledger["bounce ring"] == RING_BUFFERS * LLAMA_2_70B.layer_bytes
+    assert on_disk == 0 or made.host_ledger["bounce ring"] == RING_BUFFERS * LLAMA_2_70B.slot_bytes
     assert len(made.placement.host) + on_disk == 80
+
+
+LARGE = LayerCost(stored_bytes=3 * 10**9, computed_bytes=5 * 10**9, num_parameters=25 * 10**8, kv_bytes_per_row=1000)
+LITTLE = replace(LARGE, stored_bytes=10**9, computed_bytes=10**9, num_parameters=5 * 10**8, scratch_bytes=10**8)
+TWO_KINDS = replace(LLAMA_2_70B, layers=(LARGE, LARGE, *[LITTLE] * 6, LARGE))
+
+
+@given(st.floats(14, 60), st.floats(6, 20), st.integers(1, 4))
+def test_layers_of_two_kinds_are_counted_one_by_one(device_gib: float, host_gib: float, slots: int) -> None:
+    wanted = replace(SETTINGS, slots=slots)
+    made = plan(wanted, TreeShape.root_only(), device_gib=device_gib, host_gib=host_gib, drafts=(), target=TWO_KINDS)
+    placement, device, host = made.placement, made.device_ledger, made.host_ledger
+    assert sum(device.values()) <= device_gib * GIB and sum(host.values()) <= host_gib * GIB
+    resident = [TWO_KINDS.layers[layer].computed_bytes for layer in sorted(placement.resident)]
+    assert device[f"{len(resident)} resident layers"] == sum(resident)
+    if placement.streamed:
+        assert device[f"{slots} slots"] == slots * LARGE.stored_bytes and device["decoded layer"] == LITTLE.scratch_bytes
+    streamed = [TWO_KINDS.layers[layer] for layer in placement.streamed]
+    assert made.bytes_per_pass == sum(layer.stored_bytes for layer in streamed)
+    assert made.raw_bytes_per_pass == sum(layer.computed_bytes for layer in streamed)
+    assert made.disk_bytes_per_pass == sum(TWO_KINDS.layers[layer].stored_bytes for layer in placement.disk)
+    assert host["pinned layers"] == sum(TWO_KINDS.layers[layer].stored_bytes for layer in placement.host)
+    assert host.get("bounce ring", 0) == (RING_BUFFERS * LARGE.stored_bytes if placement.disk else 0)
+    assert device["key/value cache"] == 9000 * made.context_rows
+
+
+def test_a_pass_over_layers_of_two_kinds_copies_and_computes_each_for_its_own_time() -> None:
+    """On a link so slow, or a processor so slow, that it is all that counts."""
+    root, wanted = TreeShape.root_only(), replace(SETTINGS, resident_layers=0, context_tokens=1)
+    slow_link = replace(L40, link_bytes_per_s=1e6)
+    made = plan(wanted, root, device_gib=None, drafts=(), target=TWO_KINDS, hardware=slow_link)
+    assert made.prediction.pass_s == pytest.approx(15e9 / 1e6, rel=1e-3)
+    slow_processor = replace(L40, flops_per_s=1e9, layer_overhead_s=0.0)
+    made = plan(wanted, root, device_gib=None, drafts=(), target=TWO_KINDS, hardware=slow_processor)
+    assert made.prediction.compute_s == pytest.approx(2 * (3 * 25e8 + 6 * 5e8) / 1e9, rel=1e-3)
+    assert made.prediction.pass_s == pytest.approx(made.prediction.compute_s, rel=1e-3)
+    resident = replace(wanted, resident_layers=9)
+    at_once = plan(resident, root, device_gib=None, drafts=(), target=TWO_KINDS, hardware=slow_processor)
+    assert at_once.prediction.pass_s == pytest.approx(made.prediction.compute_s)
 
 
 def test_a_budget_too_small_for_two_slots_is_refused_with_the_sum_that_shows_it() -> None:

@@ -19,6 +19,7 @@ from offload.config import EngineSettings, law_kind
 from offload.engine.engine import Engine
 from offload.engine.replanning import FIRST_WAIT, MEASURED_SHARE, SEVERAL, Replanner, is_off, seen_in
 from offload.errors import OutOfMemoryError
+from offload.planner.cost import LayerCost
 from offload.planner.fallback import Fallbacks
 from offload.planner.hardware import HardwareProfile
 from offload.planner.plan import Plan, make_workload, plan_run
@@ -41,6 +42,8 @@ from tree.shape import TreeShape
 Models = Callable[..., Path]
 PROMPT = [5, 9, 33, 2, 71]
 DRAFT = draft_option()
+SMALL_LAYER = LayerCost(stored_bytes=2**20, computed_bytes=2**20, num_parameters=2**19, kv_bytes_per_row=2**5)
+SMALL = replace(DRAFT.cost, layers=(SMALL_LAYER,) * 32, outside_bytes=2**20)
 LIMITS = budgets(48)
 
 
@@ -200,7 +203,7 @@ def test_another_tree_must_be_worth_it_and_what_is_expected_is_put_right_anyway(
 
 def test_a_plan_without_a_tree_has_room_for_one_where_a_draft_hardly_costs_any_memory() -> None:
     """A measurement that called the draft slow is not the last word: the draft is there, and so are rows for a tree."""
-    slow = replace(DRAFT, cost=replace(DRAFT.cost, layer_bytes=2**20, shared_bytes=2**20, kv_bytes_per_row=2**10))
+    slow = replace(DRAFT, cost=SMALL)
     slow = replace(slow, times=constant_times((1, 64), (10.0, 10.0)))
     made, base = planned(draft=slow)
     assert made.tree.num_nodes == 1 and made.draft == 0 and made.room_nodes >= 128
@@ -269,7 +272,7 @@ def test_the_machine_is_measured_again_for_a_small_share_of_the_run() -> None:
 
 
 def test_a_run_without_a_tree_looks_again_at_what_it_was_told() -> None:
-    slow = replace(DRAFT, cost=replace(DRAFT.cost, layer_bytes=2**20, shared_bytes=2**20, kv_bytes_per_row=2**10))
+    slow = replace(DRAFT, cost=SMALL)
     slow = replace(slow, times=constant_times((1, 64), (10.0, 10.0)))
     made, base = planned(draft=slow)
     unlucky, lucky = Loop(made, base), Loop(made, base)

@@ -18,7 +18,7 @@ from offload.planner.prediction import DraftOption, Workload, expanded_per_level
 from offload.planner.search import best_choice
 from offload.planner.timeline import PartTimes, steady_round
 from offload.weights.placement import Placement, spread_evenly
-from planning import GIB, L40, LLAMA_2_7B, LLAMA_2_70B, SETTINGS, budgets, constant_times, draft_option, plan
+from planning import GIB, L40, LLAMA_2_7B, LLAMA_2_70B, SETTINGS, budgets, constant_times, draft_option, equal_layers, plan
 from tree.acceptance import Acceptance
 from tree.optimizer import best_tree, expected_tokens
 
@@ -42,7 +42,14 @@ def one_round(
     streamed = [layer for layer in range(8) if layer not in spread_evenly(resident, 8)]
     moved = frozenset(streamed[disk : disk + pageable])
     placement = Placement(num_layers=8, resident=spread_evenly(resident, 8), disk=frozenset(streamed[:disk]), pageable=moved)
-    parts = PartTimes(copy_s=copy_s, read_s=1.0, move_s=move_s, before_s=before_s, layer_s=layer_s, after_s=after_s)
+    parts = PartTimes(
+        copy_s=[copy_s] * 8,
+        read_s=[1.0] * 8,
+        move_s=[move_s] * 8,
+        before_s=before_s,
+        layer_s=[layer_s] * 8,
+        after_s=after_s,
+    )
     return float(steady_round(placement, slots, parts).round_s)
 
 
@@ -147,9 +154,8 @@ def test_a_bound_on_the_width_is_taken_when_wide_levels_are_slow() -> None:
 def sequoia_workload() -> tuple[Workload, DraftOption]:
     """Nothing streamed, one layer: a round is what Sequoia's cost model has, levels x draft time + target time."""
     nodes, times = (1, 2, 4, 8, 16, 32), (10.0, 10.0, 10.0, 12.0, 14.0, 18.0)
-    one_layer = replace(LLAMA_2_70B, num_layers=1, layer_bytes=2**20, shared_bytes=2**20)
+    one_layer = replace(LLAMA_2_70B, layers=equal_layers(1, num_parameters=2**19, num_kv_heads=8), outside_bytes=2**20)
     memory = plan_memory(SETTINGS, one_layer, None, 1, 2, max_positions=4096, budgets=budgets(100))
-    draft_cost = replace(one_layer, num_layers=1)
     workload = Workload(
         target=one_layer,
         times=ModelTimes(context_rows=0, rows=nodes, layer_s=times, rest_s=(0.3,) * 6),  # it charges the root a level, too
@@ -158,7 +164,7 @@ def sequoia_workload() -> tuple[Workload, DraftOption]:
         disk_bytes_per_s=1e9,
         memory=lambda draft, num_nodes, slots: memory,
     )
-    return workload, draft_option(cost=draft_cost, acceptance=SEQUOIA, times=constant_times((1, 32), (0.3, 0.3)))
+    return workload, draft_option(cost=one_layer, acceptance=SEQUOIA, times=constant_times((1, 32), (0.3, 0.3)))
 
 
 def test_sequoias_demo_configuration_gives_its_choice() -> None:
@@ -196,7 +202,7 @@ def test_preset_cards_hold_their_plans(device_gib: float, draft: ModelCost | Non
     drafts = (draft_option(cost=draft),) if draft else ()
     made = plan(tree=None, device_gib=device_gib, drafts=drafts)
     used = sum(made.device_ledger.values())
-    assert device_gib * GIB - LLAMA_2_70B.layer_bytes * 1.01 <= used <= device_gib * GIB
+    assert device_gib * GIB - LLAMA_2_70B.slot_bytes * 1.01 <= used <= device_gib * GIB
 
 
 def test_on_a_machine_of_one_memory_nothing_is_counted_twice() -> None:

@@ -14,9 +14,8 @@ from conftest import FAMILIES
 from offload.demo import DRAFT, TARGET
 from offload.errors import ModelError
 from offload.model.architecture import read_architecture
-from offload.planner.cost import kv_bytes_per_row
 from offload.planner.shapes import PRESETS, find_shape, preset_names, shape_from_config
-from offload.weights.layout import LayerLayout
+from offload.source import TypedModel
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = {
@@ -57,7 +56,7 @@ def test_llama_2_70b_is_the_model_of_the_arithmetic_in_the_readme() -> None:
     shape = find_shape("llama-2-70b", "--model")
     assert (shape.layer_parameters, shape.num_parameters) == (855_654_400, 68_976_648_192)
     cost = shape.cost(2)
-    assert (cost.layer_bytes, cost.shared_bytes) == (2 * shape.layer_parameters, 2 * shape.shared_parameters)
+    assert (cost.slot_bytes, cost.outside_bytes) == (2 * shape.layer_parameters, 2 * shape.outside_parameters)
     assert cost.kv_bytes_per_row == 327_680
 
 
@@ -84,7 +83,7 @@ def test_presets_are_the_models_that_transformers_builds_of_their_facts(name: st
         model = AutoModelForCausalLM.from_config(config)
     shape = find_shape(name, "--model")
     assert sum(parameter.numel() for parameter in model.model.layers[0].parameters()) == shape.layer_parameters
-    assert sum(parameter.numel() for parameter in model.parameters()) == shape.layer_parameters + shape.shared_parameters
+    assert sum(parameter.numel() for parameter in model.parameters()) == shape.layer_parameters + shape.outside_parameters
     keys = model.model.layers[0].self_attn.k_proj
     assert keys.weight.shape == (shape.num_kv_heads * shape.head_dim, shape.hidden_size)
     assert config.max_position_embeddings == shape.max_positions
@@ -104,19 +103,7 @@ def test_costs_of_the_demo_pair_are_those_of_the_loaded_model(folder: Path) -> N
 def assert_costs_agree(folder: Path) -> None:
     architecture, shape = read_architecture(folder), find_shape(str(folder), "--model")
     for dtype in (torch.bfloat16, torch.float32):
-        cost = shape.cost(dtype.itemsize)
-        assert cost.layer_bytes == LayerLayout.pack(architecture.layer_shapes.items(), dtype).num_bytes
-        assert cost.shared_bytes == LayerLayout.pack(architecture.shared_shapes.items(), dtype).num_bytes
-        assert cost.kv_bytes_per_row == kv_bytes_per_row(
-            architecture.num_layers, architecture.num_kv_heads, architecture.head_dim, dtype.itemsize
-        )
-    config = architecture.config
-    assert (cost.num_layers, cost.hidden_size, cost.vocab_size) == (
-        architecture.num_layers,
-        config.hidden_size,
-        architecture.vocab_size,
-    )
-    assert (cost.intermediate_size, cost.num_heads) == (config.intermediate_size, config.num_attention_heads)
+        assert shape.cost(dtype.itemsize) == TypedModel(architecture=architecture, dtype=dtype).cost
     assert (shape.max_positions, shape.name) == (architecture.max_positions, str(folder))
 
 

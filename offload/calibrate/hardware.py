@@ -52,7 +52,7 @@ def measure_hardware(
             models.append(measure_model(watch, subject, laws[0]))
     if disk is not None:
         progress("disk")
-    times = models[0].times[0]
+    times, layer = models[0].times[0], cost.common_layer
     return HardwareProfile(
         device_name=device.name,
         device_type=device.torch_device.type,
@@ -60,8 +60,8 @@ def measure_hardware(
         device_memory_bytes=device.free_bytes(),
         link_bytes_per_s=link_bytes_per_s,
         disk_bytes_per_s=_disk_bytes_per_s(disk, effort) if disk is not None else None,
-        flops_per_s=max(layer_flops(cost, rows) / s for rows, s in zip(times.rows, times.layer_s, strict=True)),
-        device_memory_bytes_per_s=cost.layer_bytes / times.layer_s[0],
+        flops_per_s=max(layer_flops(layer, rows) / s for rows, s in zip(times.rows, times.layer_s, strict=True)),
+        device_memory_bytes_per_s=layer.computed_bytes / times.layer_s[0],
         models=tuple(models),
         laws=tuple(laws),
         doubts=watch.doubts,

@@ -30,8 +30,7 @@ def look_at_machine(
         stack.enter_context(own_threads(_subjects(target, drafts), _effort(settings)))
     if settings.profile is not None:
         return find_hardware(settings.profile)
-    layers_bytes = target.model.cost.num_layers * target.model.cost.layer_bytes
-    may_need_disk = budgets.host_bytes is not None and layers_bytes > budgets.host_bytes
+    may_need_disk = budgets.host_bytes is not None and target.model.cost.stored_bytes > budgets.host_bytes
     disk = target.tensors.checkpoint if may_need_disk and isinstance(target.tensors, CheckpointSource) else None
     return measure_machine(settings, target, drafts, laws=laws_of(settings), disk=disk)
 

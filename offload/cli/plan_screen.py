@@ -100,8 +100,7 @@ def _verdict(made: "Plan") -> list[str]:
     prediction, placement = made.prediction, made.placement
     if placement.streamed:
         rate = rate_text(made.link_bytes_per_s or 0.0)
-        disk_bytes = made.bytes_per_pass * len(placement.disk) // len(placement.streamed)
-        from_disk = f", {bytes_text(disk_bytes)} of it from disk" if placement.disk else ""
+        from_disk = f", {bytes_text(made.disk_bytes_per_pass)} of it from disk" if placement.disk else ""
         bound = "" if prediction.compute_s < prediction.pass_s else ", which is more than the link needs"
         first = (
             f"FITS. One pass streams {bytes_text(made.bytes_per_pass)}{from_disk}: {seconds_text(prediction.pass_s)} s "

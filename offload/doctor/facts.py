@@ -123,13 +123,12 @@ class Facts:
 
 def need_of(target: ModelCost, draft: ModelCost | None, *, on_gpu: bool) -> Need:
     """What a pair needs. On the CPU device both kinds of memory are the host's."""
-    buffers = MIN_LAYERS * target.layer_bytes
-    draft_bytes = draft.shared_bytes + draft.num_layers * draft.layer_bytes if draft else 0
-    device_bytes = target.shared_bytes + buffers + draft_bytes
-    layers = target.num_layers * target.layer_bytes
+    buffers = MIN_LAYERS * target.slot_bytes
+    draft_bytes = draft.outside_bytes + draft.computed_bytes if draft else 0
+    device_bytes = target.outside_bytes + buffers + target.scratch_bytes + draft_bytes
     on_host = 0 if on_gpu else device_bytes
     return Need(
-        host_bytes=layers + on_host,
-        least_host_bytes=min(layers, buffers) + on_host,
+        host_bytes=target.stored_bytes + on_host,
+        least_host_bytes=min(target.stored_bytes, buffers) + on_host,
         least_device_bytes=device_bytes,
     )

@@ -59,8 +59,7 @@ def _changes(made: Plan, budgets: Budgets) -> Iterator[tuple[str, Budgets]]:
         more = replace(budgets, device_bytes=budgets.device_bytes + MORE_BYTES)
         yield f"{MORE_BYTES // GIB} GiB more device memory", more
     if made.placement.disk and budgets.host_bytes is not None:
-        layer_bytes = made.bytes_per_pass // len(made.placement.streamed)
-        missing = len(made.placement.disk) * layer_bytes - made.host_ledger["bounce ring"]
+        missing = made.disk_bytes_per_pass - made.host_ledger["bounce ring"]
         if missing > 0:
             gib = -(-missing // GIB)
             yield f"{gib} GiB more host memory, and no disk", replace(budgets, host_bytes=budgets.host_bytes + gib * GIB)

@@ -1,19 +1,32 @@
 """Pure: what a run needs in memory and takes in time, from shapes and rates. Bytes and seconds; no device is asked."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelCost:
-    """Bytes of one model in the dtype it runs in."""
+class LayerCost:
+    """One decoder layer. `stored_bytes` is what link, host and disk hold of it. `computed_bytes` is what its parameters take
+    on the device: a resident layer takes as much. `scratch_bytes` is what the device needs to decode it while it runs, 0 where
+    a slot holds the parameters themselves. Every row of a pass is multiplied with `num_parameters` numbers."""
 
-    num_layers: int
-    layer_bytes: int
-    shared_bytes: int
+    stored_bytes: int
+    computed_bytes: int
+    num_parameters: int
     kv_bytes_per_row: int
+    scratch_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCost:
+    """Sizes of one model in the dtype it runs in. Layers that are equal are one object, in each of their places.
+    `outside_bytes` is what lies outside the layers: embedding, norm, head."""
+
+    layers: tuple[LayerCost, ...]
+    outside_bytes: int
     hidden_size: int
     intermediate_size: int
     num_heads: int
@@ -21,15 +34,64 @@ class ModelCost:
     vocab_size: int
     dtype_bytes: int
 
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
-def kv_bytes_per_row(num_layers: int, num_kv_heads: int, head_dim: int, dtype_bytes: int) -> int:
-    """Keys and values of one token: 327,680 bytes for Llama-2-70B in float16."""
-    return 2 * num_layers * num_kv_heads * head_dim * dtype_bytes
+    @property
+    def common_layer(self) -> LayerCost:
+        """The kind of layer that there are most of. Times of a layer are times of this one."""
+        return Counter(self.layers).most_common(1)[0][0]
+
+    @property
+    def equivalent_layers(self) -> float:
+        """How many layers of the common kind take as long to compute as all that there are."""
+        return sum([layer.num_parameters for layer in self.layers]) / self.common_layer.num_parameters
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all layers, on disk or in host memory."""
+        return sum([layer.stored_bytes for layer in self.layers])
+
+    @property
+    def computed_bytes(self) -> int:
+        """Of all layers, on the device."""
+        return sum([layer.computed_bytes for layer in self.layers])
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of a buffer that any layer fits in, on its way: the largest stored layer."""
+        return max([layer.stored_bytes for layer in self.layers])
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Of the device memory in which streamed layers are decoded, one at a time."""
+        return max([layer.scratch_bytes for layer in self.layers])
+
+    @property
+    def kv_bytes_per_row(self) -> int:
+        """Keys and values of one token in all layers: 327,680 bytes for Llama-2-70B in float16."""
+        return sum([layer.kv_bytes_per_row for layer in self.layers])
 
 
-def layer_flops(model: ModelCost, rows: int) -> float:
-    """Multiplications and additions of one layer's matrices: two per weight and row."""
-    return 2.0 * rows * model.layer_bytes / model.dtype_bytes
+def stored_bytes(model: ModelCost, layers: Iterable[int]) -> int:
+    """Of some layers, by number, on link, host and disk."""
+    return sum([model.layers[layer].stored_bytes for layer in layers])
+
+
+def computed_bytes(model: ModelCost, layers: Iterable[int]) -> int:
+    """Of the parameters of some layers, by number, on the device."""
+    return sum([model.layers[layer].computed_bytes for layer in layers])
+
+
+def kv_bytes_per_row(num_kv_heads: int, head_dim: int, dtype_bytes: int) -> int:
+    """Keys and values of one token in one layer."""
+    return 2 * num_kv_heads * head_dim * dtype_bytes
+
+
+def layer_flops(layer: LayerCost, rows: int) -> float:
+    """Multiplications and additions of one layer's matrices: two per parameter and row."""
+    return 2.0 * rows * layer.num_parameters
 
 
 def attention_flops(model: ModelCost, rows: int, context_rows: int) -> float:
@@ -41,7 +103,7 @@ def activation_bytes(model: ModelCost, rows: int, context_rows: int) -> int:
     """Working memory of one pass over `rows` rows that sees `context_rows` rows at most, its own among them: the widest of
     three moments of a layer. Besides what each names, the mask, the embedded tokens and the layer's input are alive."""
     hidden, heads = model.hidden_size, model.num_heads * model.head_dim
-    kv_heads = model.kv_bytes_per_row // (2 * model.num_layers * model.dtype_bytes)
+    kv_heads = max([layer.kv_bytes_per_row for layer in model.layers]) // (2 * model.dtype_bytes)  # times their size
     # Normed input; queries, keys, values; queries times cosine, turned by half, and that times sine.
     rotation = rows * (3 * hidden + 4 * heads + 2 * kv_heads)
     # Normed input; queries and output; keys and values repeated for all heads; the mask as kernels want it: additive, padded.

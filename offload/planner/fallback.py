@@ -12,8 +12,19 @@ from tree.optimizer import best_part
 
 from ..config import EngineSettings, bytes_text, counted
 from ..errors import OutOfMemoryError
-from ..weights.placement import RING_BUFFERS, Placement, spread_evenly
-from .memory import CHUNK_ROWS, MIN_SLOTS, Budgets, MemoryPlan, device_ledger, host_ledger, layers_ledger, plan_memory
+from ..weights.placement import Placement, spread_evenly
+from .cost import computed_bytes, stored_bytes
+from .memory import (
+    CHUNK_ROWS,
+    MIN_SLOTS,
+    Budgets,
+    MemoryPlan,
+    device_ledger,
+    host_ledger,
+    layers_ledger,
+    plan_memory,
+    ring_bytes,
+)
 from .notes import NOTHING_STREAMED
 from .plan import Plan
 from .prediction import DraftOption, Workload, predict_tree
@@ -62,16 +73,12 @@ class Fallbacks:
         return self._completed(replace(plan, tree=tree, room_nodes=tree.num_nodes), plan, what)
 
     def fewer_resident(self, plan: Plan) -> Plan | None:
-        """One layer less on the device; where all were, one more for each slot that streaming needs. It goes to the host, or to
-        disk where a run reads from it already, as the host has no room left."""
+        """One layer less on the device; where all were, as many as free more than the slots take that streaming needs. They go
+        to the host, or to disk where a run reads from it already, as the host has no room left."""
         placement, resident = plan.placement, sorted(plan.placement.resident)
-        num_leaving = 1 if placement.streamed else min(MIN_SLOTS + 1, len(resident))
-        num_slots = plan.num_slots if placement.streamed else num_leaving - 1
-        if len(resident) < num_leaving or num_slots < 1:
+        leaving, num_slots = self._leaving(plan)
+        if not leaving or (not placement.disk and not self._host_has_room(plan, leaving)):
             return None
-        if not placement.disk and not self._host_has_room(plan, num_leaving):
-            return None
-        leaving = frozenset(resident[order] for order in spread_evenly(num_leaving, len(resident)))
         left = replace(
             placement,
             resident=placement.resident - leaving,
@@ -83,8 +90,8 @@ class Fallbacks:
     def less_host(self, plan: Plan, available_bytes: int) -> Plan:
         """The same tree with at most `available_bytes` of host memory for layers and ring, and less than `plan` has, whose was
         refused: more layers on disk. FitError when the ring does not fit, or the device's part where it is in the host, too."""
-        ring_bytes = RING_BUFFERS * self.workload.target.layer_bytes
-        host_bytes = min(available_bytes, max(sum(plan.host_ledger.values()) // 2, ring_bytes))
+        least_bytes = ring_bytes(self.workload.target)
+        host_bytes = min(available_bytes, max(sum(plan.host_ledger.values()) // 2, least_bytes))
         budgets = replace(self.budgets, host_bytes=max(host_bytes, 0))
         if self.budgets.shared:
             total_bytes = max(host_bytes + sum(plan.device_ledger.values()), 0)
@@ -131,11 +138,24 @@ class Fallbacks:
         """The same where times and acceptance have proven to be others."""
         return replace(self, workload=workload, draft=draft)
 
-    def _host_has_room(self, plan: Plan, num_layers: int) -> bool:
+    def _leaving(self, plan: Plan) -> tuple[frozenset[int], int]:
+        """The fewest layers whose leaving frees device memory, spread evenly over the resident ones, and the slots then; none
+        where there are not so many."""
+        target, resident = self.workload.target, sorted(plan.placement.resident)
+        before_bytes = sum(layers_ledger(target, resident, plan.num_slots).values())
+        for num_slots in (plan.num_slots,) if plan.placement.streamed else range(MIN_SLOTS, 0, -1):
+            for num_leaving in range(1, len(resident) + 1):
+                leaving = frozenset(resident[order] for order in spread_evenly(num_leaving, len(resident)))
+                left = layers_ledger(target, plan.placement.resident - leaving, num_slots)
+                if sum(left.values()) < before_bytes:
+                    return leaving, num_slots
+        return frozenset(), 0
+
+    def _host_has_room(self, plan: Plan, leaving: frozenset[int]) -> bool:
         """Where one memory is host and device, a layer that moves takes no more of it."""
         if self.budgets.shared or plan.host_budget_bytes is None:
             return True
-        used_bytes = sum(plan.host_ledger.values()) + num_layers * self.workload.target.layer_bytes
+        used_bytes = sum(plan.host_ledger.values()) + stored_bytes(self.workload.target, leaving)
         return used_bytes <= plan.host_budget_bytes
 
     def _completed(self, plan: Plan, old: Plan, what: str) -> Plan:
@@ -154,7 +174,7 @@ class Fallbacks:
             num_slots=plan.num_slots,
             context_rows=plan.context_rows,
             pass_rows=plan.pass_rows,
-            device_ledger={**on_device, **layers_ledger(target, len(placement.resident), plan.num_slots)},
+            device_ledger={**on_device, **layers_ledger(target, placement.resident, plan.num_slots)},
             host_ledger=host_ledger(target, placement),
         )
         prediction = predict_tree(self.workload, memory, plan.tree, draft)
@@ -162,7 +182,9 @@ class Fallbacks:
             what += f"; predicted {prediction.s_per_token:.3g} s/token, not {old.prediction.s_per_token:.3g}"
         return replace(
             plan,
-            bytes_per_pass=len(placement.streamed) * target.layer_bytes,
+            bytes_per_pass=stored_bytes(target, placement.streamed),
+            disk_bytes_per_pass=stored_bytes(target, placement.disk),
+            raw_bytes_per_pass=computed_bytes(target, placement.streamed),
             device_ledger=memory.device_ledger,
             host_ledger=memory.host_ledger,
             link_bytes_per_s=(plan.link_bytes_per_s or self.workload.link_bytes_per_s) if placement.streamed else None,

@@ -36,8 +36,9 @@ RATES = (*REQUIRED_RATES, "pageable_link_bytes_per_s", "disk_bytes_per_s", "devi
 class ModelTimes:
     """Seconds of a forward pass by number of rows, with `context_rows` rows in the cache.
 
-    layer_s: one decoder layer. rest_s: everything outside the layers; for a draft, drawing a level's children too. wake_s:
-    what a layer takes longer when it had to wait for its weights, as the threads of a CPU go to sleep then.
+    layer_s: one decoder layer, of the kind that there are most of. rest_s: everything outside the layers; for a draft, drawing
+    a level's children too. wake_s: what a layer takes longer when it had to wait for its weights, as the threads of a CPU go to
+    sleep then.
     """
 
     context_rows: int
@@ -149,13 +150,14 @@ class HardwareProfile:
     def _estimate(self, model: ModelCost, context_rows: int) -> ModelTimes:
         """The roofline: whichever takes longer, reading the weights once or multiplying."""
         memory, compute = self.device_memory_bytes_per_s, self.flops_per_s
-        kv_bytes = model.kv_bytes_per_row / model.num_layers * context_rows
+        layer = model.common_layer
+        layer_bytes = layer.computed_bytes + layer.kv_bytes_per_row * context_rows
         head_bytes = model.vocab_size * model.hidden_size * model.dtype_bytes
         logits_bytes = 4 * model.vocab_size
         layer_s, rest_s = [], []
         for rows in ROWS:
-            flops = layer_flops(model, rows) + attention_flops(model, rows, context_rows)
-            layer_s.append(self.layer_overhead_s + max((model.layer_bytes + kv_bytes) / memory, flops / compute))
+            flops = layer_flops(layer, rows) + attention_flops(model, rows, context_rows)
+            layer_s.append(self.layer_overhead_s + max(layer_bytes / memory, flops / compute))
             head_flops = 2 * rows * model.vocab_size * model.hidden_size
             rest_s.append(self.layer_overhead_s + max(head_bytes / memory, head_flops / compute) + rows * logits_bytes / memory)
         return ModelTimes(context_rows=context_rows, rows=ROWS, layer_s=tuple(layer_s), rest_s=tuple(rest_s))
@@ -163,8 +165,8 @@ class HardwareProfile:
 
 def shape_of(model: ModelCost) -> dict[str, int]:
     """What the time of a forward pass depends on: the sizes of one layer and of the head."""
-    names = ("hidden_size", "intermediate_size", "num_heads", "head_dim", "vocab_size", "dtype_bytes", "layer_bytes")
-    return {name: getattr(model, name) for name in names}
+    names = ("hidden_size", "intermediate_size", "num_heads", "head_dim", "vocab_size", "dtype_bytes")
+    return {**{name: getattr(model, name) for name in names}, "layer_bytes": model.common_layer.computed_bytes}
 
 
 def interpolate(points: Sequence[int], values: Sequence[float], at: npt.ArrayLike) -> Floats:

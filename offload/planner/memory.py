@@ -3,7 +3,7 @@
 The tree's size and the number of slots are given; as many layers become resident as the rest leaves room for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from tree.blocks import block_bytes
@@ -12,7 +12,16 @@ from ..config import EngineSettings
 from ..errors import FitError
 from ..model.buckets import widest_pass
 from ..weights.placement import RING_BUFFERS, Placement, spread_evenly
-from .cost import ModelCost, activation_bytes, ledger_lines, logits_bytes, recording_bytes, size_text
+from .cost import (
+    ModelCost,
+    activation_bytes,
+    computed_bytes,
+    ledger_lines,
+    logits_bytes,
+    recording_bytes,
+    size_text,
+    stored_bytes,
+)
 
 DEFAULT_TEXT_TOKENS = 4096
 # A prompt pass costs a whole stream of the weights, so chunks are as large as activations in this share of memory allow.
@@ -70,12 +79,13 @@ def plan_memory(
     pass_rows = _pass_rows(settings, target, tree_nodes, context_rows, others, budgets.device_bytes)
     fixed = device_ledger(target, draft, **rows, pass_rows=pass_rows, replays=budgets.replays)
     num_resident, num_slots = _residency(settings, target, fixed, num_slots, budgets)
-    ledger = {**fixed, **layers_ledger(target, num_resident, num_slots)}
+    resident = spread_evenly(num_resident, target.num_layers)
+    ledger = {**fixed, **layers_ledger(target, resident, num_slots)}
     _check_device(ledger, budgets.device_bytes)
     host_bytes = budgets.host_bytes
     if host_bytes is not None and budgets.shared:
         host_bytes = max(host_bytes - sum(ledger.values()), 0)
-    placement = _place(target, spread_evenly(num_resident, target.num_layers), host_bytes)
+    placement = _place(target, resident, host_bytes)
     return MemoryPlan(
         placement=placement,
         num_slots=num_slots,
@@ -93,9 +103,9 @@ def device_ledger(
     tokens are drawn or verified, and the other way round: one memory for both."""
     drawing = block_bytes(tree_nodes, target.vocab_size)
     return {
-        "embedding, norm and head": target.shared_bytes,
+        "embedding, norm and head": target.outside_bytes,
         "key/value cache": target.kv_bytes_per_row * context_rows,
-        "draft model": draft.shared_bytes + draft.num_layers * draft.layer_bytes if draft else 0,
+        "draft model": draft.outside_bytes + draft.computed_bytes if draft else 0,
         "draft key/value cache": draft.kv_bytes_per_row * context_rows if draft else 0,
         "draft recordings": recording_bytes(draft, widest_pass(tree_nodes), context_rows) if draft and replays else 0,
         "tree mask": tree_nodes**2,
@@ -104,24 +114,32 @@ def device_ledger(
     }
 
 
-def layers_ledger(target: ModelCost, num_resident: int, num_slots: int) -> dict[str, int]:
-    """Bytes of the target's layers on the device."""
-    return {
-        f"{num_resident} resident layers": num_resident * target.layer_bytes,
-        f"{num_slots} slots": num_slots * target.layer_bytes,
+def layers_ledger(target: ModelCost, resident: Collection[int], num_slots: int) -> dict[str, int]:
+    """Bytes of the target's layers on the device, where `num_slots` is 0 if nothing is streamed. Streamed layers that are not
+    stored as they compute are decoded into one scratch."""
+    ledger = {
+        f"{len(resident)} resident layers": computed_bytes(target, resident),
+        f"{num_slots} slots": num_slots * target.slot_bytes,
     }
+    if num_slots and target.scratch_bytes:
+        ledger["decoded layer"] = target.scratch_bytes
+    return ledger
 
 
 def host_ledger(target: ModelCost, placement: Placement) -> dict[str, int]:
     """Bytes of the target's layers on the host."""
-    num_pageable = len(placement.pageable)
-    num_pinned = placement.num_layers - len(placement.resident) - len(placement.disk) - num_pageable
-    ledger = {"pinned layers": num_pinned * target.layer_bytes}
-    if num_pageable:
-        ledger["pageable layers"] = num_pageable * target.layer_bytes
-    if num_pageable or placement.disk:
-        ledger["bounce ring"] = RING_BUFFERS * target.layer_bytes
+    pinned = [layer for layer in placement.host if layer not in placement.pageable]
+    ledger = {"pinned layers": stored_bytes(target, pinned)}
+    if placement.pageable:
+        ledger["pageable layers"] = stored_bytes(target, placement.pageable)
+    if placement.through_ring:
+        ledger["bounce ring"] = ring_bytes(target)
     return ledger
+
+
+def ring_bytes(target: ModelCost) -> int:
+    """Of the host buffers that layers pass through when the device cannot copy them from where they lie."""
+    return RING_BUFFERS * target.slot_bytes
 
 
 def _pass_rows(
@@ -136,8 +154,9 @@ def _pass_rows(
     reason why a budget is refused."""
     least = tree_nodes + 1
     num_resident = min(settings.resident_layers or 0, target.num_layers)
-    num_layers = num_resident + ((settings.slots or MIN_SLOTS) if num_resident < target.num_layers else 0)
-    needed = sum(others.values()) + num_layers * target.layer_bytes
+    num_slots = (settings.slots or MIN_SLOTS) if num_resident < target.num_layers else 0
+    layers = layers_ledger(target, spread_evenly(num_resident, target.num_layers), num_slots)
+    needed = sum(others.values()) + sum(layers.values())
     room = None if budget is None else min(budget // ACTIVATION_SHARE, budget - needed)
     for rows in CHUNK_ROWS:
         if rows >= least and (room is None or activation_bytes(target, rows, context_rows) <= room):
@@ -149,7 +168,7 @@ def _residency(
     settings: EngineSettings, target: ModelCost, fixed: Mapping[str, int], num_slots: int | None, budgets: Budgets
 ) -> tuple[int, int]:
     """(resident layers, slots): what the user said, the rest as many residents as the budget leaves room for."""
-    layers, layer_bytes = target.num_layers, target.layer_bytes
+    layers = target.num_layers
     num_slots = settings.slots or num_slots
     if settings.resident_layers is not None:
         if settings.resident_layers > layers:
@@ -162,12 +181,18 @@ def _residency(
     if budgets.device_bytes is None:
         return 0, num_slots or MAX_AUTO_SLOTS
     room = budgets.device_bytes - sum(fixed.values())
-    if room >= layers * layer_bytes:
+    if room >= target.computed_bytes:
         return layers, 0
+    room -= target.scratch_bytes
     if budgets.shared:
-        room -= RING_BUFFERS * layer_bytes  # what does not fit comes from disk through the same memory
-    num_slots = num_slots or min(max(room // layer_bytes, MIN_SLOTS), MAX_AUTO_SLOTS)
-    return min(max(room // layer_bytes - num_slots, 0), layers - 1), num_slots
+        room -= ring_bytes(target)  # what does not fit comes from disk through the same memory
+    num_slots = num_slots or min(max(room // target.slot_bytes, MIN_SLOTS), MAX_AUTO_SLOTS)
+    sizes = [layer.computed_bytes for layer in target.layers]
+    room = max(room - num_slots * target.slot_bytes, 0)
+    num_resident = min(room // min(sizes), layers - 1)  # at most; where layers are equal, just so many
+    while sum([sizes[layer] for layer in spread_evenly(num_resident, layers)]) > room:
+        num_resident -= 1
+    return num_resident, num_slots
 
 
 def _check_device(ledger: Mapping[str, int], budget: int | None) -> None:
@@ -183,16 +208,20 @@ def _place(target: ModelCost, resident: frozenset[int], budget: int | None) -> P
     """Host layers as the budget allows; the others on disk, spread evenly so that reading never pauses."""
     placement = Placement(num_layers=target.num_layers, resident=resident)
     streamed = placement.streamed
-    if budget is None or len(streamed) * target.layer_bytes <= budget:
+    if budget is None or stored_bytes(target, streamed) <= budget:
         return placement
-    ring_bytes = RING_BUFFERS * target.layer_bytes
-    num_host = (budget - ring_bytes) // target.layer_bytes
-    if num_host < 0:
+    room = budget - ring_bytes(target)
+    if room < 0:
         raise FitError(
-            ledger_lines({f"a ring of {RING_BUFFERS} layers for reading from disk": ring_bytes}, budget),
+            ledger_lines({f"a ring of {RING_BUFFERS} layers for reading from disk": ring_bytes(target)}, budget),
             where="--host-memory",
-            cure=f"allow at least {size_text(ring_bytes)}",
+            cure=f"allow at least {size_text(ring_bytes(target))}",
         )
-    chosen = spread_evenly(len(streamed) - num_host, len(streamed))
+    sizes = [target.layers[layer].stored_bytes for layer in streamed]
+    excess = sum(sizes) - room
+    num_disk = -(-excess // max(sizes))  # at least; where layers are equal, just so many
+    while sum([sizes[order] for order in spread_evenly(num_disk, len(sizes))]) < excess:
+        num_disk += 1
+    chosen = spread_evenly(num_disk, len(sizes))
     disk = frozenset(layer for order, layer in enumerate(streamed) if order in chosen)
     return Placement(num_layers=target.num_layers, resident=resident, disk=disk)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from ..config import counted, seconds_text
+from .cost import stored_bytes
 from .memory import MemoryPlan
 from .prediction import DraftOption, Prediction, Workload
 
@@ -29,8 +30,8 @@ def plan_notes(workload: Workload, memory: MemoryPlan) -> Iterator[str]:
     if not placement.streamed:
         yield NOTHING_STREAMED
     if placement.disk:
-        disk_s = len(placement.disk) * workload.target.layer_bytes / workload.disk_bytes_per_s
-        if disk_s > len(placement.streamed) * workload.target.layer_bytes / workload.link_bytes_per_s:
+        disk_s = stored_bytes(workload.target, placement.disk) / workload.disk_bytes_per_s
+        if disk_s > stored_bytes(workload.target, placement.streamed) / workload.link_bytes_per_s:
             yield f"the disk sets the pace: every pass reads {counted(len(placement.disk), 'layer')} from it"
         if workload.disk_is_assumed:
             yield f"the disk is taken to read {workload.disk_bytes_per_s / 1e9:g} GB/s, as nobody said: --disk names its rate"

@@ -14,7 +14,7 @@ from tree.spec import OptimalTree
 from ..config import EngineSettings
 from ..errors import FitError, UsageError
 from ..weights.placement import Placement
-from .cost import ModelCost
+from .cost import ModelCost, computed_bytes, stored_bytes
 from .hardware import HardwareProfile
 from .memory import MAX_AUTO_SLOTS, MIN_SLOTS, Budgets, MemoryPlan, plan_memory
 from .notes import NO_TREE, plan_notes, why_no_tree
@@ -39,6 +39,9 @@ class Plan:
     tensors reach the device, as soon as that is known: "copy", "mapped", or None on a CPU. There is memory for any tree of
     at most `room_nodes` nodes; `replanned` is how often another was chosen since the run began. `link_bytes_per_s` is what
     copies can reach, None when nothing is streamed.
+
+    A pass sends `bytes_per_pass` over the link, of which `disk_bytes_per_pass` are read from disk; the parameters of the layers
+    that it streams take `raw_bytes_per_pass`.
     """
 
     draft: int | None
@@ -50,6 +53,8 @@ class Plan:
     pass_rows: int
     max_positions: int
     bytes_per_pass: int
+    disk_bytes_per_pass: int
+    raw_bytes_per_pass: int
     device_ledger: Mapping[str, int]
     device_budget_bytes: int | None
     host_ledger: Mapping[str, int]
@@ -167,7 +172,9 @@ def plan_run(
         context_rows=memory.context_rows,
         pass_rows=memory.pass_rows,
         max_positions=max_positions,
-        bytes_per_pass=len(memory.placement.streamed) * workload.target.layer_bytes,
+        bytes_per_pass=stored_bytes(workload.target, memory.placement.streamed),
+        disk_bytes_per_pass=stored_bytes(workload.target, memory.placement.disk),
+        raw_bytes_per_pass=computed_bytes(workload.target, memory.placement.streamed),
         device_ledger=memory.device_ledger,
         device_budget_bytes=budgets.device_bytes,
         host_ledger=memory.host_ledger,

@@ -32,7 +32,7 @@ class DraftOption:
 
     def level_s(self, rows: npt.ArrayLike) -> Floats:
         """Seconds of one level's forward over `rows` nodes, drawing their children included."""
-        return self.cost.num_layers * self.times.layer(rows) + self.times.rest(rows)
+        return self.cost.equivalent_layers * self.times.layer(rows) + self.times.rest(rows)
 
     def draft_s(self, expanded: Ints) -> Floats:
         """Seconds to grow trees with so many expanded nodes on each level: [..., levels] to [...]. The first level finds
@@ -91,7 +91,7 @@ def predict(workload: Workload, memory: MemoryPlan, num_nodes: int, draft_s: flo
         expected_tokens=expected_tokens,
         pass_s=float(times.round_s[0]),
         exposed_pass_s=float(times.pass_s[1]),
-        compute_s=float(workload.target.num_layers * workload.times.layer(num_nodes)),
+        compute_s=float(workload.target.equivalent_layers * workload.times.layer(num_nodes)),
         draft_s=draft_s,
         after_s=after_s,
         round_s=float(times.round_s[1]),
@@ -100,17 +100,27 @@ def predict(workload: Workload, memory: MemoryPlan, num_nodes: int, draft_s: flo
 
 def rounds(workload: Workload, memory: MemoryPlan, nodes: Ints, draft_s: Floats, after_s: Floats) -> RoundTimes:
     """Steady rounds of trees of so many nodes under one placement, [C] each."""
-    layer_bytes = workload.target.layer_bytes
+    layers = workload.target.layers
     parts = PartTimes(
-        copy_s=layer_bytes / workload.link_bytes_per_s,
-        read_s=layer_bytes / workload.disk_bytes_per_s,
-        move_s=layer_bytes / workload.move_bytes_per_s,
+        copy_s=[layer.stored_bytes / workload.link_bytes_per_s for layer in layers],
+        read_s=[layer.stored_bytes / workload.disk_bytes_per_s for layer in layers],
+        move_s=[layer.stored_bytes / workload.move_bytes_per_s for layer in layers],
         before_s=draft_s,
-        layer_s=workload.times.layer(nodes),
+        layer_s=_compute_s(workload, nodes),
         after_s=after_s,
         wake_s=workload.times.wake_s,
     )
     return steady_round(memory.placement, memory.num_slots, parts)
+
+
+def _compute_s(workload: Workload, nodes: Ints) -> list[Floats]:
+    """Seconds of each layer over so many nodes, [C] each. A layer of another kind than was measured takes as much longer as it
+    has more parameters."""
+    common, common_s = workload.target.common_layer, workload.times.layer(nodes)  # [C]
+    return [
+        common_s if layer is common else common_s * (layer.num_parameters / common.num_parameters)
+        for layer in workload.target.layers
+    ]
 
 
 def predict_tree(workload: Workload, memory: MemoryPlan, shape: TreeShape, draft: DraftOption | None) -> Prediction:

@@ -18,6 +18,7 @@ from tree.optimizer import Growth, growth
 
 from ..errors import FitError
 from ..weights.placement import Placement
+from .cost import stored_bytes
 from .memory import MemoryPlan
 from .prediction import DraftOption, Workload, predict, rounds
 
@@ -179,11 +180,11 @@ class _Search:
 
     def _longest_part_s(self, sizes: _Sizes) -> Floats:
         """[sizes]: seconds of all copies, all reads or all computing, which no round is shorter than."""
-        work, num_layers = self._workload, self._workload.target.num_layers
-        copied = np.array([num_layers - len(memory.placement.resident) for memory in sizes.plans])
-        read = np.array([len(memory.placement.disk) for memory in sizes.plans])
-        moved_s = np.maximum(copied / work.link_bytes_per_s, read / work.disk_bytes_per_s) * work.target.layer_bytes
-        computed_s = num_layers * work.times.layer(sizes.nodes) + work.after_s(sizes.nodes)
+        work, target = self._workload, self._workload.target
+        copied = np.array([stored_bytes(target, memory.placement.streamed) for memory in sizes.plans])
+        read = np.array([stored_bytes(target, memory.placement.disk) for memory in sizes.plans])
+        moved_s = np.maximum(copied / work.link_bytes_per_s, read / work.disk_bytes_per_s)
+        computed_s = target.equivalent_layers * work.times.layer(sizes.nodes) + work.after_s(sizes.nodes)
         return np.asarray(np.maximum(moved_s, computed_s))
 
     def _widths(self, num_nodes: int) -> tuple[int, ...]:

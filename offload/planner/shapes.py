@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import ModelError
 from ..model.locate import find_config
 from ..model.rope import read_rope
-from .cost import ModelCost, kv_bytes_per_row
+from .cost import LayerCost, ModelCost, kv_bytes_per_row
 from .json_file import read_file
 
 PRESETS = Path(__file__).parents[2] / "profiles/models"
@@ -47,21 +47,26 @@ class ModelShape:
         return sum(self._layer_tensors())
 
     @property
-    def shared_parameters(self) -> int:
+    def outside_parameters(self) -> int:
         """Elements outside the layers: embedding, final norm, head. A head tied to the embedding is counted once."""
-        return sum(self._shared_tensors())
+        return sum(self._outside_tensors())
 
     @property
     def num_parameters(self) -> int:
-        return self.num_layers * self.layer_parameters + self.shared_parameters
+        return self.num_layers * self.layer_parameters + self.outside_parameters
 
     def cost(self, dtype_bytes: int) -> ModelCost:
         """Bytes in a dtype of `dtype_bytes`, every tensor aligned as in a layer's buffer."""
+        layer_bytes = _aligned_bytes(self._layer_tensors(), dtype_bytes)
+        layer = LayerCost(
+            stored_bytes=layer_bytes,
+            computed_bytes=layer_bytes,
+            num_parameters=self.layer_parameters,
+            kv_bytes_per_row=kv_bytes_per_row(self.num_kv_heads, self.head_dim, dtype_bytes),
+        )
         return ModelCost(
-            num_layers=self.num_layers,
-            layer_bytes=_aligned_bytes(self._layer_tensors(), dtype_bytes),
-            shared_bytes=_aligned_bytes(self._shared_tensors(), dtype_bytes),
-            kv_bytes_per_row=kv_bytes_per_row(self.num_layers, self.num_kv_heads, self.head_dim, dtype_bytes),
+            layers=(layer,) * self.num_layers,
+            outside_bytes=_aligned_bytes(self._outside_tensors(), dtype_bytes),
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
             num_heads=self.num_heads,
@@ -85,7 +90,7 @@ class ModelShape:
             sizes += [self.head_dim, self.head_dim]
         return sizes
 
-    def _shared_tensors(self) -> list[int]:
+    def _outside_tensors(self) -> list[int]:
         embedding = self.vocab_size * self.hidden_size
         return [embedding, self.hidden_size] if self.tied_embeddings else [embedding, self.hidden_size, embedding]
 

@@ -7,6 +7,7 @@ disk in between.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -22,16 +23,16 @@ WARM_ROUNDS = 2  # after which rounds repeat; with wake_s, a few go on to swing,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartTimes:
-    """Seconds of a round's parts, each a number or one per candidate [C]. Of one layer: copy_s over the link, read_s from
-    disk into the ring, move_s from memory that is not pinned into the ring. before_s is drafting, layer_s the compute of one
-    layer, after_s what follows the last layer: head, verification, commit. A layer that waited for its copy takes as much
-    longer, but at most wake_s."""
+    """Seconds of a round's parts. By layer: copy_s over the link, read_s from disk into the ring, move_s from memory that is
+    not pinned into the ring; layer_s is the compute of a layer, a number or one per candidate [C]. Each a number or [C]:
+    before_s is drafting, after_s what follows the last layer: head, verification, commit. A layer that waited for its copy
+    takes as much longer, but at most wake_s."""
 
-    copy_s: float
-    read_s: float
-    move_s: float = 0.0
+    copy_s: Sequence[float]
+    read_s: Sequence[float]
+    move_s: Sequence[float]
     before_s: npt.ArrayLike
-    layer_s: npt.ArrayLike
+    layer_s: Sequence[float | Floats]
     after_s: npt.ArrayLike
     wake_s: float = 0.0
 
@@ -46,19 +47,18 @@ class RoundTimes:
 
 def steady_round(placement: Placement, num_slots: int, parts: PartTimes) -> RoundTimes:
     """Times of a round in the steady state, for all candidates at once."""
-    before_s, layer_s, after_s = (np.asarray(x, dtype=np.float64) for x in (parts.before_s, parts.layer_s, parts.after_s))
-    streamed = placement.streamed
-    if not streamed:
-        pass_s = placement.num_layers * layer_s
+    before_s, after_s = (np.asarray(x, dtype=np.float64) for x in (parts.before_s, parts.after_s))
+    if not placement.streamed:
+        pass_s = np.sum(np.asarray(parts.layer_s, dtype=np.float64), axis=0)
         return RoundTimes(round_s=before_s + pass_s + after_s, pass_s=pass_s)
-    timeline = _Timeline(placement, parts, np.zeros(np.broadcast(before_s, layer_s, after_s).shape))
+    timeline = _Timeline(placement, parts, np.zeros(np.broadcast(before_s, parts.layer_s[0], after_s).shape))
     for _ in range(num_slots):
         timeline.fetch()
     began = drafted = timeline.now
     for _ in range(WARM_ROUNDS + 1):
         began = timeline.now
         drafted = timeline.now = began + before_s
-        for layer in range(placement.num_layers):
+        for layer, layer_s in enumerate(parts.layer_s):
             if layer in placement.resident:
                 timeline.now = timeline.now + layer_s
             else:
@@ -76,7 +76,8 @@ class _Timeline:
     def __init__(self, placement: Placement, parts: PartTimes, zero: Floats) -> None:
         self.now = self._link_free = self._thread_free = zero
         self._parts = parts
-        self._fill_s = {**dict.fromkeys(placement.disk, parts.read_s), **dict.fromkeys(placement.pageable, parts.move_s)}
+        self._fill_s = {layer: parts.read_s[layer] for layer in placement.disk}
+        self._fill_s |= {layer: parts.move_s[layer] for layer in placement.pageable}
         self._streamed = cycle(placement.streamed)
         self._copied: deque[Floats] = deque()
         self._ring = deque([zero] * RING_BUFFERS)
@@ -84,13 +85,13 @@ class _Timeline:
     def fetch(self) -> None:
         """Queue the copy of the next layer of the cycle into a slot that is free now."""
         start = np.maximum(self._link_free, self.now)
-        fill_s = self._fill_s.get(next(self._streamed))
-        if fill_s is not None:
-            self._thread_free = np.maximum(self._thread_free, self._ring.popleft()) + fill_s
-            self._link_free = np.maximum(start, self._thread_free) + self._parts.copy_s
+        layer = next(self._streamed)
+        if layer in self._fill_s:
+            self._thread_free = np.maximum(self._thread_free, self._ring.popleft()) + self._fill_s[layer]
+            self._link_free = np.maximum(start, self._thread_free) + self._parts.copy_s[layer]
             self._ring.append(self._link_free)
         else:
-            self._link_free = start + self._parts.copy_s
+            self._link_free = start + self._parts.copy_s[layer]
         self._copied.append(self._link_free)
 
     def wait(self) -> None:
