@@ -6,24 +6,32 @@ of outcomes are computed, and total variation must vanish to rounding. Negative 
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
+from enumeration import (
+    TOLERANCE,
+    UNIT,
+    VERIFIERS,
+    Law,
+    World,
+    continued,
+    last_two,
+    node_logits,
+    path_tokens,
+    random_world,
+    target_logits,
+)
 from tree.draft import DraftTree
-from tree.residual import weigh
 from tree.sampling import SamplingParams, law
 from tree.shape import TreeShape
 from tree.verify import _end_of_walk, _first_in_post_order, rejection_stops, traversal_stops
 
-Law = dict[tuple[int, ...], float]  # of emitted token ids
 Trees = Iterator[tuple[float, DraftTree]]
-UNIT = SamplingParams(temperature=1.0)
-TOLERANCE = 1e-12
 NEGATIVE_CONTROL_TV = 1e-2
 
 SHAPES = {
@@ -34,41 +42,6 @@ SHAPES = {
     "uneven": TreeShape((-1, 0, 0, 1, 1, 3)),
     "fork": TreeShape((-1, 0, 0, 2)),
 }
-
-
-@dataclass(frozen=True)
-class World:
-    """A toy target and draft over a small vocabulary: next-token logits depend on the last two tokens."""
-
-    target: torch.Tensor  # [V, V, V] float64
-    draft: torch.Tensor
-    params: SamplingParams = UNIT
-
-    @property
-    def vocabulary(self) -> int:
-        return len(self.target)
-
-    @cached_property
-    def target_laws(self) -> np.ndarray:
-        return law(self.target, self.params).numpy()
-
-
-def random_world(seed: int, vocabulary: int, kind: str, params: SamplingParams = UNIT) -> World:
-    rng = np.random.default_rng(seed)
-    target, draft = (rng.normal(scale=1.5, size=(vocabulary,) * 3) for _ in range(2))
-    if kind == "zeros":
-        for logits in (target, draft):
-            logits[rng.random(logits.shape) < 0.4] = -np.inf
-            logits[..., rng.integers(vocabulary)] = 0.0  # every law keeps a token
-    elif kind == "ties":
-        target, draft = np.round(target), np.round(draft)
-    elif kind == "disjoint":
-        target[..., ::2], draft[..., 1::2] = -np.inf, -np.inf
-    elif kind == "one-hot":
-        target, draft = target * 1e4, draft * 1e4
-    elif kind == "equal":
-        draft = target.copy()
-    return World(torch.from_numpy(target), torch.from_numpy(draft), params)
 
 
 # -- growth policies: every tree with its probability --------------------------------------------------------------------
@@ -135,13 +108,6 @@ POLICIES = {
 }
 
 
-def node_logits(
-    table: torch.Tensor, shape: TreeShape, context: tuple[int, int], tokens: tuple[int, ...], node: int
-) -> torch.Tensor:
-    before = tokens[shape.parents[node]] if node else context[0]
-    return table[before, tokens[node]]
-
-
 def drafted(
     world: World, shape: TreeShape, context: tuple[int, int], tokens: tuple[int, ...], drawn: tuple[bool, ...]
 ) -> DraftTree:
@@ -149,43 +115,7 @@ def drafted(
     return DraftTree(shape, torch.tensor(tokens), law(logits, world.params) if any(drawn) else None, drawn)
 
 
-# -- verifiers: the law of what they emit, given a tree --------------------------------------------------------------------
-
-
-def target_logits(world: World, tree: DraftTree, context: tuple[int, int]) -> torch.Tensor:
-    tokens = tuple(tree.token_ids.tolist())
-    return torch.stack([node_logits(world.target, tree.shape, context, tokens, node) for node in range(len(tokens))])
-
-
-def path_tokens(tree: DraftTree, node: int) -> tuple[int, ...]:
-    return tuple(int(tree.token_ids[node]) for node in tree.shape.path(node)[1:])
-
-
-def emitted_by_weights(tree: DraftTree, logits: torch.Tensor, params: SamplingParams, *, traversal: bool) -> Law:
-    weights = weigh(tree, logits, params, traversal=traversal)
-    stops = (traversal_stops if traversal else rejection_stops)(tree.shape, weights.accept.tolist())
-    own = law(logits, params)
-    emitted: Law = defaultdict(float)
-    for node, stop in enumerate(stops):
-        row = weights.rows[node]
-        if stop:
-            for token, probability in enumerate((own[node] if row < 0 else weights.residuals[row]).tolist()):
-                emitted[(*path_tokens(tree, node), token)] += stop * probability
-    return emitted
-
-
-def emitted_by_sampling(tree: DraftTree, logits: torch.Tensor, params: SamplingParams) -> Law:
-    """Walks: at every node reached, a child with its own probability, or a token that is no child."""
-    own = law(logits, params).tolist()
-    reach, emitted = [1.0] * tree.shape.num_nodes, defaultdict(float)
-    for node in range(tree.shape.num_nodes):
-        children = {int(tree.token_ids[child]): child for child in tree.shape.children(node)}
-        for token, probability in enumerate(own[node]):
-            if token in children:
-                reach[children[token]] = reach[node] * probability
-            else:
-                emitted[(*path_tokens(tree, node), token)] += reach[node] * probability
-    return emitted
+# -- verifiers, and the law of rounds ----------------------------------------------------------------------------------------
 
 
 def traversal_by_recursion(tree: DraftTree, logits: torch.Tensor, params: SamplingParams) -> Law:
@@ -218,42 +148,12 @@ def traversal_by_recursion(tree: DraftTree, logits: torch.Tensor, params: Sampli
     return emitted
 
 
-VERIFIERS: dict[str, Callable[[DraftTree, torch.Tensor, SamplingParams], Law]] = {
-    "sample": emitted_by_sampling,
-    "traversal": lambda tree, logits, params: emitted_by_weights(tree, logits, params, traversal=True),
-    "rejection": lambda tree, logits, params: emitted_by_weights(tree, logits, params, traversal=False),
-}
-
-
-# -- laws of text --------------------------------------------------------------------------------------------------------
-
-
 def round_law(world: World, context: tuple[int, int], trees: Trees, verifier: Callable[..., Law]) -> Law:
     emitted: Law = defaultdict(float)
     for probability, tree in trees:
         for tokens, factor in verifier(tree, target_logits(world, tree, context), world.params).items():
             emitted[tokens] += probability * factor
     return emitted
-
-
-def last_two(context: tuple[int, int], tokens: tuple[int, ...]) -> tuple[int, int]:
-    before, last = (*context, *tokens)[-2:]
-    return before, last
-
-
-def continued(world: World, context: tuple[int, int], emitted: Law, length: int) -> np.ndarray:
-    """Joint law of `length` tokens after `context`, [V] * length: what `emitted` says, then the target's own."""
-    joint = np.zeros((world.vocabulary,) * length)
-    pending = dict(emitted)
-    while pending:
-        tokens, probability = pending.popitem()
-        if len(tokens) == length:
-            joint[tokens] += probability
-            continue
-        for token, factor in enumerate(world.target_laws[last_two(context, tokens)]):
-            if factor:
-                pending[(*tokens, token)] = pending.get((*tokens, token), 0.0) + probability * factor
-    return joint
 
 
 def total_variation(world: World, shape: TreeShape, grow_all: Callable[..., Trees], verifier: Callable[..., Law]) -> float:
