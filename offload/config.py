@@ -91,7 +91,7 @@ class EngineSettings:
     device.
 
     What is known of the requests to come makes plans better: their `law`, how many tokens prompt and answer have together at
-    most, and how many of them an average pass looks back on.
+    most, and how many of them an average pass looks back on. `max_sequences` texts may share a pass.
     """
 
     model: str
@@ -115,6 +115,7 @@ class EngineSettings:
     law: LawKind = "greedy"
     text_tokens: int | None = None
     context_tokens: int | None = None
+    max_sequences: int = 1
 
     @property
     def draft_law(self) -> LawKind:
@@ -187,6 +188,7 @@ class EngineSettings:
             ("--resident-layers", self.resident_layers, 0),
             ("--slots", self.slots, 1),
             ("--max-context", self.max_context, 2),
+            ("--max-sequences", self.max_sequences, 1),
         ):
             if value is not None and value < least:
                 raise UsageError(f"{value} is too small", where=flag, cure=f"give at least {least}, or auto")

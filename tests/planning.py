@@ -45,6 +45,9 @@ LLAMA_2_7B = replace(
     intermediate_size=11008,
     num_heads=32,
 )
+_LARGE = LayerCost(stored_bytes=3 * 10**9, computed_bytes=5 * 10**9, num_parameters=25 * 10**8, kv_bytes_per_row=1000)
+_LITTLE = replace(_LARGE, stored_bytes=10**9, computed_bytes=10**9, num_parameters=5 * 10**8, scratch_bytes=10**8)
+TWO_KINDS = replace(LLAMA_2_70B, layers=(_LARGE, _LARGE, *[_LITTLE] * 6, _LARGE))
 L40 = HardwareProfile(
     device_name="an L40 in round numbers",
     device_type="cuda",

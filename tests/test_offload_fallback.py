@@ -26,11 +26,12 @@ from offload.device.cpu import CpuDevice
 from offload.engine.engine import Engine
 from offload.engine.loading import Progress
 from offload.errors import FitError, HostMemoryError
+from offload.planner.cost import ModelCost
 from offload.planner.fallback import MAX_TURNS, Fallbacks
 from offload.planner.hardware import HardwareProfile
 from offload.planner.plan import make_workload, plan_run
 from offload.weights.placement import RING_BUFFERS
-from planning import CHAINS, GIB, L40, LLAMA_2_70B, SETTINGS, budgets, draft_option
+from planning import CHAINS, GIB, L40, LLAMA_2_70B, SETTINGS, TWO_KINDS, budgets, draft_option
 from tree.sampling import SamplingParams
 
 Models = Callable[..., Path]
@@ -306,14 +307,20 @@ def test_a_host_without_room_for_a_layer_ends_the_request_and_nothing_else(model
         assert engine.generate(PROMPT, **SAMPLED).token_ids == expected
 
 
-@given(device_gib=st.floats(24, 200), host_gib=st.one_of(st.none(), st.floats(100, 160)), prompt_rows=st.integers(0, 4000))
+@given(
+    target=st.sampled_from([LLAMA_2_70B, TWO_KINDS]),
+    max_sequences=st.integers(1, 3),
+    device_gib=st.floats(30, 200),
+    host_gib=st.one_of(st.none(), st.floats(100, 160)),
+    prompt_rows=st.integers(0, 4000),
+)
 def test_every_plan_that_follows_another_takes_less_and_they_come_to_an_end(
-    device_gib: float, host_gib: float | None, prompt_rows: int
+    target: ModelCost, max_sequences: int, device_gib: float, host_gib: float | None, prompt_rows: int
 ) -> None:
-    limits, draft = budgets(device_gib, host_gib), draft_option()
-    workload = make_workload(SETTINGS, LLAMA_2_70B, L40, limits, max_positions=4096)
-    planned = plan_run(SETTINGS, CHAINS, workload, [draft], max_positions=4096, budgets=limits)
-    fallbacks = Fallbacks(settings=SETTINGS, workload=workload, draft=draft, budgets=limits)
+    limits, draft, wanted = budgets(device_gib, host_gib), draft_option(), replace(SETTINGS, max_sequences=max_sequences)
+    workload = make_workload(wanted, target, L40, limits, max_positions=4096)
+    planned = plan_run(wanted, CHAINS, workload, [draft], max_positions=4096, budgets=limits)
+    fallbacks = Fallbacks(settings=wanted, workload=workload, draft=draft, budgets=limits)
     plans, turn = [planned], 0
     while (found := fallbacks.relief(plans[-1], prompt_rows, turn)) is not None:
         smaller, turn = found
@@ -324,8 +331,10 @@ def test_every_plan_that_follows_another_takes_less_and_they_come_to_an_end(
         assert after.context_rows == before.context_rows and len(after.notes) >= len(before.notes)
         assert after.prediction.s_per_token >= before.prediction.s_per_token * (1 - 1e-9)
         assert host_gib is None or sum(after.host_ledger.values()) <= host_gib * GIB
-        streamed = len(after.placement.host) + len(after.placement.disk)
-        assert streamed + len(after.placement.resident) == 80 and after.bytes_per_pass == streamed * LLAMA_2_70B.slot_bytes
+        assert after.max_sequences == max_sequences and after.pass_rows >= max_sequences * (after.tree.num_nodes + 1)
+        streamed = {*after.placement.host, *after.placement.disk}
+        assert streamed | after.placement.resident == set(range(target.num_layers))
+        assert after.bytes_per_pass == sum(target.layers[layer].stored_bytes for layer in streamed)
 
 
 # -- the host, when a model is loaded -----------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from offload.config import EngineSettings, parse_size
 from offload.errors import FitError, ModelError, UsageError
-from offload.planner.cost import LayerCost, ModelCost, activation_bytes
+from offload.planner.cost import ModelCost, activation_bytes
 from offload.planner.memory import device_ledger
 from offload.planner.tree_flag import read_tree, resolve_method
 from offload.weights.placement import RING_BUFFERS
-from planning import CHAINS, GIB, L40, LLAMA_2_70B, PUBLISHED, SETTINGS, draft_option, plan
+from planning import CHAINS, GIB, L40, LLAMA_2_70B, PUBLISHED, SETTINGS, TWO_KINDS, draft_option, plan
 from tree.blocks import block_bytes
 from tree.optimizer import best_tree, expected_tokens
 from tree.shape import TreeShape
@@ -28,8 +28,8 @@ def test_there_is_memory_to_draw_from_large_vocabularies_even_where_passes_take_
     large = replace(LLAMA_2_70B, vocab_size=128_256)
 
     def activations(target: ModelCost, tree_nodes: int) -> int:
-        ledger = device_ledger(target, None, tree_nodes=tree_nodes, context_rows=64, pass_rows=64, replays=False)
-        return ledger["activations"]
+        rows = {"tree_nodes": tree_nodes, "context_rows": 64, "pass_rows": 64}
+        return device_ledger(target, None, max_sequences=1, **rows, replays=False)["activations"]
 
     assert activations(LLAMA_2_70B, 1) == activation_bytes(LLAMA_2_70B, 64, 64)
     assert activations(large, 256) == block_bytes(256, 128_256) > activations(large, 1)
@@ -60,11 +60,6 @@ def test_layers_beyond_the_host_budget_go_to_disk(host_gib: float) -> None:
     assert len(made.placement.host) + on_disk == 80
 
 
-LARGE = LayerCost(stored_bytes=3 * 10**9, computed_bytes=5 * 10**9, num_parameters=25 * 10**8, kv_bytes_per_row=1000)
-LITTLE = replace(LARGE, stored_bytes=10**9, computed_bytes=10**9, num_parameters=5 * 10**8, scratch_bytes=10**8)
-TWO_KINDS = replace(LLAMA_2_70B, layers=(LARGE, LARGE, *[LITTLE] * 6, LARGE))
-
-
 @given(st.floats(14, 60), st.floats(6, 20), st.integers(1, 4))
 def test_layers_of_two_kinds_are_counted_one_by_one(device_gib: float, host_gib: float, slots: int) -> None:
     wanted = replace(SETTINGS, slots=slots)
@@ -74,13 +69,16 @@ def test_layers_of_two_kinds_are_counted_one_by_one(device_gib: float, host_gib:
     resident = [TWO_KINDS.layers[layer].computed_bytes for layer in sorted(placement.resident)]
     assert device[f"{len(resident)} resident layers"] == sum(resident)
     if placement.streamed:
-        assert device[f"{slots} slots"] == slots * LARGE.stored_bytes and device["decoded layer"] == LITTLE.scratch_bytes
+        assert (
+            device[f"{slots} slots"] == slots * TWO_KINDS.layers[0].stored_bytes
+            and device["decoded layer"] == TWO_KINDS.layers[2].scratch_bytes
+        )
     streamed = [TWO_KINDS.layers[layer] for layer in placement.streamed]
     assert made.bytes_per_pass == sum(layer.stored_bytes for layer in streamed)
     assert made.raw_bytes_per_pass == sum(layer.computed_bytes for layer in streamed)
     assert made.disk_bytes_per_pass == sum(TWO_KINDS.layers[layer].stored_bytes for layer in placement.disk)
     assert host["pinned layers"] == sum(TWO_KINDS.layers[layer].stored_bytes for layer in placement.host)
-    assert host.get("bounce ring", 0) == (RING_BUFFERS * LARGE.stored_bytes if placement.disk else 0)
+    assert host.get("bounce ring", 0) == (RING_BUFFERS * TWO_KINDS.layers[0].stored_bytes if placement.disk else 0)
     assert device["key/value cache"] == 9000 * made.context_rows
 
 
@@ -97,6 +95,29 @@ def test_a_pass_over_layers_of_two_kinds_copies_and_computes_each_for_its_own_ti
     resident = replace(wanted, resident_layers=9)
     at_once = plan(resident, root, device_gib=None, drafts=(), target=TWO_KINDS, hardware=slow_processor)
     assert at_once.prediction.pass_s == pytest.approx(made.prediction.compute_s)
+
+
+@given(st.integers(1, 16), st.floats(48, 100), st.sampled_from([1, 25, 200]))
+def test_there_is_memory_for_several_texts_at_once(max_sequences: int, device_gib: float, num_nodes: int) -> None:
+    tree = TreeShape.chains(1, num_nodes - 1) if num_nodes > 1 else TreeShape.root_only()
+    one = plan(replace(SETTINGS, max_context=512), tree, device_gib=device_gib)
+    made = plan(replace(SETTINGS, max_context=512, max_sequences=max_sequences), tree, device_gib=device_gib)
+    assert (made.max_sequences, one.max_sequences) == (max_sequences, 1)
+    assert (made.context_rows, made.text_tokens) == (one.context_rows, one.text_tokens), "each text has as many rows"
+    assert sum(made.device_ledger.values()) <= device_gib * GIB
+    for name in ("key/value cache", "draft key/value cache"):
+        assert made.device_ledger[name] == max_sequences * one.device_ledger[name]
+    texts_bytes = tree.num_nodes * LLAMA_2_70B.vocab_size * (LLAMA_2_70B.dtype_bytes + 4)
+    added_bytes = made.device_ledger["logits and laws"] - one.device_ledger["logits and laws"]
+    assert added_bytes == (max_sequences - 1) * texts_bytes
+    assert made.device_ledger["tree mask"] == one.device_ledger["tree mask"]
+    assert made.pass_rows >= max_sequences * (tree.num_nodes + 1)
+    assert made.pass_rows <= max_sequences * made.context_rows
+
+
+def test_less_than_one_text_at_once_is_refused() -> None:
+    with pytest.raises(UsageError, match="0 is too small"):
+        EngineSettings(model="m", max_sequences=0)
 
 
 def test_a_budget_too_small_for_two_slots_is_refused_with_the_sum_that_shows_it() -> None:

@@ -114,9 +114,11 @@ def activation_bytes(model: ModelCost, rows: int, context_rows: int) -> int:
     return rows * context_rows + (max(rotation, attention, mlp) + tables) * model.dtype_bytes
 
 
-def logits_bytes(model: ModelCost, tree_nodes: int) -> int:
-    """Of the tree's rows: logits in the model's dtype, and in float32 the draft's laws and the residual laws."""
-    return tree_nodes * model.vocab_size * (model.dtype_bytes + 8)
+def logits_bytes(model: ModelCost, tree_nodes: int, num_texts: int = 1) -> int:
+    """Of a tree of each text: logits in the model's dtype, and the draft's probabilities in float32. Of one text at a time:
+    what verification makes of them, in float32."""
+    numbers = tree_nodes * model.vocab_size
+    return num_texts * numbers * (model.dtype_bytes + 4) + numbers * 4
 
 
 def recording_bytes(model: ModelCost, rows: int, context_rows: int) -> int:

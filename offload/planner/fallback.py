@@ -56,10 +56,10 @@ class Fallbacks:
 
     def fewer_rows(self, plan: Plan, prompt_rows: int) -> Plan | None:
         """Half of the rows that the next pass would have, if most of them are the prompt's."""
-        num_nodes = plan.tree.num_nodes
-        failed_rows = min(plan.pass_rows, prompt_rows + num_nodes)
-        rows = max(failed_rows // 2, num_nodes + 1, MIN_CHUNK_ROWS)
-        if prompt_rows <= num_nodes or rows >= failed_rows:
+        tree_rows = plan.max_sequences * plan.tree.num_nodes
+        failed_rows = min(plan.pass_rows, prompt_rows + tree_rows)
+        rows = max(failed_rows // 2, tree_rows + plan.max_sequences, MIN_CHUNK_ROWS)
+        if prompt_rows <= tree_rows or rows >= failed_rows:
             return None
         what = f"out of device memory: passes of at most {rows} rows, not {plan.pass_rows}, so that prompts take more of them"
         return self._completed(replace(plan, pass_rows=rows), plan, what)
@@ -164,6 +164,7 @@ class Fallbacks:
         on_device = device_ledger(
             target,
             draft.cost if draft else None,
+            max_sequences=plan.max_sequences,
             tree_nodes=plan.room_nodes,
             context_rows=plan.context_rows,
             pass_rows=plan.pass_rows,
@@ -172,6 +173,7 @@ class Fallbacks:
         memory = MemoryPlan(
             placement=placement,
             num_slots=plan.num_slots,
+            max_sequences=plan.max_sequences,
             context_rows=plan.context_rows,
             pass_rows=plan.pass_rows,
             device_ledger={**on_device, **layers_ledger(target, placement.resident, plan.num_slots)},

@@ -43,11 +43,12 @@ class Budgets:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Where everything lives. Ledgers are bytes by named part; `context_rows` counts prompt, new tokens and tree;
-    `pass_rows` is the most rows of one pass."""
+    """Where everything lives. Ledgers are bytes by named part. There is room for `max_sequences` texts at once, each of at most
+    `context_rows` rows: prompt, new tokens and tree. `pass_rows` is the most rows of one pass, of all texts together."""
 
     placement: Placement
     num_slots: int
+    max_sequences: int
     context_rows: int
     pass_rows: int
     device_ledger: Mapping[str, int]
@@ -74,7 +75,7 @@ def plan_memory(
             where="--max-context, --tree",
             cure="raise --max-context or take a smaller tree",
         )
-    rows = {"tree_nodes": tree_nodes, "context_rows": context_rows}
+    rows = {"max_sequences": settings.max_sequences, "tree_nodes": tree_nodes, "context_rows": context_rows}
     others = device_ledger(target, draft, **rows, pass_rows=0, replays=budgets.replays)
     pass_rows = _pass_rows(settings, target, tree_nodes, context_rows, others, budgets.device_bytes)
     fixed = device_ledger(target, draft, **rows, pass_rows=pass_rows, replays=budgets.replays)
@@ -89,6 +90,7 @@ def plan_memory(
     return MemoryPlan(
         placement=placement,
         num_slots=num_slots,
+        max_sequences=settings.max_sequences,
         context_rows=context_rows,
         pass_rows=pass_rows,
         device_ledger=ledger,
@@ -97,19 +99,28 @@ def plan_memory(
 
 
 def device_ledger(
-    target: ModelCost, draft: ModelCost | None, *, tree_nodes: int, context_rows: int, pass_rows: int, replays: bool
+    target: ModelCost,
+    draft: ModelCost | None,
+    *,
+    max_sequences: int,
+    tree_nodes: int,
+    context_rows: int,
+    pass_rows: int,
+    replays: bool,
 ) -> dict[str, int]:
-    """Bytes by named part of all that a run keeps on the device but the target's layers. Activations of a pass are gone when
-    tokens are drawn or verified, and the other way round: one memory for both."""
+    """Bytes by named part of all that a run keeps on the device but the target's layers. Texts share a pass and draft, draw and
+    verify one after another. Activations of a pass are gone when tokens are drawn or verified, and the other way round: one
+    memory for both."""
     drawing = block_bytes(tree_nodes, target.vocab_size)
+    cache_rows = max_sequences * context_rows
     return {
         "embedding, norm and head": target.outside_bytes,
-        "key/value cache": target.kv_bytes_per_row * context_rows,
+        "key/value cache": target.kv_bytes_per_row * cache_rows,
         "draft model": draft.outside_bytes + draft.computed_bytes if draft else 0,
-        "draft key/value cache": draft.kv_bytes_per_row * context_rows if draft else 0,
+        "draft key/value cache": draft.kv_bytes_per_row * cache_rows if draft else 0,
         "draft recordings": recording_bytes(draft, widest_pass(tree_nodes), context_rows) if draft and replays else 0,
         "tree mask": tree_nodes**2,
-        "logits and laws": logits_bytes(target, tree_nodes),
+        "logits and laws": logits_bytes(target, tree_nodes, max_sequences),
         "activations": max(activation_bytes(target, pass_rows, context_rows), drawing) if pass_rows else 0,
     }
 
@@ -151,8 +162,8 @@ def _pass_rows(
     budget: int | None,
 ) -> int:
     """Rows of the largest chunk that takes its share at most, and nothing from what must be there: a chunk is never the
-    reason why a budget is refused."""
-    least = tree_nodes + 1
+    reason why a budget is refused. There are rows for the trees of all texts, and one more of each."""
+    least, most = settings.max_sequences * (tree_nodes + 1), settings.max_sequences * context_rows
     num_resident = min(settings.resident_layers or 0, target.num_layers)
     num_slots = (settings.slots or MIN_SLOTS) if num_resident < target.num_layers else 0
     layers = layers_ledger(target, spread_evenly(num_resident, target.num_layers), num_slots)
@@ -160,8 +171,8 @@ def _pass_rows(
     room = None if budget is None else min(budget // ACTIVATION_SHARE, budget - needed)
     for rows in CHUNK_ROWS:
         if rows >= least and (room is None or activation_bytes(target, rows, context_rows) <= room):
-            return min(rows, context_rows)
-    return min(least, context_rows)
+            return min(rows, most)
+    return least
 
 
 def _residency(

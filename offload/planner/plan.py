@@ -32,7 +32,9 @@ Point = tuple[int | None, TreeShape, MemoryPlan, Prediction]  # the draft's plac
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Every decision of a run. Ledgers are bytes by named part; `context_rows` counts prompt, new tokens and tree.
+    """Every decision of a run. Ledgers are bytes by named part. There is memory for `max_sequences` texts at once, each of
+    `context_rows` rows: prompt, new tokens and tree. A pass has at most `pass_rows` rows, of all texts together. What is
+    predicted is of one text.
 
     `draft` is the place of the chosen draft among those offered, None for none. `draft_passes` says how its passes run:
     "graphs", recorded and replayed, or "eager", launched kernel by kernel; None without one. `small_uploads` says how small
@@ -49,6 +51,7 @@ class Plan:
     num_slots: int
     tree: TreeShape
     room_nodes: int
+    max_sequences: int
     context_rows: int
     pass_rows: int
     max_positions: int
@@ -69,7 +72,7 @@ class Plan:
 
     @property
     def text_tokens(self) -> int:
-        """Most tokens of prompt and answer together: what the rows leave beside any tree, and the model has positions for."""
+        """Most tokens of one text, prompt and answer: what rows leave beside any tree, and the model has positions for."""
         return min(self.context_rows - self.room_nodes + 1, self.max_positions)
 
     @property
@@ -91,6 +94,7 @@ class Plan:
             "link_bytes_per_s": self.link_bytes_per_s,
             "draft_passes": self.draft_passes,
             "small_uploads": self.small_uploads,
+            "max_sequences": self.max_sequences,
             "context_rows": self.context_rows,
             "pass_rows": self.pass_rows,
             "device_bytes": dict(self.device_ledger),
@@ -169,6 +173,7 @@ def plan_run(
         num_slots=memory.num_slots,
         tree=shape,
         room_nodes=room_nodes,
+        max_sequences=memory.max_sequences,
         context_rows=memory.context_rows,
         pass_rows=memory.pass_rows,
         max_positions=max_positions,

@@ -146,6 +146,7 @@ def memory_of(plan: Plan) -> MemoryPlan:
     return MemoryPlan(
         placement=plan.placement,
         num_slots=plan.num_slots,
+        max_sequences=plan.max_sequences,
         context_rows=plan.context_rows,
         pass_rows=plan.pass_rows,
         device_ledger=plan.device_ledger,
