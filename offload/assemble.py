@@ -14,7 +14,7 @@ from .device.host import available_bytes
 from .engine.admission import Admission
 from .engine.decode import DecodeLoop
 from .engine.engine import Engine
-from .engine.loading import HOST_RESERVE_BYTES, Loaded, Progress, ReadCounter, bytes_to_read, share_memory, take_memory
+from .engine.loading import HOST_RESERVE_BYTES, Loaded, Progress, ReadCounter, bytes_to_read, lend_memory, take_memory
 from .engine.replanning import Replanner
 from .errors import DeviceError, FitError, reason
 from .model.architecture import check_window
@@ -62,7 +62,7 @@ def open_engine(
         drafts = _drafts(settings, target, device.torch_device.type)
         settings = expect(settings, target.tokenizer, target.architecture.max_positions) if expect is not None else settings
         budgets = host = _budgets(settings, device)
-        if target.tensors.equal_layers:  # what exceeds the host's memory shares it, see share_memory
+        if target.tensors.equal_layers:  # what exceeds the host's memory is borrowed, see lend_memory
             budgets = replace(budgets, host_bytes=None)
         looked_s = time.monotonic()
         hardware = hardware or look_at_machine(settings, device, budgets, target, drafts, stack)
@@ -71,9 +71,9 @@ def open_engine(
         draft = drafts[plan.draft] if plan.draft is not None else None
         admission = _admitted(target, plan, seed, admit)
         eos_token_ids = _ends_of_text(target)
-        shared = share_memory(target, plan.placement, _left_for_layers(host, plan), may_refuse=not device.host_addressable)
-        counter = ReadCounter(progress, lambda plan: bytes_to_read(target, draft, plan, shared))
-        loaded = take_memory(device, target, draft, plan, shared, fallbacks, stack)
+        plan = lend_memory(target, plan, _left_for_layers(host, plan), may_refuse=not device.host_addressable)
+        counter = ReadCounter(progress, lambda plan: bytes_to_read(target, draft, plan))
+        loaded = take_memory(device, target, draft, plan, fallbacks, stack)
         plan, fallbacks = _record(loaded, fallbacks, device)
         loaded.read(counter)
         plan, fallbacks = _see_placed(loaded, plan, fallbacks)
@@ -218,5 +218,5 @@ def _memory_of(device: Device, store: WeightStore) -> Callable[[], Memory]:
         device_peak_bytes=device.peak_bytes(),
         host_weights_bytes=store.host_bytes,
         host_pinned_bytes=store.pinned_bytes,
-        host_shared_layers=len(store.shared),
+        host_shared_layers=len(store.placement.borrowed),
     )

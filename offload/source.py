@@ -1,6 +1,5 @@
 """A model that was looked at and not yet loaded: what it is, where its tensors are, how large it will be."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from .scale.model import open_scale_model
 from .scale.preset import is_scale_model
 from .text.tokenizer import Tokenizer, open_tokenizer
 from .weights.checkpoint import open_checkpoint
-from .weights.layout import LayerLayout
+from .weights.layout import LayerLayout, lay_out
 from .weights.source import CheckpointSource, TensorSource
 
 
@@ -28,28 +27,31 @@ class TypedModel:
     dtype: torch.dtype
 
     @property
-    def layout(self) -> LayerLayout:
-        """Of one decoder layer."""
-        return LayerLayout.pack(self.architecture.layer_shapes.items(), self.dtype)
+    def layouts(self) -> tuple[LayerLayout, ...]:
+        """Of each decoder layer. Equal layers share one."""
+        return lay_out(self.architecture.layer_shapes, self.dtype)
 
     @property
-    def shared_layout(self) -> LayerLayout:
+    def outside_layout(self) -> LayerLayout:
         """Of the tensors outside the decoder layers."""
-        return LayerLayout.pack(self.architecture.shared_shapes.items(), self.dtype)
+        return LayerLayout.pack(self.architecture.outside_shapes.items(), self.dtype)
 
     @property
     def cost(self) -> ModelCost:
         architecture, config, itemsize = self.architecture, self.architecture.config, self.dtype.itemsize
-        layer_bytes = self.layout.num_bytes
-        layer = LayerCost(
-            stored_bytes=layer_bytes,
-            computed_bytes=layer_bytes,
-            num_parameters=sum(map(math.prod, architecture.layer_shapes.values())),
-            kv_bytes_per_row=kv_bytes_per_row(architecture.num_kv_heads, architecture.head_dim, itemsize),
-        )
+        kv_bytes = kv_bytes_per_row(architecture.num_kv_heads, architecture.head_dim, itemsize)
+        costs = {
+            layout: LayerCost(
+                stored_bytes=layout.num_bytes,
+                computed_bytes=layout.num_bytes,
+                num_parameters=layout.num_elements,
+                kv_bytes_per_row=kv_bytes,
+            )
+            for layout in set(self.layouts)
+        }
         return ModelCost(
-            layers=(layer,) * architecture.num_layers,
-            outside_bytes=self.shared_layout.num_bytes,
+            layers=tuple(costs[layout] for layout in self.layouts),
+            outside_bytes=self.outside_layout.num_bytes,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             num_heads=config.num_attention_heads,
@@ -83,7 +85,7 @@ def check_source(name: str, flag: str, dtype: str, device_type: str) -> ModelSou
             where=str(folder),
             cure="use the tokenizer files that belong to this model",
         )
-    stored = tensors.dtype(f"{architecture.prefix}.0.{next(iter(architecture.layer_shapes))}")
+    stored = tensors.dtype(f"{architecture.prefix}.0.{next(iter(architecture.layer_shapes[0]))}")
     model = TypedModel(architecture=architecture, dtype=resolve_dtype(dtype, stored, device_type))
     return ModelSource(folder=folder, tensors=tensors, tokenizer=tokenizer, model=model)
 

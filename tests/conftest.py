@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fakes import DEVICES
@@ -109,21 +108,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     device = DEVICES[request.param]()
     yield device
     device.close()
-
-
-@pytest.fixture
-def layered_checkpoint(tmp_path: Path) -> Callable[[int], Path]:
-    """A folder with `n` layers of two tensors each, whose values tell the layer: model.layers.i.{a, b}."""
-
-    def make(num_layers: int) -> Path:
-        tensors = {}
-        for layer in range(num_layers):
-            tensors[f"model.layers.{layer}.a"] = torch.full((7,), float(layer))
-            tensors[f"model.layers.{layer}.b"] = torch.full((3, 5), layer + 0.5)
-        save_file(tensors, tmp_path / "model.safetensors")
-        return tmp_path
-
-    return make
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:

@@ -280,7 +280,7 @@ def test_closing_gives_device_and_host_memory_back(models: Models) -> None:
     for _ in range(3):
         with open_tiny(folder, folder, resident_layers=2, slots=2) as engine:
             engine.generate(PROMPT, max_new_tokens=16, ignore_eos=True)
-            arena = engine.loop._stream._store.any_direct_layer()
+            arena = engine.loop._stream._store.any_source()
             assert arena.is_pinned()
         assert not arena.is_pinned()
         free_workspaces()
@@ -325,7 +325,7 @@ def test_the_peak_is_within_5_percent_of_the_ledger_and_a_layer_given_up_is_free
         gpu_memory_bytes=320 * 2**20,
     )
     with open_engine(settings, hardware=L40) as engine:
-        plan, layer_bytes = engine.plan, engine.loop._stream.layer_bytes
+        plan, layer_bytes = engine.plan, engine.loop._stream.slot_bytes
         prompt = [token % 90 for token in range(plan.text_tokens - 16)]
         expected = engine.generate(prompt, max_new_tokens=16, ignore_eos=True).token_ids
         assert plan.placement.streamed
@@ -365,7 +365,7 @@ def test_what_the_driver_would_not_pin_is_copied_from_pinned_memory_and_changes_
     with open_tiny(folder, folder, resident_layers=7) as engine:
         expected = scored_steps(engine)
     with open_tiny(folder, None, resident_layers=1, slots=2) as engine:
-        layer_bytes = engine.loop._stream.layer_bytes
+        layer_bytes = engine.loop._stream.slot_bytes
     host = {"host_memory_bytes": (8 - disk) * layer_bytes} if disk else {}
     for room_layers, slots in ((2, 2), (3, 3), (4, 2), (5, 3)):
         runtime = RestrictedRuntime(room_layers * layer_bytes)

@@ -250,7 +250,7 @@ def test_layers_behind_what_the_driver_registers_go_through_what_it_did(runtime:
     texts = []
     for room_layers in (5, 3, 0):
         with open_engine(settings, device=open_device(), hardware=L40) as engine:
-            layer_bytes = engine.loop._stream.layer_bytes
+            layer_bytes = engine.loop._stream.slot_bytes
         runtime.room_bytes = room_layers * layer_bytes
         with open_engine(settings, device=open_device(), hardware=L40) as engine:
             texts.append(engine.generate(PROMPT, max_new_tokens=12, ignore_eos=True).token_ids)

@@ -190,15 +190,18 @@ def open_loop(
 
 
 def streamed(device: Any, model: TypedModel) -> tuple[CausalLM, LayerStream]:
-    layout, num_layers = model.layout, model.architecture.num_layers
+    layouts, num_layers = model.layouts, model.architecture.num_layers
+    layer_bytes = layouts[0].num_bytes
     store: Any = SimpleNamespace(
-        layout=layout,
+        layouts=layouts,
+        stored_bytes=[layer_bytes] * num_layers,
+        slot_bytes=layer_bytes,
         placement=Placement(num_layers=num_layers, resident=frozenset({1})),
-        resident={1: layout.views(device.alloc(layout.num_bytes))},
+        resident={1: layouts[1].views(device.alloc(layer_bytes))},
         ring=None,
         through_ring=lambda layer: False,
         ready=lambda layer: True,
-        source=lambda layer: torch.empty(layout.num_bytes, dtype=torch.uint8),
+        source=lambda layer: torch.empty(layer_bytes, dtype=torch.uint8),
         sent=lambda layer, ticket: None,
     )
     stream = LayerStream(device, store, NUM_SLOTS)
@@ -206,7 +209,7 @@ def streamed(device: Any, model: TypedModel) -> tuple[CausalLM, LayerStream]:
 
 
 def resident(device: Any, model: TypedModel) -> CausalLM:
-    layers = [model.layout.views(device.alloc(model.layout.num_bytes)) for _ in range(model.architecture.num_layers)]
+    layers = [layout.views(device.alloc(layout.num_bytes)) for layout in model.layouts]
     return causal_lm(device, model, ResidentWeights(layers))
 
 
@@ -220,7 +223,7 @@ def causal_lm(device: Any, model: TypedModel, weights: Any) -> CausalLM:
         capacity=2048,
         dtype=model.dtype,
     )
-    outside = model.shared_layout.views(device.alloc(model.shared_layout.num_bytes))
+    outside = model.outside_layout.views(device.alloc(model.outside_layout.num_bytes))
     return CausalLM(architecture, device, model.dtype, outside, weights, cache)
 
 

@@ -131,7 +131,7 @@ def test_the_tree_goes_first_then_a_resident_layer_and_the_report_says_so(
         assert report.token_ids == expected and len(failed) == 2
         plan = report.plan
         assert (plan.tree.num_nodes, len(plan.placement.resident)) == (planned.tree.num_nodes // 2, 1)
-        assert plan.bytes_per_pass == planned.bytes_per_pass + engine.loop._stream.layer_bytes
+        assert plan.bytes_per_pass == planned.bytes_per_pass + engine.loop._stream.slot_bytes
         assert {one.bytes_streamed for one in report.stats.passes} == {plan.bytes_per_pass}
         assert engine.memory().host_weights_bytes == plan.bytes_per_pass == sum(plan.host_ledger.values())
         assert sum(plan.device_ledger.values()) < sum(planned.device_ledger.values())
@@ -186,7 +186,7 @@ def test_a_layer_that_leaves_the_device_leaves_its_memory(
         in_slots = 2 if resident == NUM_LAYERS else 0
         assert num_alive[:2] == [resident, left + in_slots], "the pass that is tried again has their memory"
         assert len(failed) == 1 and engine.loop._stream.num_slots == 2
-        assert store.host_bytes == (NUM_LAYERS - left) * store.layout.num_bytes
+        assert store.host_bytes == (NUM_LAYERS - left) * store.slot_bytes
         assert not any("nothing is streamed" in note for note in engine.plan.notes)
         assert engine.generate(PROMPT, **SAMPLED).token_ids == expected
 
@@ -195,7 +195,7 @@ def test_a_layer_goes_back_to_disk_where_the_host_has_no_room(models: Models, ad
     changes: dict[str, Any] = {"draft_models": (), "tree": "none", "resident_layers": 2}
     expected = text(models, PROMPT, SAMPLED, **changes)
     with open_tiny(models, **changes) as engine:
-        layer_bytes = engine.loop._stream.layer_bytes
+        layer_bytes = engine.loop._stream.slot_bytes
     with open_tiny(models, adversary(), **changes, host_memory_bytes=2 * layer_bytes) as engine:
         assert len(engine.plan.placement.disk) == 3
         with layer_fault(engine, 2, lambda: len(engine.plan.placement.resident) > 1):
@@ -285,7 +285,7 @@ def test_a_layer_that_moves_to_the_host_takes_the_room_of_kept_conversations(mod
     changes: dict[str, Any] = {"draft_models": (), "tree": "none", "resident_layers": 2}
     expected = text(models, PROMPT, SAMPLED, **changes)
     with open_tiny(models, **changes) as engine:
-        layer_bytes = engine.loop._stream.layer_bytes
+        layer_bytes = engine.loop._stream.slot_bytes
     with open_tiny(models, **changes, host_memory_bytes=4 * layer_bytes) as engine:
         engine.generate(list(range(30)), max_new_tokens=8, ignore_eos=True)
         assert engine.generate(PROMPT, **SAMPLED).token_ids == expected and engine.memory().host_sessions_bytes > 0
@@ -346,7 +346,7 @@ def open_refusing(
 ) -> Iterator[Engine]:
     """On a device that pins `room_layers` layers."""
     with open_tiny(models, **changes) as engine:
-        layer_bytes = engine.loop._stream.layer_bytes
+        layer_bytes = engine.loop._stream.slot_bytes
     device = REFUSING[kind]()
     device.room_bytes = room_layers * layer_bytes
     with open_tiny(models, device, hardware, **changes) as engine:
@@ -360,7 +360,7 @@ def test_memory_that_cannot_be_pinned_changes_no_token(models: Models, kind: str
     changes: dict[str, Any] = {"resident_layers": 0}
     with open_tiny(models, **changes) as engine:
         expected = engine.generate(PROMPT, **SAMPLED).token_ids
-        layer_bytes = engine.loop._stream.layer_bytes
+        layer_bytes = engine.loop._stream.slot_bytes
     if disk:
         changes["host_memory_bytes"] = (NUM_LAYERS - disk + RING_BUFFERS) * layer_bytes - 1
     for slots, room_layers in ((2, 0), (3, 3)):
@@ -380,7 +380,7 @@ def test_memory_that_cannot_be_pinned_slows_the_prediction_as_its_timeline_has_i
     """Three of five layers are moved at a rate of which the link is the double or a quarter: either the ring is busy all the
     time, or the link."""
     with open_refusing(models, "cpu", 100, resident_layers=0) as engine:
-        planned, layer_bytes = engine.plan, engine.loop._stream.layer_bytes
+        planned, layer_bytes = engine.plan, engine.loop._stream.slot_bytes
         assert planned.notes == () and engine.memory().host_pinned_bytes == 5 * layer_bytes and not caplog.text
         assert planned.prediction.pass_s == pytest.approx(5 * layer_bytes / 1e6)
     monkeypatch.setattr("offload.streaming.stream.LayerStream.measure_move", lambda _: rate)
@@ -421,7 +421,7 @@ def test_layers_that_went_to_disk_for_a_ring_stay_there_when_the_pass_fails_once
     changes: dict[str, Any] = {"draft_models": (), "tree": "none", "resident_layers": 2}
     expected = text(models, PROMPT, SAMPLED, **changes)
     with open_tiny(models, **changes) as engine:
-        layer_bytes = engine.loop._stream.layer_bytes
+        layer_bytes = engine.loop._stream.slot_bytes
     with open_refusing(models, "late", 3, **changes, host_memory_bytes=5 * layer_bytes) as engine:
         with layer_fault(engine, 2, lambda: bool(engine.plan.placement.resident)) as failed:
             assert engine.generate(PROMPT, **SAMPLED).token_ids == expected
@@ -435,7 +435,7 @@ def test_layers_that_went_to_disk_for_a_ring_stay_there_when_the_pass_fails_once
 def test_the_loading_bar_ends_full_where_a_ring_sent_layers_to_disk(models: Models, budget_layers: int) -> None:
     """Once it ended two layers short."""
     with open_tiny(models, resident_layers=0) as engine:
-        layer_bytes = engine.loop._stream.layer_bytes
+        layer_bytes = engine.loop._stream.slot_bytes
     device, read = REFUSING["cpu"](), [(0, 1)]
     device.room_bytes = 2 * layer_bytes
     changes = {"resident_layers": 0, "host_memory_bytes": budget_layers * layer_bytes}
@@ -447,7 +447,7 @@ def test_the_loading_bar_ends_full_where_a_ring_sent_layers_to_disk(models: Mode
 def test_a_ring_takes_no_more_host_memory_than_the_budget(models: Models) -> None:
     with open_tiny(models, resident_layers=0) as engine:
         expected = engine.generate(PROMPT, **SAMPLED).token_ids
-        layer_bytes = engine.loop._stream.layer_bytes
+        layer_bytes = engine.loop._stream.slot_bytes
     changes: dict[str, Any] = {"resident_layers": 0, "host_memory_bytes": 6 * layer_bytes}
     for room_layers in (0, 2, 4):
         with open_refusing(models, "late", room_layers, **changes) as engine:
@@ -463,7 +463,7 @@ def test_host_memory_that_is_refused_or_gone_goes_to_disk_with_a_warning(
     changes: dict[str, Any] = {"resident_layers": 0, "host_memory_bytes": 2**30}
     expected = text(models, PROMPT, SAMPLED, **changes)
     with open_tiny(models, **changes) as engine:
-        layer_bytes, device_bytes = engine.loop._stream.layer_bytes, sum(engine.plan.device_ledger.values())
+        layer_bytes, device_bytes = engine.loop._stream.slot_bytes, sum(engine.plan.device_ledger.values())
     with open_tiny(models, FullHostDevice(4 * layer_bytes), **changes) as engine:
         assert len(engine.plan.placement.disk) == NUM_LAYERS
         assert engine.memory().host_weights_bytes == RING_BUFFERS * layer_bytes
@@ -484,7 +484,7 @@ def test_host_memory_that_is_refused_or_gone_goes_to_disk_with_a_warning(
 def test_a_host_without_room_for_the_ring_is_refused_once_and_for_all(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     changes: dict[str, Any] = {"host_memory_bytes": 2**30}
     with open_tiny(models, **changes) as engine:
-        layer_bytes, device_bytes = engine.loop._stream.layer_bytes, sum(engine.plan.device_ledger.values())
+        layer_bytes, device_bytes = engine.loop._stream.slot_bytes, sum(engine.plan.device_ledger.values())
     with pytest.raises(FitError, match="refused") as refused, open_tiny(models, FullHostDevice(layer_bytes), **changes):
         pass
     assert len(str(refused.value).splitlines()) == 3

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.device.host import HostMapping, move_by_threads
-from offload.weights.layout import ALIGNMENT_BYTES, LayerLayout
+from offload.weights.layout import ALIGNMENT_BYTES, LayerLayout, lay_out, views_of_each
 
 shapes = st.lists(st.lists(st.integers(1, 9), max_size=3).map(tuple), min_size=1, max_size=6)
 
@@ -49,3 +49,12 @@ def test_threads_move_every_byte(num_bytes: int) -> None:
     dst = torch.zeros_like(src)
     move_by_threads(dst, src)
     assert torch.equal(dst, src)
+
+
+def test_equal_layers_share_one_layout_and_its_views() -> None:
+    small, large = {"a": (2,)}, {"a": (300,), "b": (1,)}
+    layouts = lay_out([small, large, small], torch.float32)
+    assert layouts[0] is layouts[2] and [layout.num_bytes for layout in layouts] == [256, 1536, 256]
+    views = views_of_each(layouts, torch.zeros(1536, dtype=torch.uint8))
+    assert views[0] is views[2] and [view["a"].numel() for view in views] == [2, 300, 2]
+    assert views[0]["a"].data_ptr() == views[1]["a"].data_ptr()

@@ -36,7 +36,7 @@ def pair(models: Models, **changes: object) -> EngineSettings:
 
 def layer_bytes_of(settings: EngineSettings) -> int:
     with open_engine(settings, hardware=L40) as engine:
-        return engine.loop._stream.layer_bytes
+        return engine.loop._stream.slot_bytes
 
 
 @contextmanager

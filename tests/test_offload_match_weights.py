@@ -79,7 +79,7 @@ def test_a_head_that_repeats_the_embedding_is_tied_and_takes_no_memory(model: Pa
     assert ours(model) == theirs(model)
     assert warnings_of(caplog) == ""
     checkpoint = architecture.read_architecture(model)
-    assert HEAD not in checkpoint.shared_shapes
+    assert HEAD not in checkpoint.outside_shapes
 
 
 @pytest.mark.parametrize("missing", [HEAD, EMBEDDING])

@@ -65,7 +65,7 @@ def test_the_ledger_fills_the_budget_and_the_peak_is_within_5_percent_of_it(
     )
     with open_engine(settings, hardware=L40) as engine:
         plan = engine.plan
-        ledger_bytes, layer_bytes = sum(plan.device_ledger.values()), engine.loop._stream.layer_bytes
+        ledger_bytes, layer_bytes = sum(plan.device_ledger.values()), engine.loop._stream.slot_bytes
         assert budget_mib * 2**20 - layer_bytes < ledger_bytes <= budget_mib * 2**20
         assert plan.placement.streamed
         new_tokens = 12

@@ -29,7 +29,7 @@ from offload.scale.geometry import Geometry, Sizes
 from offload.scale.model import open_scale_model, widen
 from offload.scale.preset import scale_shape
 from offload.source import check_source
-from offload.weights.source import TensorSource, share_layers
+from offload.weights.source import TensorSource, borrowed_layers
 from planning import L40
 
 PROMPT = [20, 300, 41, 900, 7]
@@ -181,7 +181,7 @@ def test_equal_layers_on_a_device_are_made_once(preset: None) -> None:
 
 @given(st.sets(st.integers(0, 20)), st.frozensets(st.integers(0, 20)), st.integers(0, 25))
 def test_no_more_layers_share_than_must(host: set[int], equal: frozenset[int], room: int) -> None:
-    shared = share_layers(host, equal, room)
+    shared = borrowed_layers(host, equal, room)
     assert set(shared) <= equal & host and set(shared.values()) <= (equal & host) - set(shared)
     most = max(len(equal & host) - 1, 0)
     assert len(shared) == min(max(len(host) - room, 0), most)
@@ -259,4 +259,4 @@ def test_a_name_that_cannot_be_built_has_no_shape(preset: None, name: str) -> No
 def test_a_preset_that_is_shipped_is_the_shape_it_is_named_after() -> None:
     _, architecture, _ = open_scale_model("scale:llama-2-70b:7", "--model")
     assert architecture.num_layers == 7
-    assert sum(math.prod(shape) for shape in architecture.layer_shapes.values()) == 855_654_400
+    assert sum(math.prod(shape) for shape in architecture.layer_shapes[0].values()) == 855_654_400

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.streaming.schedule import Compute, Fetch, first_fetches, pass_steps
-from offload.weights.placement import spread_evenly
+from offload.weights.placement import spread_evenly, spread_order
 
 shapes = st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)), st.integers(1, 5)))
 
@@ -62,3 +62,14 @@ def test_resident_layers_are_spread_as_evenly_as_can_be(num_layers: int) -> None
         assert len(chosen) == num_chosen
         gaps = {after - before for before, after in pairwise(chosen)}
         assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, 2, 7, 12, 80])
+def test_every_end_of_the_order_of_pinning_is_spread_about_evenly(num_layers: int) -> None:
+    """Gaps differ by a factor of two at most, and no layer is left out."""
+    order = spread_order(num_layers)
+    assert sorted(order) == list(range(num_layers))
+    for num_chosen in range(2, num_layers + 1):
+        for chosen in (sorted(order[:num_chosen]), sorted(order[-num_chosen:])):
+            gaps = [after - before for before, after in pairwise(chosen)]
+            assert max(gaps) <= 2 * min(gaps)

@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from fakes import REFUSING, EagerDevice, FailingDevice, LateDevice, LosingDevice, RefusingDevice, RefusingLateDevice
+from layered import FORMS, MakeLayers, check_pass, open_placed, open_stream, save_layers
 from offload.bench.steps import link
 from offload.calibrate.link import measure_copies, measure_link
 from offload.config import EngineSettings
@@ -22,74 +22,41 @@ from offload.device.cpu import CpuDevice
 from offload.device.host import HostMapping
 from offload.doctor.gather import time_copies
 from offload.errors import DeviceError, HostMemoryError
-from offload.streaming.stream import LayerStream, layer_timings
-from offload.weights.checkpoint import open_checkpoint
-from offload.weights.layout import LayerLayout
-from offload.weights.placement import RING_BUFFERS, Placement, spread_evenly
+from offload.streaming.stream import layer_timings
+from offload.weights.placement import RING_BUFFERS, Placement
 from offload.weights.ring import BounceRing
-from offload.weights.source import CheckpointFeed, CheckpointSource, Destinations
-from offload.weights.store import WeightStore, load_through_host
+from offload.weights.source import CheckpointFeed, Destinations
+from offload.weights.store import load_through_host
 from serving import until
 
-LAYOUT = LayerLayout.pack([("a", (7,)), ("b", (3, 5))], torch.float32)
-MakeCheckpoint = Callable[[int], Path]
 
-
-@contextmanager
-def open_stream(
-    device: Device,
-    folder: Path,
-    num_layers: int,
-    resident: int,
-    slots: int,
-    disk: int = 0,
-    most_host_layers: int | None = None,
-) -> Iterator[tuple[LayerStream, WeightStore]]:
-    in_memory = spread_evenly(resident, num_layers)
-    rest = [layer for layer in range(num_layers) if layer not in in_memory]
-    placement = Placement(num_layers=num_layers, resident=in_memory, disk=frozenset(rest[:disk]))
-    most_bytes = None if most_host_layers is None else most_host_layers * LAYOUT.num_bytes
-    source = CheckpointSource(open_checkpoint(folder))
-    with ExitStack() as stack:
-        store = WeightStore(device, source, LAYOUT, "model.layers", placement, most_host_bytes=most_bytes)
-        stack.callback(store.close)
-        store.take_host_memory()
-        store.load()
-        stream = LayerStream(device, store, slots)
-        stack.callback(stream.close)
-        yield stream, store
-
-
-def check_pass(stream: LayerStream, num_layers: int) -> None:
-    seen = 0
-    for layer, weights in enumerate(stream.one_pass()):
-        assert weights["a"].tolist() == [layer] * 7
-        assert weights["b"].unique().tolist() == [layer + 0.5]
-        seen += 1
-    assert seen == num_layers
+@pytest.fixture(params=sorted(FORMS))
+def make_layers(request: pytest.FixtureRequest, tmp_path: Path) -> MakeLayers:
+    """Every test of a stream runs over layers of all forms."""
+    return lambda num_layers: save_layers(tmp_path, num_layers, request.param)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 5])
 def test_every_residency_and_slot_count_yields_every_layer_unharmed(
-    device: Device, layered_checkpoint: MakeCheckpoint, num_layers: int
+    device: Device, make_layers: MakeLayers, num_layers: int
 ) -> None:
-    folder = layered_checkpoint(num_layers)
+    layers = make_layers(num_layers)
     for resident in range(num_layers + 1):
         for slots in (1, 2, 3, 4):
-            with open_stream(device, folder, num_layers, resident, slots) as (stream, _):
+            with open_stream(device, layers, resident, slots) as (stream, _):
                 for _ in range(4):
-                    check_pass(stream, num_layers)
+                    check_pass(stream)
 
 
 @pytest.mark.parametrize("disk", [1, 2, 4])
-def test_layers_from_disk_are_the_same_as_from_memory(device: Device, layered_checkpoint: MakeCheckpoint, disk: int) -> None:
-    folder = layered_checkpoint(6)
+def test_layers_from_disk_are_the_same_as_from_memory(device: Device, make_layers: MakeLayers, disk: int) -> None:
+    layers = make_layers(6)
     for resident in (0, 2):
         for slots in (1, 2, 3):
-            with open_stream(device, folder, 6, resident, slots, disk) as (stream, store):
+            with open_stream(device, layers, resident, slots, disk) as (stream, store):
                 for _ in range(4):
-                    check_pass(stream, 6)
-                assert store.host_bytes == (6 - resident - disk + RING_BUFFERS) * LAYOUT.num_bytes
+                    check_pass(stream)
+                assert store.host_bytes == layers.host_bytes(store.placement.host, ring=True)
 
 
 @pytest.fixture(params=sorted(REFUSING))
@@ -103,94 +70,97 @@ def refusing(request: pytest.FixtureRequest) -> Iterator[RefusingDevice]:
 @pytest.mark.parametrize("disk", [0, 2])
 @pytest.mark.parametrize("room", [0, 2, 3, 5, 8])
 def test_layers_that_could_not_be_pinned_are_the_same_and_copied_from_what_could(
-    refusing: RefusingDevice, layered_checkpoint: MakeCheckpoint, room: int, disk: int
+    refusing: RefusingDevice, make_layers: MakeLayers, room: int, disk: int
 ) -> None:
     """From no memory that is pinned to more than is needed; what is pinned goes to the ring first, and all of it is used."""
-    folder, num_host = layered_checkpoint(7), 6 - disk
-    refusing.room_bytes = room * LAYOUT.num_bytes + 1
-    needs_ring = disk > 0 or room < num_host
+    layers, num_host = make_layers(7), 6 - disk
+    refusing.room_bytes = room_bytes = room * layers.slot_bytes + 1
     for slots in (2, 3):
-        with open_stream(refusing, folder, 7, 1, slots, disk) as (stream, store):
+        with open_stream(refusing, layers, 1, slots, disk) as (stream, store):
             before = refusing.num_pageable_copies
-            assert len(stream.placement.pageable) == max(num_host - max(room - RING_BUFFERS * needs_ring, 0), 0)
-            assert (stream.measure_move() is None) == (not stream.placement.pageable)
+            needs_ring, pageable = disk > 0 or bool(stream.placement.pageable), stream.placement.pageable
+            assert not pageable or refusing.room_bytes < layers.slot_bytes
+            if layers.form == "equal":
+                assert len(pageable) == max(num_host - max(room - RING_BUFFERS * needs_ring, 0), 0)
+            assert (stream.measure_move() is None) == (not pageable)
             for _ in range(4):
-                check_pass(stream, 7)
-            layers = stream.one_pass()
-            list(islice(layers, 3))
-            layers.close()
-            check_pass(stream, 7)
+                check_pass(stream)
+            under_way = stream.one_pass()
+            list(islice(under_way, 3))
+            under_way.close()
+            check_pass(stream)
             assert refusing.num_pageable_copies == before or room == 0
-            assert store.host_bytes == (num_host + RING_BUFFERS * needs_ring) * LAYOUT.num_bytes
-            assert store.pinned_bytes == min(room * LAYOUT.num_bytes, store.host_bytes)
+            if needs_ring:
+                assert store.host_bytes == layers.host_bytes(store.placement.host, ring=True)
+            else:  # two of the homes have room for any layer
+                assert 0 <= store.host_bytes - layers.stored_bytes(store.placement.host) < RING_BUFFERS * layers.slot_bytes
+            assert store.pinned_bytes == room_bytes - refusing.room_bytes
         assert refusing.pinned == []
 
 
-def test_pageable_layers_lie_far_from_each_other(layered_checkpoint: MakeCheckpoint) -> None:
+def test_pageable_layers_lie_far_from_each_other(make_layers: MakeLayers) -> None:
     """So that the ring is filled while the link copies layers that need none."""
     device = RefusingDevice()
-    device.room_bytes = 8 * LAYOUT.num_bytes
-    with open_stream(device, layered_checkpoint(12), 12, 0, 2) as (stream, _):
+    layers = make_layers(12)
+    device.room_bytes = layers.host_bytes(range(6), ring=True)
+    with open_stream(device, layers, 0, 2) as (stream, _):
         pageable = sorted(stream.placement.pageable)
-        assert len(pageable) == 6 and sum(after - before == 1 for before, after in pairwise(pageable)) <= RING_BUFFERS
+        assert len(pageable) > 3 and sum(after - before == 1 for before, after in pairwise(pageable)) <= RING_BUFFERS
 
 
 @pytest.mark.parametrize("room", [0, 2, 4])
 def test_a_ring_that_the_host_has_no_room_for_takes_that_of_layers_which_stay_on_disk(
-    refusing: RefusingDevice, layered_checkpoint: MakeCheckpoint, room: int
+    refusing: RefusingDevice, make_layers: MakeLayers, room: int
 ) -> None:
-    refusing.room_bytes = room * LAYOUT.num_bytes
-    folder = layered_checkpoint(6)
-    for most, on_disk in ((5, RING_BUFFERS), (5 + RING_BUFFERS, 0)):
-        with open_stream(refusing, folder, 6, 1, 2, most_host_layers=most) as (stream, store):
-            assert len(stream.placement.disk) == on_disk and store.host_bytes == most * LAYOUT.num_bytes
+    layers = make_layers(6)
+    refusing.room_bytes = min(room * layers.slot_bytes, layers.stored_bytes(range(5)) - 1)
+    all_bytes = layers.host_bytes(range(5), ring=True)  # the last layer is resident
+    for most_bytes, on_disk in ((all_bytes - 1, RING_BUFFERS), (all_bytes, 0)):
+        with open_stream(refusing, layers, 1, 2, most_host_bytes=most_bytes) as (stream, store):
+            assert len(stream.placement.disk) == on_disk
+            assert store.host_bytes == layers.host_bytes(store.placement.host, ring=True) <= most_bytes
             for _ in range(3):
-                check_pass(stream, 6)
+                check_pass(stream)
 
 
 @pytest.mark.parametrize("resident", [3, 6])
 @pytest.mark.parametrize("room", [0, 2, 3, 4])
 def test_a_layer_that_leaves_the_device_for_memory_that_is_not_pinned_goes_through_a_ring(
-    refusing: RefusingDevice, layered_checkpoint: MakeCheckpoint, room: int, resident: int
+    refusing: RefusingDevice, make_layers: MakeLayers, room: int, resident: int
 ) -> None:
     """One by one until nothing is resident: the first of them that is not pinned makes layers move, with what they hold."""
     refusing.room_bytes = 2**40
-    folder = layered_checkpoint(6)
-    with open_stream(refusing, folder, 6, resident, 2) as (stream, store):
-        check_pass(stream, 6)
-        refusing.room_bytes = max(room - store.pinned_bytes // LAYOUT.num_bytes, 0) * LAYOUT.num_bytes
+    layers = make_layers(6)
+    with open_stream(refusing, layers, resident, 2) as (stream, store):
+        check_pass(stream)
+        refusing.room_bytes = max(room * layers.slot_bytes - store.pinned_bytes, 0)
         before = refusing.num_pageable_copies
         num_leaving = 3 if resident == 6 else 1
         while store.placement.resident:
             leaving = frozenset(sorted(store.placement.resident)[-num_leaving:])
-            stream.give_up(replace(stream.placement, resident=store.placement.resident - leaving), 2)
+            stream.evict(replace(stream.placement, resident=store.placement.resident - leaving), 2)
             num_leaving = 1
             assert stream.measure_move() is not None or not stream.placement.pageable
             for _ in range(3):
-                check_pass(stream, 6)
-        assert stream.placement.pageable
+                check_pass(stream)
+        assert stream.placement.pageable or room * layers.slot_bytes >= layers.stored_bytes(range(6))
         assert refusing.num_pageable_copies == before or room < RING_BUFFERS
-        assert store.host_bytes == (6 + RING_BUFFERS) * LAYOUT.num_bytes
+        assert store.host_bytes == layers.host_bytes(range(6), ring=True) or not stream.placement.pageable
     assert refusing.pinned == []
 
 
 @pytest.mark.parametrize("room", [0, 2, 3])
-def test_layers_that_share_memory_go_through_the_ring_together(layered_checkpoint: MakeCheckpoint, room: int) -> None:
-    """Also when the memory that they share becomes the ring's: 0, 2 and 4 are one, and the first that is pinned."""
+def test_layers_that_borrow_memory_go_through_the_ring_together(tmp_path: Path, room: int) -> None:
+    """Also when the memory that they lie in becomes the ring's: 0, 2 and 4 are one, and the first that is pinned."""
     device = RefusingLateDevice()
-    device.room_bytes = room * LAYOUT.num_bytes
-    source, shared = CheckpointSource(open_checkpoint(layered_checkpoint(5))), {2: 0, 4: 0}
-    placement = Placement(num_layers=5, resident=frozenset())
-    store = WeightStore(device, source, LAYOUT, "model.layers", placement, shared)
-    store.take_host_memory()
-    store.load()
-    stream = LayerStream(device, store, 2)
-    for _ in range(3):
-        assert [weights["a"][0].item() for weights in stream.one_pass()] == [0, 1, 0, 3, 0]
-    assert {0, 2, 4} <= stream.placement.pageable or not {0, 2, 4} & stream.placement.pageable
-    assert store.host_bytes == (3 + (RING_BUFFERS if room < 3 else 0)) * LAYOUT.num_bytes
-    stream.close()
-    store.close()
+    layers = save_layers(tmp_path, 5)
+    device.room_bytes = room * layers.slot_bytes
+    placement = Placement(num_layers=5, resident=frozenset(), borrowed={2: 0, 4: 0})
+    with open_placed(device, layers, placement, 2) as (stream, store):
+        for _ in range(3):
+            assert [weights["a"][0].item() for weights in stream.one_pass()] == [0, 1, 0, 3, 0]
+        assert {0, 2, 4} <= stream.placement.pageable or not {0, 2, 4} & stream.placement.pageable
+        assert store.host_bytes == layers.host_bytes((0, 1, 3), ring=room < 3)
     device.close()
 
 
@@ -198,7 +168,7 @@ def without_memory_for_rings(device: RefusingDevice, monkeypatch: pytest.MonkeyP
     pin = device.pin
 
     def refuse_two(num_bytes: int, cuts: Sequence[int]) -> HostMapping:
-        if num_bytes == RING_BUFFERS * LAYOUT.num_bytes:
+        if len(cuts) == RING_BUFFERS:
             raise HostMemoryError("refused", where="host memory", cure="free memory")
         return pin(num_bytes, cuts)
 
@@ -206,55 +176,59 @@ def without_memory_for_rings(device: RefusingDevice, monkeypatch: pytest.MonkeyP
 
 
 def test_a_store_that_finds_no_memory_for_its_ring_leaves_none_pinned(
-    layered_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+    make_layers: MakeLayers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = RefusingDevice()
-    device.room_bytes = 2 * LAYOUT.num_bytes
+    layers = make_layers(5)
+    device.room_bytes = room_bytes = 2 * layers.slot_bytes
     without_memory_for_rings(device, monkeypatch)
-    with pytest.raises(HostMemoryError), open_stream(device, layered_checkpoint(5), 5, 0, 2):
+    with pytest.raises(HostMemoryError), open_stream(device, layers, 0, 2):
         pass
-    assert device.pinned == [] and device.room_bytes == 2 * LAYOUT.num_bytes
+    assert device.pinned == [] and device.room_bytes == room_bytes
 
 
 def test_a_layer_that_cannot_leave_the_device_for_want_of_a_ring_stays_and_may_leave_later(
-    layered_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+    make_layers: MakeLayers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = RefusingDevice()
-    device.room_bytes = 3 * LAYOUT.num_bytes
-    with open_stream(device, layered_checkpoint(5), 5, 2, 2) as (stream, store):
+    layers = make_layers(5)
+    device.room_bytes = 3 * layers.slot_bytes
+    with open_stream(device, layers, 2, 2) as (stream, store):
+        device.room_bytes, before_bytes = 0, store.host_bytes
         first, last = (replace(store.placement, resident=frozenset({layer})) for layer in sorted(store.placement.resident))
         with monkeypatch.context() as patch:
             without_memory_for_rings(device, patch)
             for placement in (first, last):
                 before = stream.placement
                 with pytest.raises(HostMemoryError):
-                    stream.give_up(placement, 2)
-                assert stream.placement == before and store.host_bytes == 3 * LAYOUT.num_bytes
-                check_pass(stream, 5)
-        stream.give_up(last, 2)
-        check_pass(stream, 5)
-        assert store.host_bytes == (4 + RING_BUFFERS) * LAYOUT.num_bytes
+                    stream.evict(placement, 2)
+                assert stream.placement == before and store.host_bytes == before_bytes
+                check_pass(stream)
+        stream.evict(last, 2)
+        check_pass(stream)
+        assert store.host_bytes == layers.host_bytes(store.placement.host, ring=True)
     assert device.pinned == []
 
 
 def test_a_layer_whose_way_to_the_host_is_interrupted_stays_and_may_leave_later(
-    layered_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+    make_layers: MakeLayers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(tensor: torch.Tensor) -> torch.Tensor:
         raise KeyboardInterrupt
 
     device = RefusingDevice()
-    device.room_bytes = 5 * LAYOUT.num_bytes
-    with open_stream(device, layered_checkpoint(5), 5, 2, 2) as (stream, store):
-        placement = replace(store.placement, resident=frozenset({min(store.placement.resident)}))
+    layers = make_layers(5)
+    with open_stream(device, layers, 2, 2) as (stream, store):
+        before_bytes, leaving = store.host_bytes, min(store.placement.resident)
+        placement = replace(store.placement, resident=store.placement.resident - {leaving})
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(device, "download", interrupted)
-            stream.give_up(placement, 2)
-        assert store.host_bytes == 3 * LAYOUT.num_bytes
-        check_pass(stream, 5)
-        stream.give_up(placement, 2)
-        assert store.host_bytes == 4 * LAYOUT.num_bytes
-        check_pass(stream, 5)
+            stream.evict(placement, 2)
+        assert store.host_bytes == before_bytes
+        check_pass(stream)
+        stream.evict(placement, 2)
+        assert store.host_bytes == before_bytes + layers.stored_bytes([leaving])
+        check_pass(stream)
     assert device.pinned == []
 
 
@@ -290,114 +264,111 @@ def test_a_ring_reports_what_a_fill_raises_and_goes_on() -> None:
     device.close()
 
 
-def test_late_device_catches_weights_used_after_their_release(layered_checkpoint: MakeCheckpoint) -> None:
-    with open_stream(LateDevice(), layered_checkpoint(4), 4, 0, 2) as (stream, _):
+def test_late_device_catches_weights_used_after_their_release(make_layers: MakeLayers) -> None:
+    with open_stream(LateDevice(), make_layers(4), 0, 2) as (stream, _):
         kept = [weights["a"] for weights in stream.one_pass()]
         assert all(view.isnan().all() for view in kept)
 
 
-def test_eager_device_catches_a_fetch_into_a_slot_in_use(layered_checkpoint: MakeCheckpoint) -> None:
+def test_eager_device_catches_a_fetch_into_a_slot_in_use(make_layers: MakeLayers) -> None:
     """The negative control of the adversarial devices: a stream that fetches one step early yields a wrong layer."""
     device = EagerDevice()
-    with open_stream(device, layered_checkpoint(4), 4, 0, 2) as (stream, store):
-        layers = stream.one_pass()
-        first = next(layers)
-        device.copy_async(stream._slots[0], store.source(2), device.mark())
+    with open_stream(device, make_layers(4), 0, 2) as (stream, store):
+        under_way = stream.one_pass()
+        first = next(under_way)
+        device.copy_async(stream._targets[0][2], store.source(2), device.mark())
         assert first["a"].tolist() == [2] * 7
-        layers.close()
+        under_way.close()
 
 
-def test_a_pass_given_up_half_way_does_not_disturb_the_next(device: Device, layered_checkpoint: MakeCheckpoint) -> None:
+def test_a_pass_given_up_half_way_does_not_disturb_the_next(device: Device, make_layers: MakeLayers) -> None:
     for disk in (0, 3):
-        with open_stream(device, layered_checkpoint(5), 5, 1, 2, disk) as (stream, _):
+        with open_stream(device, make_layers(5), 1, 2, disk) as (stream, _):
             for taken in range(5):
-                layers = stream.one_pass()
-                list(islice(layers, taken))
-                layers.close()
-                check_pass(stream, 5)
+                under_way = stream.one_pass()
+                list(islice(under_way, taken))
+                under_way.close()
+                check_pass(stream)
 
 
 @pytest.mark.parametrize("disk", [0, 2])
-def test_a_layer_that_leaves_the_device_is_streamed_from_then_on(
-    device: Device, layered_checkpoint: MakeCheckpoint, disk: int
-) -> None:
+def test_a_layer_that_leaves_the_device_is_streamed_from_then_on(device: Device, make_layers: MakeLayers, disk: int) -> None:
     """Between passes and after one given up half-way, one by one, until nothing is resident."""
-    folder = layered_checkpoint(6)
+    layers = make_layers(6)
     for slots in (1, 2, 3):
-        with open_stream(device, folder, 6, 3, slots, disk) as (stream, store):
+        with open_stream(device, layers, 3, slots, disk) as (stream, store):
             for _ in range(3):
-                check_pass(stream, 6)
-                layers = stream.one_pass()
-                list(islice(layers, 2))
-                layers.close()
+                check_pass(stream)
+                under_way = stream.one_pass()
+                list(islice(under_way, 2))
+                under_way.close()
                 leaving = frozenset([max(store.placement.resident)])
                 placement = Placement(
                     num_layers=6,
                     resident=store.placement.resident - leaving,
                     disk=store.placement.disk | leaving if disk else frozenset(),
                 )
-                stream.give_up(placement, slots)
-                assert stream.bytes_per_pass == len(placement.streamed) * LAYOUT.num_bytes
-                check_pass(stream, 6)
-                check_pass(stream, 6)
-            assert store.host_bytes == (len(store.placement.host) + (RING_BUFFERS if disk else 0)) * LAYOUT.num_bytes
+                stream.evict(placement, slots)
+                assert stream.bytes_per_pass == layers.stored_bytes(placement.streamed)
+                check_pass(stream)
+                check_pass(stream)
+            assert store.host_bytes == layers.host_bytes(store.placement.host, ring=disk > 0)
 
 
-def test_layers_that_leave_a_device_with_no_slots_become_slots(device: Device, layered_checkpoint: MakeCheckpoint) -> None:
-    with open_stream(device, layered_checkpoint(4), 4, 4, 2) as (stream, _):
-        check_pass(stream, 4)
+def test_layers_that_leave_a_device_with_no_slots_become_slots(device: Device, make_layers: MakeLayers) -> None:
+    layers = make_layers(4)
+    with open_stream(device, layers, 4, 2) as (stream, _):
+        check_pass(stream)
         assert stream.num_slots == 0 == stream.bytes_per_pass
-        stream.give_up(Placement(num_layers=4, resident=frozenset({0})), 2)
+        stream.evict(Placement(num_layers=4, resident=frozenset({0})), 2)
         for _ in range(3):
-            check_pass(stream, 4)
-        assert stream.num_slots == 2 and stream.bytes_per_pass == 3 * LAYOUT.num_bytes
+            check_pass(stream)
+        assert stream.num_slots == 2 and stream.bytes_per_pass == layers.stored_bytes((1, 2, 3))
 
 
-def test_an_exception_in_a_copy_reaches_the_caller_and_the_stream_goes_on(layered_checkpoint: MakeCheckpoint) -> None:
-    folder = layered_checkpoint(4)
+def test_an_exception_in_a_copy_reaches_the_caller_and_the_stream_goes_on(make_layers: MakeLayers) -> None:
+    layers = make_layers(4)
     for fail_at in range(1, 9):
         device = FailingDevice(fail_at)
-        with open_stream(device, folder, 4, 0, 2) as (stream, _):
+        with open_stream(device, layers, 0, 2) as (stream, _):
             with pytest.raises(RuntimeError, match="the link broke"):
                 for _ in range(3):
-                    check_pass(stream, 4)
-            check_pass(stream, 4)
-            check_pass(stream, 4)
+                    check_pass(stream)
+            check_pass(stream)
+            check_pass(stream)
 
 
 @pytest.mark.parametrize("disk", [0, 3])
-def test_a_copy_whose_ticket_was_lost_has_landed_before_its_memory_is_used_again(
-    layered_checkpoint: MakeCheckpoint, disk: int
-) -> None:
-    folder = layered_checkpoint(4)
+def test_a_copy_whose_ticket_was_lost_has_landed_before_its_memory_is_used_again(make_layers: MakeLayers, disk: int) -> None:
+    layers = make_layers(4)
     for lose_at in range(1, 9):
         device = LosingDevice(lose_at)
-        with open_stream(device, folder, 4, 0, 2, disk) as (stream, _):
+        with open_stream(device, layers, 0, 2, disk) as (stream, _):
             with pytest.raises(KeyboardInterrupt):
                 for _ in range(3):
-                    check_pass(stream, 4)
+                    check_pass(stream)
             assert device.num_under_way == 0
-            check_pass(stream, 4)
-            check_pass(stream, 4)
+            check_pass(stream)
+            check_pass(stream)
         assert device.num_under_way == 0
 
 
 def test_a_device_that_cannot_even_be_waited_for_leaves_nothing_of_the_old_pass(
-    layered_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+    make_layers: MakeLayers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lost() -> None:
         raise DeviceError("lost", where="device", cure="none")
 
     device = LateDevice()
-    with open_stream(device, layered_checkpoint(6), 6, 0, 2, disk=2) as (stream, _):
-        check_pass(stream, 6)
-        layers = stream.one_pass()
-        list(islice(layers, 3))
+    with open_stream(device, make_layers(6), 0, 2, disk=2) as (stream, _):
+        check_pass(stream)
+        under_way = stream.one_pass()
+        list(islice(under_way, 3))
         with monkeypatch.context() as patch, pytest.raises(DeviceError):
             patch.setattr(device, "drain_copies", lost)
-            layers.close()
-        check_pass(stream, 6)
-        check_pass(stream, 6)
+            under_way.close()
+        check_pass(stream)
+        check_pass(stream)
 
 
 class BrokenFeed:
@@ -454,23 +425,23 @@ def test_an_error_while_the_link_is_measured_leaves_no_copy_under_way_and_nothin
         assert device._sources == {} and device.pinned == []
 
 
-def test_a_disk_that_fails_is_reported_and_may_recover(layered_checkpoint: MakeCheckpoint) -> None:
-    folder = layered_checkpoint(6)
-    path = folder / "model.safetensors"
+def test_a_disk_that_fails_is_reported_and_may_recover(make_layers: MakeLayers) -> None:
+    layers = make_layers(6)
+    path = layers.folder / "model.safetensors"
     contents = path.read_bytes()
-    with open_stream(CpuDevice(), folder, 6, 0, 2, disk=6) as (stream, _):
-        check_pass(stream, 6)
+    with open_stream(CpuDevice(), layers, 0, 2, disk=6) as (stream, _):
+        check_pass(stream)
         with path.open("r+b") as file:
             file.truncate(len(contents) // 2)
         with pytest.raises(DeviceError, match="shorter"):
             for _ in range(3):
-                check_pass(stream, 6)
+                check_pass(stream)
         with path.open("r+b") as file:
             file.write(contents)
         recovered = False
         for _ in range(4):  # reads that failed earlier are reported, once each
             try:
-                check_pass(stream, 6)
+                check_pass(stream)
                 recovered = True
             except DeviceError:
                 assert not recovered
@@ -479,12 +450,12 @@ def test_a_disk_that_fails_is_reported_and_may_recover(layered_checkpoint: MakeC
 
 @pytest.mark.parametrize("slots", [2, 3, 4])
 def test_a_layer_that_the_disk_has_not_brought_holds_back_no_layer_in_host_memory(
-    device: Device, layered_checkpoint: MakeCheckpoint, slots: int, monkeypatch: pytest.MonkeyPatch
+    device: Device, make_layers: MakeLayers, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once those behind it waited, though their slots were free and the link idle. What the ring has ready when a round begins
     is sent then, too."""
     fill, may_read, read = CheckpointFeed.fill, threading.Event(), threading.Semaphore(0)
-    with open_stream(device, layered_checkpoint(6), 6, 0, slots, disk=1) as (stream, store):
+    with open_stream(device, make_layers(6), 0, slots, disk=1) as (stream, store):
 
         def slow(feed: CheckpointFeed, destinations: Destinations, progress: Any = None) -> None:
             may_read.wait()
@@ -501,17 +472,18 @@ def test_a_layer_that_the_disk_has_not_brought_holds_back_no_layer_in_host_memor
             until(lambda: store.ready(0))
             stream.prefetch()
             assert sorted(stream._flying) == list(range(slots))
-            check_pass(stream, 6)
-            check_pass(stream, 6)
-            layers = stream.one_pass()
-            next(layers)
-            layers.close()
+            check_pass(stream)
+            check_pass(stream)
+            under_way = stream.one_pass()
+            next(under_way)
+            under_way.close()
 
 
-def test_copies_overlap_with_compute(layered_checkpoint: MakeCheckpoint) -> None:
+def test_copies_overlap_with_compute(make_layers: MakeLayers) -> None:
     """Layers of 20 ms on the link and 20 ms of compute: some copy is under way while some layer computes."""
-    device = CpuDevice(link_bytes_per_s=LAYOUT.num_bytes / 0.02)
-    with open_stream(device, layered_checkpoint(4), 4, 0, 2) as (stream, _):
+    layers = make_layers(4)
+    device = CpuDevice(link_bytes_per_s=layers.slot_bytes / 0.02)
+    with open_stream(device, layers, 0, 2) as (stream, _):
         for _ in range(2):
             for _ in stream.one_pass():
                 time.sleep(0.02)
@@ -522,9 +494,10 @@ def test_copies_overlap_with_compute(layered_checkpoint: MakeCheckpoint) -> None
     assert any(a.start_s < b.end_s and b.start_s < a.end_s for a in copies for b in computes)
 
 
-def test_an_emulated_link_is_as_slow_as_it_says_and_never_idles(layered_checkpoint: MakeCheckpoint) -> None:
-    device = CpuDevice(link_bytes_per_s=LAYOUT.num_bytes / 0.005)
-    with open_stream(device, layered_checkpoint(4), 4, 0, 2) as (stream, _):
+def test_an_emulated_link_is_as_slow_as_it_says_and_never_idles(make_layers: MakeLayers) -> None:
+    layers = make_layers(4)
+    device = CpuDevice(link_bytes_per_s=min(layers.stored_bytes([layer]) for layer in range(4)) / 0.005)
+    with open_stream(device, layers, 0, 2) as (stream, _):
         copies = []
         for _ in range(5):
             for _ in stream.one_pass():
@@ -537,24 +510,26 @@ def test_an_emulated_link_is_as_slow_as_it_says_and_never_idles(layered_checkpoi
     assert starts == sorted(starts)
 
 
-def test_measured_link_rate_is_that_of_the_emulated_link(layered_checkpoint: MakeCheckpoint) -> None:
-    rate = LAYOUT.num_bytes / 0.005
-    with open_stream(CpuDevice(rate), layered_checkpoint(3), 3, 0, 2) as (stream, _):
+def test_measured_link_rate_is_that_of_the_emulated_link(make_layers: MakeLayers) -> None:
+    layers = make_layers(3)
+    rate = layers.slot_bytes / 0.005
+    with open_stream(CpuDevice(rate), layers, 0, 2) as (stream, _):
         measured = stream.measure_link()
         assert measured is not None and measured <= rate * 1.0001
-        check_pass(stream, 3)
+        check_pass(stream)
 
 
-def test_progress_tells_the_layers_of_the_pass_under_way(device: Device, layered_checkpoint: MakeCheckpoint) -> None:
-    with open_stream(device, layered_checkpoint(5), 5, 2, 2) as (stream, _):
+def test_progress_tells_the_layers_of_the_pass_under_way(device: Device, make_layers: MakeLayers) -> None:
+    layers = make_layers(5)
+    with open_stream(device, layers, 2, 2) as (stream, _):
         assert (stream.progress().layers_done, stream.progress().num_layers) == (0, 5)
         for _ in range(2):
             seen = []
             for _ in stream.one_pass():
                 progress = stream.progress()
-                seen.append((progress.layers_done, progress.streamed_bytes // stream.layer_bytes))
-            streamed = [layer not in spread_evenly(2, 5) for layer in range(5)]
-            assert seen == [(layer, sum(streamed[:layer])) for layer in range(5)]
+                seen.append((progress.layers_done, progress.streamed_bytes))
+            streamed = stream.placement.streamed
+            assert seen == [(done, layers.stored_bytes(layer for layer in streamed if layer < done)) for done in range(5)]
             assert stream.progress().layers_done == 5 and stream.progress().elapsed_s > 0
 
 

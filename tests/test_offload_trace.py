@@ -70,7 +70,7 @@ def test_the_ring_tells_what_was_read_from_what_was_moved(models: Models) -> Non
     folder, trace, device = models(num_layers=6), Trace(), RefusingDevice()
     settings = EngineSettings(model=str(folder), tree="none", device="cpu", resident_layers=0, slots=2)
     with open_engine(settings, hardware=L40) as engine:
-        layer_bytes = engine.loop._stream.layer_bytes
+        layer_bytes = engine.loop._stream.slot_bytes
     device.room_bytes = 2 * layer_bytes
     settings = replace(settings, host_memory_bytes=5 * layer_bytes)
     with open_engine(settings, trace=trace, device=device, hardware=L40) as engine:

@@ -91,7 +91,8 @@ def _layer_classes(model: Any, source: ModelSource) -> list[str]:
 
 
 def _weight_bytes(source: ModelSource) -> int:
-    return source.architecture.num_layers * source.model.layout.num_bytes + source.model.shared_layout.num_bytes
+    model = source.model
+    return sum(layout.num_bytes for layout in model.layouts) + model.outside_layout.num_bytes
 
 
 def _device_bytes(device: Device, case: Case) -> int:

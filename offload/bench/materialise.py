@@ -8,7 +8,7 @@ from ..device.host import available_bytes
 from ..model.rotary import rebuild_rotary
 from ..model.transformers_api import build_on_meta
 from ..source import ModelSource
-from ..weights.source import share_layers
+from ..weights.source import borrowed_layers
 from .measure import CannotRun
 
 HOST_SHARE = 0.9  # of the memory available may be weights
@@ -27,9 +27,9 @@ def build_model(source: ModelSource) -> Any:
 
 def host_tensors(source: ModelSource) -> dict[str, torch.Tensor]:
     """Every tensor by name, on the CPU."""
-    architecture, layer_bytes = source.architecture, source.model.layout.num_bytes
-    room = (round(available_bytes() * HOST_SHARE) - source.model.shared_layout.num_bytes) // layer_bytes
-    borrowed = share_layers(range(architecture.num_layers), source.tensors.equal_layers, room)
+    architecture, layer_bytes = source.architecture, max(layout.num_bytes for layout in source.model.layouts)
+    room = (round(available_bytes() * HOST_SHARE) - source.model.outside_layout.num_bytes) // layer_bytes
+    borrowed = borrowed_layers(range(architecture.num_layers), source.tensors.equal_layers, room)
     if architecture.num_layers - len(borrowed) > room:
         raise CannotRun(f"host memory has room for {max(room, 0)} of {architecture.num_layers} layers")
     elsewhere = tuple(f"{architecture.prefix}.{layer}." for layer in borrowed)
@@ -40,6 +40,6 @@ def host_tensors(source: ModelSource) -> dict[str, torch.Tensor]:
     with source.tensors.open() as feed:
         feed.fill(tensors)
     for layer, owner in borrowed.items():
-        for name in architecture.layer_shapes:
+        for name in architecture.layer_shapes[layer]:
             tensors[f"{architecture.prefix}.{layer}.{name}"] = tensors[f"{architecture.prefix}.{owner}.{name}"]
     return tensors

@@ -17,6 +17,7 @@ from ..model.kv_cache import KVCache
 from ..model.masks import TreeMasks
 from ..planner.hardware import Role
 from ..source import TypedModel
+from ..weights.layout import lay_out, views_of_each
 from .effort import Effort
 from .growing import growth, num_levels, peaked_logits, tree_of_levels
 from .stopwatch import Work
@@ -28,20 +29,21 @@ NOISE_NUMBERS = 2**18
 
 
 class _Repeated:
-    """A weight source: `num_layers` layers from a few buffers in turn, across passes; each comes after `late_s`."""
+    """A weight source: `num_layers` layers, each as it lies in one of a few `buffers`, which are used in turn, across passes;
+    each comes after `late_s`."""
 
-    def __init__(self, device: Device, buffers: Sequence[Mapping[str, torch.Tensor]], num_layers: int) -> None:
+    def __init__(self, device: Device, buffers: Sequence[Sequence[Mapping[str, torch.Tensor]]], num_layers: int) -> None:
         self._device, self._buffers, self._num_layers, self._next = device, buffers, num_layers, 0
         self.late_s = 0.0
         self.came: Ticket | None = None  # when the last layer did
 
     def one_pass(self) -> Iterator[Mapping[str, torch.Tensor]]:
-        for _ in range(self._num_layers):
+        for layer in range(self._num_layers):
             if self.late_s:
                 time.sleep(self.late_s)
             self.came = self._device.mark()
             self._next = (self._next + 1) % len(self._buffers)
-            yield self._buffers[self._next]
+            yield self._buffers[self._next][layer]
 
 
 class ShortModel:
@@ -116,14 +118,16 @@ class _AlwaysTheSame:
 
 def short_models(device: Device, model: TypedModel, role: Role, effort: Effort) -> tuple[ShortModel, ShortModel]:
     """One of FEW_LAYERS and one of MORE_LAYERS, on the same noise, with room for all that `effort` has them do."""
-    layout, shared = model.layout, model.shared_layout
-    num_buffers = max(1, min(model.architecture.num_layers, ROTATED_BYTES // layout.num_bytes))
-    buffers = [layout.views(_noise(device, layout.num_bytes, model.dtype)) for _ in range(num_buffers)]
-    shared_views = shared.views(_noise(device, shared.num_bytes, model.dtype))
+    architectures = {num_layers: shortened(model.architecture, num_layers) for num_layers in (FEW_LAYERS, MORE_LAYERS)}
+    layouts, outside = lay_out(architectures[MORE_LAYERS].layer_shapes, model.dtype), model.outside_layout
+    layer_bytes = max(layout.num_bytes for layout in layouts)
+    num_buffers = max(1, min(model.architecture.num_layers, ROTATED_BYTES // layer_bytes))
+    buffers = [views_of_each(layouts, _noise(device, layer_bytes, model.dtype)) for _ in range(num_buffers)]
+    outside_views = outside.views(_noise(device, outside.num_bytes, model.dtype))
     new_rows = max(rows * (num_levels(rows) if role == "draft" else 1) for rows in effort.rows)
 
     def short(num_layers: int) -> ShortModel:
-        architecture = shortened(model.architecture, num_layers)
+        architecture = architectures[num_layers]
         cache = KVCache(
             device,
             num_layers=num_layers,
@@ -133,7 +137,7 @@ def short_models(device: Device, model: TypedModel, role: Role, effort: Effort) 
             dtype=model.dtype,
         )
         weights = _Repeated(device, buffers, num_layers)
-        return ShortModel(device, role, CausalLM(architecture, device, model.dtype, shared_views, weights, cache), weights)
+        return ShortModel(device, role, CausalLM(architecture, device, model.dtype, outside_views, weights, cache), weights)
 
     return short(FEW_LAYERS), short(MORE_LAYERS)
 

@@ -197,7 +197,7 @@ class DecodeLoop:
         plan, turn = found
         if plan.placement != old.placement:
             self._target.let_go()
-            self._stream.give_up(plan.placement, plan.num_slots)
+            self._stream.evict(plan.placement, plan.num_slots)
             plan, self.fallbacks = self.fallbacks.as_placed(plan, self._stream.placement, self._stream.measure_move())
             self.sessions.limit(host_limit_bytes(plan))
         if self._drafter is not None:

@@ -4,7 +4,7 @@ Memory is taken before any weight is read, the device's first: what does not fit
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -16,13 +16,13 @@ from ..model.causal_lm import CausalLM, WeightSource
 from ..model.drafter import PROMPT_CHUNK_TOKENS, ModelDrafter
 from ..model.kv_cache import KVCache
 from ..model.masks import TreeMasks
-from ..planner.cost import ledger_lines, size_text
+from ..planner.cost import ledger_lines, size_text, stored_bytes
 from ..planner.fallback import Fallbacks
 from ..planner.plan import Plan
 from ..source import ModelSource
 from ..streaming.stream import LayerStream, ResidentWeights
 from ..weights.placement import RING_BUFFERS, Placement
-from ..weights.source import share_layers
+from ..weights.source import borrowed_layers
 from ..weights.store import WeightStore, load_through_host
 
 logger = logging.getLogger(__name__)
@@ -49,10 +49,10 @@ class ReadCounter:
             self._progress(self._read_bytes, self._total_bytes)
 
 
-def bytes_to_read(source: ModelSource, draft: ModelSource | None, plan: Plan, shared: Mapping[int, int]) -> int:
-    """What loading under `plan` reads: layers on disk are read later, those that share memory not at all."""
+def bytes_to_read(source: ModelSource, draft: ModelSource | None, plan: Plan) -> int:
+    """What loading under `plan` reads: layers on disk are read later, those that borrow memory not at all."""
     prefix = source.architecture.prefix
-    unread = tuple(f"{prefix}.{layer}." for layer in (*plan.placement.disk, *shared))
+    unread = tuple(f"{prefix}.{layer}." for layer in (*plan.placement.disk, *plan.placement.borrowed))
     wanted = source.architecture.expected_tensors
     num_bytes = sum(source.tensors.num_bytes(name) for name in wanted if not (unread and name.startswith(unread)))
     if draft is not None:
@@ -60,21 +60,22 @@ def bytes_to_read(source: ModelSource, draft: ModelSource | None, plan: Plan, sh
     return num_bytes
 
 
-def share_memory(source: ModelSource, placement: Placement, host_bytes: int, *, may_refuse: bool) -> dict[int, int]:
-    """{borrower: owner}: host layers that borrow the memory of one with the same bytes, as few as `host_bytes` asks for, with
+def lend_memory(source: ModelSource, plan: Plan, host_bytes: int, *, may_refuse: bool) -> Plan:
+    """`plan` with host layers that borrow the memory of one with the same bytes, as few as `host_bytes` asks for, with
     room for a ring if the device may refuse to pin some. FitError when even so it does not suffice."""
-    equal, layer_bytes = source.tensors.equal_layers, source.model.layout.num_bytes
+    equal, layer_bytes = source.tensors.equal_layers, source.model.cost.slot_bytes
     if not equal:
-        return {}
-    shared = share_layers(placement.host, equal, host_bytes // layer_bytes - (RING_BUFFERS if may_refuse else 0))
-    num_held = len(placement.host) - len(shared)
+        return plan
+    most_layers = host_bytes // layer_bytes - (RING_BUFFERS if may_refuse else 0)
+    borrowed = borrowed_layers(plan.placement.host, equal, most_layers)
+    num_held = len(plan.placement.host) - len(borrowed)
     if num_held * layer_bytes > host_bytes:
         raise FitError(
             ledger_lines({f"{num_held} layers that differ": num_held * layer_bytes}, host_bytes),
             where="--host-memory",
             cure=f"allow at least {size_text(num_held * layer_bytes)}, or keep more layers on the device",
         )
-    return shared
+    return replace(plan, placement=replace(plan.placement, borrowed=borrowed))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +102,6 @@ def take_memory(
     target: ModelSource,
     draft: ModelSource | None,
     plan: Plan,
-    shared: Mapping[int, int],
     fallbacks: Fallbacks,
     stack: ExitStack,
 ) -> Loaded:
@@ -109,16 +109,16 @@ def take_memory(
     `stack` is given what ends the use of all that was taken."""
     in_host_bytes = sum(plan.device_ledger.values()) if device.host_addressable else 0
     try:
-        borrowed_bytes = len(shared) * target.model.layout.num_bytes
+        borrowed_bytes = stored_bytes(target.model.cost, plan.placement.borrowed)
         _check_host(sum(plan.host_ledger.values()) - borrowed_bytes + in_host_bytes)
-        return _take_memory(device, target, draft, plan, shared, stack)
+        return _take_memory(device, target, draft, plan, stack)
     except HostMemoryError as error:
         if target.tensors.equal_layers:
             raise  # nothing of it could come from disk
         refused = error.what  # not the error itself: its traceback holds all that was allocated
     plan = fallbacks.less_host(plan, available_bytes() - HOST_RESERVE_BYTES - in_host_bytes)
     logger.warning("%s: %s", refused, plan.notes[-1])
-    return _take_memory(device, target, draft, plan, shared, stack)
+    return _take_memory(device, target, draft, plan, stack)
 
 
 def _check_host(needed_bytes: int) -> None:
@@ -136,13 +136,12 @@ def _take_memory(
     target: ModelSource,
     draft: ModelSource | None,
     plan: Plan,
-    shared: Mapping[int, int],
     stack: ExitStack,
 ) -> Loaded:
     with ExitStack() as own:
         masks = TreeMasks(device, plan.tree)
         own.callback(masks.close)
-        main = _Memory(device, target, plan.placement, plan.context_rows, own, shared, plan.host_budget_bytes)
+        main = _Memory(device, target, plan.placement, plan.context_rows, own, plan.host_budget_bytes)
         stream = LayerStream(device, main.store, plan.num_slots)
         own.callback(stream.close)
         model = main.model(stream, own)
@@ -168,11 +167,10 @@ class _Memory:
         placement: Placement,
         context_rows: int,
         stack: ExitStack,
-        shared: Mapping[int, int] | None = None,
         most_host_bytes: int | None = None,
     ) -> None:
         self._device, self._source, architecture = device, source, source.architecture
-        self._outside = device.alloc(source.model.shared_layout.num_bytes)
+        self._outside = device.alloc(source.model.outside_layout.num_bytes)
         self._cache = KVCache(
             device,
             num_layers=architecture.num_layers,
@@ -181,19 +179,19 @@ class _Memory:
             capacity=context_rows,
             dtype=source.model.dtype,
         )
-        layout, prefix = source.model.layout, architecture.prefix
-        self.store = WeightStore(device, source.tensors, layout, prefix, placement, shared, most_host_bytes)
+        layouts, prefix = source.model.layouts, architecture.prefix
+        self.store = WeightStore(device, source.tensors, layouts, prefix, placement, most_host_bytes)
         stack.callback(self.store.close)
 
     def model(self, weights: WeightSource, stack: ExitStack) -> CausalLM:
         """The model in this memory, which need not be filled yet."""
-        outside = self._source.model.shared_layout.views(self._outside)
+        outside = self._source.model.outside_layout.views(self._outside)
         model = CausalLM(self._source.architecture, self._device, self._source.model.dtype, outside, weights, self._cache)
         stack.callback(model.close)
         return model
 
     def fill(self, counter: ReadCounter) -> None:
-        layout = self._source.model.shared_layout
+        layout = self._source.model.outside_layout
         with self._source.tensors.open() as feed:
             if self._device.host_addressable:
                 feed.fill(layout.views(self._outside), counter)

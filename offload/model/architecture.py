@@ -32,8 +32,8 @@ _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_va
 class Architecture:
     """A model on the meta device and the names of its tensors.
 
-    `layer_shapes` are the parameters of one decoder layer, equal for all, named without `prefix` and number;
-    `shared_shapes` are the others (embedding, final norm, head), full names, tied ones once.
+    `layer_shapes` are the parameters of each decoder layer, named without `prefix` and number; equal layers share one object.
+    `outside_shapes` are the parameters outside the layers (embedding, final norm, head), full names, tied ones once.
     """
 
     config: Any
@@ -43,17 +43,17 @@ class Architecture:
     num_layers: int
     num_kv_heads: int
     head_dim: int
-    layer_shapes: Shapes
-    shared_shapes: Shapes
+    layer_shapes: tuple[Shapes, ...]
+    outside_shapes: Shapes
 
     @property
     def expected_tensors(self) -> Shapes:
         layers = {
             f"{self.prefix}.{layer}.{name}": shape
-            for layer in range(self.num_layers)
-            for name, shape in self.layer_shapes.items()
+            for layer, shapes in enumerate(self.layer_shapes)
+            for name, shape in shapes.items()
         }
-        return {**layers, **self.shared_shapes}
+        return {**layers, **self.outside_shapes}
 
     @property
     def vocab_size(self) -> int:
@@ -97,10 +97,8 @@ def architecture_of(config: Any, where: str) -> Architecture:
         raise _unsupported(str(error), config, where) from error
     prefix = "model.layers"
     layers = list(model.get_submodule(prefix).children())
+    kinds: dict[tuple[tuple[str, tuple[int, ...]], ...], Shapes] = {}
     shapes = [{name: tuple(p.shape) for name, p in layer.named_parameters()} for layer in layers]
-    shared = {name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith(f"{prefix}.")}
-    if any(shape != shapes[0] for shape in shapes):
-        raise _unsupported("its decoder layers differ from each other", config, where)
     return Architecture(
         config=config,
         model=model,
@@ -109,8 +107,8 @@ def architecture_of(config: Any, where: str) -> Architecture:
         num_layers=len(layers),
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        layer_shapes=shapes[0],
-        shared_shapes=shared,
+        layer_shapes=tuple(kinds.setdefault(tuple(shape.items()), shape) for shape in shapes),
+        outside_shapes={name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith(f"{prefix}.")},
     )
 
 

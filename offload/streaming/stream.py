@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..device import CopyTicket, Device, Interval, Ticket
+from ..weights.layout import views_of_each
 from ..weights.placement import Placement
 from ..weights.ring import RingFill
 from ..weights.store import WeightStore
@@ -77,11 +78,11 @@ class LayerStream:
 
     def __init__(self, device: Device, store: WeightStore, num_slots: int) -> None:
         assert num_slots >= 1 or not store.placement.streamed
-        self.layer_bytes = store.layout.num_bytes
+        self.slot_bytes = store.slot_bytes
         self.log: PassLog | None = None
         self._device, self._store = device, store
         self._num_layers = store.placement.num_layers
-        self._slots = [device.alloc(self.layer_bytes) for _ in range(num_slots if store.placement.streamed else 0)]
+        self._slots = [device.alloc(self.slot_bytes) for _ in range(num_slots if store.placement.streamed else 0)]
         self._see_placement()
         self._free: list[Ticket] = []
         self._queue: deque[Fetch] = deque()
@@ -90,7 +91,7 @@ class LayerStream:
 
     @property
     def bytes_per_pass(self) -> int:
-        return self.layer_bytes * len(self._streamed)
+        return sum(self._store.stored_bytes[layer] for layer in self._streamed)
 
     @property
     def num_slots(self) -> int:
@@ -112,7 +113,7 @@ class LayerStream:
         return PassProgress(
             layers_done=len(done),
             num_layers=self._num_layers,
-            streamed_bytes=self.layer_bytes * sum(use.copy is not None for use in done),
+            streamed_bytes=sum(self._store.stored_bytes[use.layer] for use in done if use.copy is not None),
             elapsed_s=time.monotonic() - log.start_s if log is not None else 0.0,
         )
 
@@ -124,38 +125,41 @@ class LayerStream:
         assert self._pass_number < 0
         rates: list[float] = []
         for _ in range(LINK_SAMPLES):
-            ticket = self._copy_any()
+            num_bytes, ticket = self._copy_any()
             self._device.drain(ticket)
             interval = self._device.interval(ticket)
-            rates.append(self.layer_bytes / max(interval.end_s - interval.start_s, 1e-9))
+            rates.append(num_bytes / max(interval.end_s - interval.start_s, 1e-9))
         return max(rates)
 
     def measure_move(self) -> float | None:
         """Bytes per second at which layers that are not pinned get into the ring while the link is busy; None when there are
-        none. Before the first pass, or after `give_up`: it scribbles on a slot."""
+        none. Before the first pass, or after `evict`: it scribbles on a slot."""
         if not self.placement.pageable:
             return None
         assert self._pass_number < 0
-        times_s: list[float] = []
+        rates: list[float] = []
         for _ in range(LINK_SAMPLES):
-            ticket = self._copy_any()
-            times_s.append(self._store.time_move())
+            _, ticket = self._copy_any()
+            rates.append(self._store.move_rate())
             self._device.drain(ticket)
-        return self.layer_bytes / max(statistics.median(times_s), 1e-9)
+        return statistics.median(rates)
 
-    def give_up(self, placement: Placement, num_slots: int) -> None:
+    def evict(self, placement: Placement, num_slots: int) -> None:
         """Go on with fewer resident layers; between passes. Their buffers become slots while there are fewer than `num_slots`,
-        the others are free once nobody else holds them. HostMemoryError when the host has no room: then all stays as it is."""
+        where they are large enough; the others are free once nobody else holds them. HostMemoryError, or OutOfMemoryError for a
+        slot that is allocated: then all stays as it is."""
         self._abandon()
-        buffers = self._store.give_up(placement)
-        self._slots += buffers[: num_slots - len(self._slots)]
+        spare = self._store.leaving(placement)
+        slots = [self._memory(self.slot_bytes, spare) for _ in range(num_slots - len(self._slots))]
+        self._store.evict(placement)
+        self._slots += slots
         self._see_placement()
 
     def close(self) -> None:
         """Let copies under way land, so that their memory may go; and let go of ours."""
         self._abandon()
-        for views in (self._slots, self._views, self._resident):
-            views.clear()
+        for memory in (self._slots, self._views, self._targets, self._resident):
+            memory.clear()
         self.log = None
 
     def prefetch(self) -> None:
@@ -192,7 +196,7 @@ class LayerStream:
                 self._send(step.slot)
                 copy = self._flying.pop(step.slot)
                 slot = self._device.wait(copy)
-                yield self._views[step.slot]
+                yield self._views[step.slot][step.layer]
                 log.uses.append(LayerUse(step.layer, copy, self._device.release(slot)))
 
     def _send(self, needed_slot: int | None) -> None:
@@ -207,7 +211,7 @@ class LayerStream:
                     continue
             source = self._store.source(fetch.layer)
             self._queue.remove(fetch)
-            ticket = self._device.copy_async(self._slots[fetch.slot], source, self._free[fetch.slot])
+            ticket = self._device.copy_async(self._targets[fetch.slot][fetch.layer], source, self._free[fetch.slot])
             self._store.sent(fetch.layer, ticket)
             self._flying[fetch.slot] = ticket
 
@@ -219,7 +223,14 @@ class LayerStream:
     def _see_placement(self) -> None:
         self._streamed = self._store.placement.streamed
         self._resident = self._store.resident
-        self._views = [self._store.layout.views(slot) for slot in self._slots]
+        # By slot and layer: the bytes that a copy fills, and the tensors in them.
+        self._targets = [tuple(slot[:num_bytes] for num_bytes in self._store.stored_bytes) for slot in self._slots]
+        self._views = [views_of_each(self._store.layouts, slot) for slot in self._slots]
+
+    def _memory(self, num_bytes: int, spare: list[torch.Tensor]) -> torch.Tensor:
+        """[num_bytes] of the device: taken out of `spare` where that has a buffer as large, or new."""
+        place = next((place for place, buffer in enumerate(spare) if buffer.numel() >= num_bytes), None)
+        return spare.pop(place)[:num_bytes] if place is not None else self._device.alloc(num_bytes)
 
     def _abandon(self) -> None:
         """Let copies under way land, those that compute waits for, too; forget the rest. The next pass fills all slots anew.
@@ -233,8 +244,10 @@ class LayerStream:
             self._pass_number = -1
             self._store.start_over()
 
-    def _copy_any(self) -> CopyTicket:
-        return self._device.copy_async(self._slots[0], self._store.any_direct_layer(), self._device.mark())
+    def _copy_any(self) -> tuple[int, CopyTicket]:
+        """A copy of some layer's size: its bytes, and its ticket."""
+        source = self._store.any_source()
+        return source.numel(), self._device.copy_async(self._slots[0][: source.numel()], source, self._device.mark())
 
 
 def layer_timings(device: Device, log: PassLog) -> list[LayerTiming]:

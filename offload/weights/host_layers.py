@@ -1,6 +1,6 @@
-"""The host memory of decoder layers, in pieces of one layer: a home for each, and the buffers of a ring. Knows neither files
-nor what a layer holds."""
+"""The host memory of decoder layers: a home for each, and the buffers of a ring. Knows neither files nor what a layer holds."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,25 +8,34 @@ import torch
 
 from ..device import Device, HostBuffer
 from ..device.host import move_by_threads
-from .placement import RING_BUFFERS, spread_evenly
+from .placement import RING_BUFFERS, spread_order
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """[layer_bytes] uint8. `is_direct`: the device copies from it at the link's rate, as it is pinned, or the device's own."""
+    """uint8 host memory. `is_pinned`: the device copies from it at the link's rate, being page-locked or its own."""
 
     memory: torch.Tensor
-    is_direct: bool
+    is_pinned: bool
 
 
 class HostLayers:
-    """Owns host memory of exact size. `ring` is empty until there is need of one."""
+    """Owns host memory for layers, of which `stored_bytes` says how large each is.
 
-    def __init__(self, device: Device, layer_bytes: int) -> None:
-        self.homes: dict[int, Piece] = {}
+    A home is as large as its layer. Only the first two may be larger: they are as large as any layer, so that a ring can take
+    them over. `ring` is empty until there is need of one.
+    """
+
+    def __init__(self, device: Device, stored_bytes: Sequence[int]) -> None:
         self.ring: list[torch.Tensor] = []
-        self._device, self._layer_bytes = device, layer_bytes
+        self._device, self._stored_bytes = device, stored_bytes
+        self._homes: dict[int, Piece] = {}  # those of the first buffer come first, in its order: what is pinned is in front
         self._buffers: list[HostBuffer] = []
+
+    @property
+    def homes(self) -> dict[int, torch.Tensor]:
+        """[stored_bytes[layer]] uint8 of every layer that has a home."""
+        return {layer: piece.memory[: self._stored_bytes[layer]] for layer, piece in self._homes.items()}
 
     @property
     def num_bytes(self) -> int:
@@ -38,50 +47,83 @@ class HostLayers:
 
     @property
     def pageable(self) -> frozenset[int]:
-        return frozenset(layer for layer, home in self.homes.items() if not home.is_direct)
+        return frozenset(layer for layer, piece in self._homes.items() if not piece.is_pinned)
+
+    @property
+    def roomy(self) -> list[torch.Tensor]:
+        """Buffers, if there are any, that any layer fits into: what is staged in them comes before the homes are filled."""
+        if self.ring:
+            return self.ring
+        pieces = [piece.memory for piece in self._own_pieces()[:RING_BUFFERS]]
+        return [memory for memory in pieces if memory.numel() == max(self._stored_bytes)]
+
+    @property
+    def ring_cost_bytes(self) -> int:
+        """What `make_ring` takes beyond what there is, if it keeps all homes."""
+        return sum(self._ring_sizes(self._front()))
 
     def add(self, layers: Sequence[int]) -> None:
-        """A home for each of `layers`; what the device would not pin is spread evenly among them, so that the ring is filled
-        while others are copied. HostMemoryError when there is no room: then nothing has changed."""
-        pieces = self._pin(len(layers))
-        direct = [piece for piece in pieces if piece.is_direct]
-        others = [piece for piece in pieces if not piece.is_direct]
-        places = spread_evenly(len(others), len(pieces))
-        for order, layer in enumerate(layers):
-            self.homes[layer] = (others if order in places else direct).pop()
+        """A home for each of `layers`; those that the device would not pin are spread evenly among them, so that the ring is
+        filled while others are copied. HostMemoryError when there is no room: then nothing has changed."""
+        ordered = [layers[place] for place in spread_order(len(layers))]
+        may_need_ring = not self.ring and not self._device.host_addressable
+        num_roomy = max(RING_BUFFERS - len(self._own_pieces()), 0) if may_need_ring else 0
+        roomy = sorted(ordered, key=self._stored_bytes.__getitem__, reverse=True)[:num_roomy]  # the largest, to waste little
+        others = [layer for layer in ordered if layer not in roomy]
+        sizes = [max(self._stored_bytes)] * len(roomy) + [self._stored_bytes[layer] for layer in others]
+        self._homes |= zip([*roomy, *others], self._pin(sizes), strict=True)
 
-    def take_back(self, layers: Sequence[int]) -> None:
-        """Undo the last `add`, which was of `layers`."""
+    def undo_add(self, layers: Sequence[int]) -> None:
+        """Of the last `add`, which was of `layers`."""
         for layer in layers:
-            del self.homes[layer]
+            del self._homes[layer]
         self._buffers.pop().close()
 
-    def share(self, shared: Mapping[int, int]) -> None:
+    def borrow(self, borrowed: Mapping[int, int]) -> None:
         """{borrower: owner}: the borrower's home is its owner's."""
-        self.homes |= {borrower: self.homes[owner] for borrower, owner in shared.items()}
+        self._homes |= {borrower: self._homes[owner] for borrower, owner in borrowed.items()}
 
-    def make_ring(self, leaving: Sequence[int]) -> None:
-        """Find the ring its buffers: the homes of the layers that are `leaving`, or new memory if none are. It is the ring that
-        must be pinned: where the device refuses more, layers move out of homes that are. HostMemoryError as in `add`."""
-        for piece in [self.homes.pop(layer) for layer in leaving] or self._pin(RING_BUFFERS):
-            pinned = next((home for home in self.homes.values() if home.is_direct), None)
-            if not piece.is_direct and pinned is not None:
-                move_by_threads(piece.memory, pinned.memory)
-                self.homes = {layer: piece if home is pinned else home for layer, home in self.homes.items()}
-                piece = pinned
-            self.ring.append(piece.memory)
+    def make_ring(self, *, keep: bool) -> frozenset[int]:
+        """Find the ring its buffers: the memory of the first two homes, which is pinned if anything is, or new memory where
+        there are no homes. Their layers move to new memory if `keep`; if not, they lose their homes, and are returned.
+        HostMemoryError as in `add`."""
+        front = self._front()
+        new = self._pin(self._ring_sizes(front)) if keep else []
+        moves = dict(zip(front, new, strict=False))
+        for old, piece in moves.items():
+            move_by_threads(piece.memory, old.memory[: piece.memory.numel()])
+        left = frozenset() if keep else frozenset(layer for layer, piece in self._homes.items() if piece in front)
+        self._homes = {layer: moves.get(piece, piece) for layer, piece in self._homes.items() if layer not in left}
+        self.ring = [piece.memory for piece in (*front, *new[len(front) :])]
+        return left
 
     def close(self) -> None:
         """Views of the memory are invalid afterwards."""
-        self.homes.clear()
+        self._homes.clear()
         self.ring.clear()
         while self._buffers:
             self._buffers.pop().close()
 
-    def _pin(self, num_pieces: int) -> list[Piece]:
-        cuts = [self._layer_bytes * (order + 1) for order in range(num_pieces)]
-        buffer = self._device.pin(self._layer_bytes * num_pieces, cuts)
+    def _front(self) -> dict[Piece, int]:
+        """The first two homes, which a ring may take over, and a layer that lives in each."""
+        layers = {piece: layer for layer, piece in reversed(self._homes.items())}
+        return {piece: layers[piece] for piece in self._own_pieces()[:RING_BUFFERS]}
+
+    def _ring_sizes(self, front: Mapping[Piece, int]) -> list[int]:
+        """Of the new pieces that the layers in `front` move to, and of as many buffers as the ring lacks then."""
+        missing = RING_BUFFERS - len(front)
+        return [*(self._stored_bytes[layer] for layer in front.values()), *[max(self._stored_bytes)] * missing]
+
+    def _own_pieces(self) -> list[Piece]:
+        """Of the homes, without those that are borrowed."""
+        return list(dict.fromkeys(self._homes.values()))
+
+    def _pin(self, sizes: Sequence[int]) -> list[Piece]:
+        """New memory in pieces of `sizes` bytes."""
+        cuts = list(itertools.accumulate(sizes))
+        buffer = self._device.pin(sum(sizes), cuts)
         self._buffers.append(buffer)
-        is_direct = [self._device.host_addressable or cut <= buffer.pinned_bytes for cut in cuts]
-        memories = (buffer.tensor[cut - self._layer_bytes : cut] for cut in cuts)
-        return [Piece(memory, direct) for memory, direct in zip(memories, is_direct, strict=True)]
+        return [
+            Piece(buffer.tensor[cut - size : cut], self._device.host_addressable or cut <= buffer.pinned_bytes)
+            for size, cut in zip(sizes, cuts, strict=True)
+        ]

@@ -1,7 +1,7 @@
 """One flat buffer per decoder layer, and typed views into it. Knows neither files nor devices."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +25,7 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class LayerLayout:
-    """Where each tensor of a layer lies in its flat buffer. All layers of a model share one layout, so that a layer is
-    one contiguous copy and a slot fits any of them."""
+    """Where each tensor of a layer lies in its flat buffer, so that a layer is one contiguous copy."""
 
     fields: tuple[Field, ...]
     num_bytes: int
@@ -42,6 +41,10 @@ class LayerLayout:
             end = _align(field.offset_bytes + field.num_bytes)
         return cls(tuple(fields), end)
 
+    @property
+    def num_elements(self) -> int:
+        return sum(math.prod(field.shape) for field in self.fields)
+
     def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """Typed views into `buffer` ([>= num_bytes] uint8, 256-byte aligned). They share its memory and its lifetime."""
         assert buffer.dtype == torch.uint8 and buffer.numel() >= self.num_bytes
@@ -49,6 +52,19 @@ class LayerLayout:
             field.name: buffer[field.offset_bytes : field.offset_bytes + field.num_bytes].view(field.dtype).view(field.shape)
             for field in self.fields
         }
+
+
+def lay_out(layers: Sequence[Mapping[str, tuple[int, ...]]], dtype: torch.dtype) -> tuple[LayerLayout, ...]:
+    """A layout for each of `layers`, {name: shape}. Layers that share one object share one layout."""
+    kinds = {id(shapes): shapes for shapes in layers}
+    made = {key: LayerLayout.pack(shapes.items(), dtype) for key, shapes in kinds.items()}
+    return tuple(made[id(shapes)] for shapes in layers)
+
+
+def views_of_each(layouts: Sequence[LayerLayout], buffer: torch.Tensor) -> tuple[dict[str, torch.Tensor], ...]:
+    """Views into one `buffer` for each of `layouts`, which use it in turn. Equal layouts share theirs."""
+    made = {layout: layout.views(buffer) for layout in set(layouts)}
+    return tuple(made[layout] for layout in layouts)
 
 
 def _align(num_bytes: int) -> int:

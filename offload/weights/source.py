@@ -69,7 +69,7 @@ class CheckpointFeed(TensorReader):
         self.read(jobs, progress)
 
 
-def share_layers(host: Collection[int], equal: frozenset[int], room: int) -> dict[int, int]:
+def borrowed_layers(host: Collection[int], equal: frozenset[int], room: int) -> dict[int, int]:
     """Which of the `host` layers borrow another's memory, {borrower: owner}, so that at most `room` layers are held. Only
     layers in `equal` borrow, and no more of them than must; fewer layers than asked for when that is all there are."""
     candidates = sorted(equal.intersection(host))

@@ -15,7 +15,7 @@ from ..device.host import move_by_threads
 from ..errors import HostMemoryError
 from .host_layers import HostLayers
 from .layout import LayerLayout
-from .placement import RING_BUFFERS, Placement
+from .placement import Placement
 from .ring import BounceRing, RingFill
 from .source import Destinations, TensorFeed, TensorSource
 
@@ -27,33 +27,37 @@ class WeightStore:
     `load` fills both. Host memory held: the host layers, exactly, plus a ring when some layers are on disk or could not be
     pinned; peak while loading is that plus the reader's scratch (see TensorReader).
 
-    `placement` says where layers came to lie: which are pageable, and which went to disk as a ring for those would have taken
-    more than `most_host_bytes`. `shared` host layers, {borrower: owner}, have no memory of their own: the source says that
-    their bytes are equal. Layers are asked for in the order of passes.
+    `layouts` has one for each layer. `placement` says where layers came to lie: which are pageable, and which went to disk as a
+    ring for those would have taken more than `most_host_bytes`. Layers are asked for in the order of passes.
     """
 
     def __init__(
         self,
         device: Device,
         source: TensorSource,
-        layout: LayerLayout,
+        layouts: Sequence[LayerLayout],
         prefix: str,
         placement: Placement,
-        shared: Mapping[int, int] | None = None,
         most_host_bytes: int | None = None,
     ) -> None:
-        self.layout, self.shared = layout, dict(shared or {})
+        self.layouts, self.stored_bytes = tuple(layouts), tuple(layout.num_bytes for layout in layouts)
         self._device, self._source, self._prefix, self._most_host_bytes = device, source, prefix, most_host_bytes
-        self._resident = {layer: device.alloc(layout.num_bytes) for layer in sorted(placement.resident)}
-        self._memory = HostLayers(device, layout.num_bytes)
+        self._resident = {layer: device.alloc(self.stored_bytes[layer]) for layer in sorted(placement.resident)}
+        self._memory = HostLayers(device, self.stored_bytes)
+        self._homes: dict[int, torch.Tensor] = {}
         self._ring: BounceRing | None = None
         self._files = ExitStack()  # what the ring reads from
         self.placement, self._through_ring = placement, frozenset(placement.through_ring)
 
     @property
+    def slot_bytes(self) -> int:
+        """What a slot must hold: the largest layer. Also if that is resident, as it may leave the device."""
+        return max(self.stored_bytes)
+
+    @property
     def resident(self) -> dict[int, dict[str, torch.Tensor]]:
         """Typed views of the resident layers, used in place."""
-        return {layer: self.layout.views(buffer) for layer, buffer in self._resident.items()}
+        return {layer: self.layouts[layer].views(buffer) for layer, buffer in self._resident.items()}
 
     @property
     def host_bytes(self) -> int:
@@ -67,21 +71,27 @@ class WeightStore:
     def take_host_memory(self) -> None:
         """Homes for the layers in host memory, pinned as far as the device allows, and a ring where one is needed: `placement`
         is then what came of it. HostMemoryError when there is no room."""
-        self._memory.add([layer for layer in self.placement.host if layer not in self.shared])
-        self._memory.share(self.shared)
-        self.placement = self._settled(self.placement)
+        if self.placement.disk:
+            self._memory.make_ring(keep=True)  # first, as it is the ring that must be pinned
+        self._memory.add(self.placement.host_owners)
+        self._memory.borrow(self.placement.borrowed)
+        self._settle(self.placement)
 
     def load(self, progress: Progress | None = None) -> None:
         """Read every layer that has a place in memory. `progress` gets bytes read."""
-        owned = {layer: self._memory.homes[layer].memory for layer in self.placement.host if layer not in self.shared}
+        owned = {layer: self._homes[layer] for layer in self.placement.host_owners}
         with self._source.open() as feed:
-            self._load_resident(feed, self._memory.ring or list(owned.values())[:2], progress)
+            self._load_resident(feed, self._memory.roomy, progress)
             feed.fill(self._destinations(owned), progress)
 
-    def give_up(self, placement: Placement) -> list[torch.Tensor]:
+    def leaving(self, placement: Placement) -> list[torch.Tensor]:
+        """The device buffers that layers would leave under `placement`."""
+        return [buffer for layer, buffer in self._resident.items() if layer not in placement.resident]
+
+    def evict(self, placement: Placement) -> None:
         """Go over to `placement`, which keeps fewer layers on the device; those that leave go to host memory, or back to disk.
-        Returns the device buffers that they leave. No copy may be under way. HostMemoryError when the host has no room: then
-        the layers are where they were, as after an interruption while they are on their way."""
+        No copy may be under way. HostMemoryError when the host has no room: then the layers are where they were, as after an
+        interruption while they are on their way."""
         leaving = sorted(self.placement.resident - placement.resident)
         to_host = [layer for layer in leaving if layer not in placement.disk]
         self.start_over()
@@ -90,14 +100,15 @@ class WeightStore:
             for layer in to_host:
                 self._download(layer)
         except BaseException:  # Ctrl-C above all, as it takes a while
-            self._memory.take_back(to_host)
+            self._memory.undo_add(to_host)
             raise
         try:
-            self.placement = self._settled(placement)
+            self._settle(placement)
         except HostMemoryError:  # of a ring, before anything else has changed
-            self._memory.take_back(to_host)
+            self._memory.undo_add(to_host)
             raise
-        return [self._resident.pop(layer) for layer in leaving]
+        for layer in leaving:
+            del self._resident[layer]
 
     def through_ring(self, layer: int) -> bool:
         """Whether `layer` comes by way of the ring, as it turned out when memory was taken."""
@@ -108,9 +119,11 @@ class WeightStore:
         return layer not in self._through_ring or self._open_ring().ready()
 
     def source(self, layer: int) -> torch.Tensor:
-        """[num_bytes] uint8 host memory holding `layer`, from which the device copies at its full rate; blocks while the ring
-        is being filled with it, and raises what that raised, as DeviceError for the disk."""
-        return self._open_ring().source(layer) if layer in self._through_ring else self._memory.homes[layer].memory
+        """[stored_bytes[layer]] uint8 host memory holding `layer`, from which the device copies at its full rate; blocks while
+        the ring is being filled with it, and raises what that raised, as DeviceError for the disk."""
+        if layer in self._through_ring:
+            return self._open_ring().source(layer)[: self.stored_bytes[layer]]
+        return self._homes[layer]
 
     def sent(self, layer: int, ticket: Ticket) -> None:
         """The copy out of `source(layer)` is `ticket`."""
@@ -131,36 +144,34 @@ class WeightStore:
         fills = self._ring.fills if self._ring is not None else deque[RingFill]()
         return [fills.popleft() for _ in range(len(fills))]
 
-    def any_direct_layer(self) -> torch.Tensor:
-        """Some layer's worth of host memory to time copies from; its contents do not matter."""
-        return self._memory.ring[0] if self._memory.ring else next(iter(self._memory.homes.values())).memory
+    def any_source(self) -> torch.Tensor:
+        """Host memory of a layer's size to time copies from, pinned if any is. Its contents do not matter."""
+        return self._memory.ring[0] if self._memory.ring else next(iter(self._homes.values()))
 
-    def time_move(self) -> float:
-        """Seconds to move some pageable layer into the ring. Before the first pass, or after `start_over`."""
+    def move_rate(self) -> float:
+        """Bytes per second at which some pageable layer moves into the ring. Before the first pass, or after `start_over`."""
         assert self._ring is None
-        start_s = time.monotonic()
-        move_by_threads(self._memory.ring[-1], self._memory.homes[min(self.placement.pageable)].memory)
-        return time.monotonic() - start_s
+        home, start_s = self._homes[min(self.placement.pageable)], time.monotonic()
+        move_by_threads(self._memory.ring[-1][: home.numel()], home)
+        return home.numel() / max(time.monotonic() - start_s, 1e-9)
 
     def close(self) -> None:
         self.start_over()
         self._resident.clear()
+        self._homes.clear()
         self._memory.close()
 
-    def _settled(self, placement: Placement) -> Placement:
-        """`placement` with what the device would not pin; and a ring, if one is needed. Nobody planned one for layers that
-        are not pinned: where there is no room for it, some of them stay on disk, and it has their memory."""
+    def _settle(self, placement: Placement) -> None:
+        """Go by `placement`, with what the device would not pin, and with a ring for that. Nobody planned one: where the host
+        has no room for it, layers stay on disk, and it has their memory."""
         memory = self._memory
-        if not memory.ring and (placement.disk or memory.pageable):
-            planned = memory.num_bytes + RING_BUFFERS * self.layout.num_bytes
-            leaving: list[int] = []
-            if not placement.disk and self._most_host_bytes is not None and planned > self._most_host_bytes:
-                leaving = sorted(placement.host, key=lambda layer: layer not in memory.pageable)[:RING_BUFFERS]
-            memory.make_ring(leaving)
-            placement = replace(placement, disk=placement.disk.union(leaving))
-        placement = replace(placement, pageable=memory.pageable)
-        self._through_ring = frozenset(placement.through_ring)
-        return placement
+        if memory.pageable and not memory.ring:
+            planned_bytes = memory.num_bytes + memory.ring_cost_bytes
+            has_room = self._most_host_bytes is None or planned_bytes <= self._most_host_bytes
+            placement = replace(placement, disk=placement.disk | memory.make_ring(keep=has_room))
+        self.placement = replace(placement, pageable=memory.pageable)
+        self._through_ring = frozenset(self.placement.through_ring)
+        self._homes = memory.homes
 
     def _open_ring(self) -> BounceRing:
         """It begins when it is first asked for, so that it does not compete with what is measured before the first pass."""
@@ -171,20 +182,21 @@ class WeightStore:
         return self._ring
 
     def _bring(self, feed: TensorFeed | None, layer: int, buffer: torch.Tensor) -> None:
-        if layer in self._memory.homes:
-            move_by_threads(buffer, self._memory.homes[layer].memory)
+        home = self._homes.get(layer)
+        if home is not None:
+            move_by_threads(buffer[: home.numel()], home)
         else:
             assert feed is not None
             feed.fill(self._views(layer, buffer))
 
     def _download(self, layer: int) -> None:
         """Tensor by tensor: a device may need as much host memory again for what it downloads at once."""
-        places = self.layout.views(self._memory.homes[layer].memory)
-        for name, tensor in self.layout.views(self._resident[layer]).items():
+        places = self.layouts[layer].views(self._memory.homes[layer])
+        for name, tensor in self.layouts[layer].views(self._resident[layer]).items():
             places[name].copy_(self._device.download(tensor))
 
     def _views(self, layer: int, buffer: torch.Tensor) -> Destinations:
-        return {f"{self._prefix}.{layer}.{name}": view for name, view in self.layout.views(buffer).items()}
+        return {f"{self._prefix}.{layer}.{name}": view for name, view in self.layouts[layer].views(buffer).items()}
 
     def _destinations(self, buffers: Mapping[int, torch.Tensor]) -> Destinations:
         return {name: view for layer, buffer in buffers.items() for name, view in self._views(layer, buffer).items()}
