@@ -14,7 +14,7 @@ from .device.host import available_bytes
 from .engine.admission import Admission
 from .engine.decode import DecodeLoop
 from .engine.engine import Engine
-from .engine.loading import HOST_RESERVE_BYTES, Loaded, Progress, ReadCounter, bytes_to_read, lend_memory, take_memory
+from .engine.loading import HOST_RESERVE_BYTES, Loaded, LoadProgress, ReadCounter, bytes_to_read, lend_memory, take_memory
 from .engine.replanning import Replanner
 from .errors import DeviceError, FitError, reason
 from .model.architecture import check_window
@@ -39,7 +39,7 @@ def open_engine(
     settings: EngineSettings,
     *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: LoadProgress | None = None,
     trace: Trace | None = None,
     device: Device | None = None,
     hardware: HardwareProfile | None = None,

@@ -13,7 +13,7 @@ from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.demo import ACCEPTANCE, DRAFT, TARGET
 from offload.engine.engine import Engine
-from offload.engine.loading import Progress
+from offload.engine.loading import LoadProgress
 from offload.serve.server import Server
 from offload.serve.settings import ServeSettings
 from text_models import CHAT_TEMPLATE, save_text_model
@@ -41,7 +41,7 @@ def slow_engine() -> Engine:
 
 
 @contextmanager
-def running(open_it: Callable[[Progress], Engine], **settings: Any) -> Iterator[Server]:
+def running(open_it: Callable[[LoadProgress], Engine], **settings: Any) -> Iterator[Server]:
     """A server that takes requests. What its engine fails with is raised at the end."""
     server = Server(ServeSettings(**{"model_name": MODEL, "port": 0, **settings}), open_it)
     failures: list[BaseException] = []

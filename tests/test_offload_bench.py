@@ -11,15 +11,15 @@ import pytest
 
 from command_line import INVALID, Finished, assert_error, assert_usage_error, run_command
 from conftest import reference_model
-from offload.bench.case import Case, Event, Outcome, Sample, as_error, error_to_json, outcome_of
+from offload.bench.case_and_outcome import Case, Event, Outcome, Sample, as_error, error_to_json, outcome_of
 from offload.bench.compare import check_comparable, compare
 from offload.bench.deepspeed import zero_config
+from offload.bench.engine_process import open_decoder
 from offload.bench.engines import LABELS, engines_for
 from offload.bench.latency import LatencyRequest
 from offload.bench.launch import run_isolated
 from offload.bench.measure import CannotRun, run_case
 from offload.bench.summary import bootstrap, by_category, percentile, ratio, summarise
-from offload.bench.worker import open_decoder
 from offload.cli.main import main
 from offload.config import EngineSettings
 from offload.errors import DeviceError, FitError, ModelError, NumericError, OffloadError, UsageError

@@ -121,8 +121,8 @@ def test_no_json_and_no_text_follow_each_other_on_stdout(run: Run) -> None:
 def test_without_model_the_demo_runs_and_says_how_to_name_a_real_one(
     capsys: pytest.CaptureFixture[str], model: Path, draft: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offload.cli.settings.TARGET", model)
-    monkeypatch.setattr("offload.cli.settings.DRAFT", draft)
+    monkeypatch.setattr("offload.cli.flags_to_settings.TARGET", model)
+    monkeypatch.setattr("offload.cli.flags_to_settings.DRAFT", draft)
     finished = run_command(capsys, "--max-new-tokens", 4, "--ignore-eos")
     assert finished.code == 0 and finished.stdout
     assert_holds(finished.stderr, "no --model given", "--model PATH_OR_HUB_ID", "emulated link of 100MB/s", "4 tokens in")

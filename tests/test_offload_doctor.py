@@ -16,8 +16,7 @@ from command_line import DOES_NOT_FIT, INVALID, assert_usage_error, run_command
 from offload.demo import DRAFT, TARGET
 from offload.device import numa
 from offload.device.cpu import CpuDevice
-from offload.doctor import gather, nvml
-from offload.doctor import models as doctor_models
+from offload.doctor import gather, model_checks, nvml
 from offload.doctor.facts import (
     Check,
     CopyFacts,
@@ -375,11 +374,11 @@ def test_nodes_are_those_of_the_cpus_that_this_process_may_use(tmp_path: Path, m
 
 def test_the_disk_is_read_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(TARGET)
-    whole = doctor_models.time_disk(checkpoint, limit_s=60)
+    whole = model_checks.time_disk(checkpoint, limit_s=60)
     assert whole.read_bytes == whole.total_bytes == checkpoint.num_bytes and whole.read_s > 0
-    assert 0 < doctor_models.time_disk(checkpoint, limit_s=0).read_bytes < checkpoint.num_bytes
-    monkeypatch.setattr(doctor_models, "DISK_TEST_BYTES", 2**20)
-    assert 2**20 <= doctor_models.time_disk(checkpoint, limit_s=60).read_bytes < checkpoint.num_bytes
+    assert 0 < model_checks.time_disk(checkpoint, limit_s=0).read_bytes < checkpoint.num_bytes
+    monkeypatch.setattr(model_checks, "DISK_TEST_BYTES", 2**20)
+    assert 2**20 <= model_checks.time_disk(checkpoint, limit_s=60).read_bytes < checkpoint.num_bytes
 
 
 def test_the_demo_pair_passes(capsys: pytest.CaptureFixture[str]) -> None:

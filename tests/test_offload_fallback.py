@@ -24,7 +24,7 @@ from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.device.cpu import CpuDevice
 from offload.engine.engine import Engine
-from offload.engine.loading import Progress
+from offload.engine.loading import LoadProgress
 from offload.errors import FitError, HostMemoryError
 from offload.planner.cost import ModelCost
 from offload.planner.fallback import MAX_TURNS, Fallbacks
@@ -56,7 +56,7 @@ def open_tiny(
     models: Models,
     device: CpuDevice | None = None,
     hardware: HardwareProfile = L40,
-    progress: Progress | None = None,
+    progress: LoadProgress | None = None,
     **changes: object,
 ) -> Iterator[Engine]:
     """A target of NUM_LAYERS layers with a draft that is sometimes right."""

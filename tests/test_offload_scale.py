@@ -22,7 +22,7 @@ from offload.config import EngineSettings
 from offload.demo import DRAFT, TARGET
 from offload.device import Device
 from offload.engine.engine import Engine
-from offload.engine.loading import Progress
+from offload.engine.loading import LoadProgress
 from offload.errors import FitError, ModelError, OffloadError, UsageError
 from offload.model.architecture import Architecture
 from offload.scale.geometry import Geometry, Sizes
@@ -121,7 +121,7 @@ def test_gains_and_epsilon_of_70b_are_scaled_by_powers_of_two() -> None:
 
 
 def engine_of(
-    model: str, tree: str, device: Device | None = None, progress: Progress | None = None, **changes: object
+    model: str, tree: str, device: Device | None = None, progress: LoadProgress | None = None, **changes: object
 ) -> Engine:
     drafts = () if tree == "none" else (str(DRAFT),)
     settings: dict[str, Any] = {"model": model, "draft_models": drafts, "tree": tree, "max_context": 120, **changes}

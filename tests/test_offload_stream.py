@@ -412,12 +412,12 @@ def test_an_error_while_the_link_is_measured_leaves_no_copy_under_way_and_nothin
     monkeypatch.setattr(device, "drain", broken)
     monkeypatch.setattr(device, "drain_copies", lambda: [LateDevice.drain(device, ticket) for ticket in list(device._sources)])
     monkeypatch.setattr("offload.bench.steps.open_device", lambda *_: device)
-    extent: Any = SimpleNamespace(settings=EngineSettings(model="x"), link_bytes=(64, 128))
+    size: Any = SimpleNamespace(settings=EngineSettings(model="x"), link_bytes=(64, 128))
     measuring: list[Callable[[], object]] = [
         lambda: measure_link(device, 64, 2),
         lambda: measure_copies(device, [64], 2),
         lambda: time_copies(device, 64, lambda: None),
-        lambda: link(extent, 1.0),
+        lambda: link(size, 1.0),
     ]
     for measure in measuring:
         with pytest.raises(DeviceError, match="the link broke"):

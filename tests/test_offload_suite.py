@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from command_line import INVALID, Finished, assert_error, assert_usage_error, run_command
-from offload.bench.extent import Extent, cpu_extent, gpu_extent
-from offload.bench.steps import STEPS, Step, fit_line
+from offload.bench.steps import STEPS, SuiteStep, fit_line
 from offload.bench.suite import run_suite
+from offload.bench.suite_size import SuiteSize, cpu_size, gpu_size
 from offload.planner.hardware_file import find_hardware
 from test_offload_bench import run_here
 
@@ -60,8 +60,8 @@ def test_every_step_runs_at_small_scale_and_the_report_leads_with_the_floor(
 def test_steps_plan_with_the_profile_given_or_with_the_measured_one(tmp_path: Path) -> None:
     planned_with: list[str | None] = []
 
-    def look(extent: Extent, max_seconds: float) -> dict[str, Any]:
-        planned_with.append(extent.settings.profile)
+    def look(size: SuiteSize, max_seconds: float) -> dict[str, Any]:
+        planned_with.append(size.settings.profile)
         return {}
 
     steps = {"a": (look, 1), "hardware": (look, 1), "b": (look, 1)}
@@ -74,8 +74,8 @@ def test_a_profile_that_is_none_is_refused(suite: Callable[..., Finished], tmp_p
     assert_error(suite("--out", tmp_path, "--profile", "no-such-card"), INVALID, "no hardware profile", "l40")
 
 
-def fake(answers: dict[str, Any], ran: list[str], name: str) -> tuple[Step, int]:
-    def step(extent: Extent, max_seconds: float) -> dict[str, Any]:
+def fake(answers: dict[str, Any], ran: list[str], name: str) -> tuple[SuiteStep, int]:
+    def step(size: SuiteSize, max_seconds: float) -> dict[str, Any]:
         ran.append(name)
         if isinstance(answers[name], Exception):
             raise answers[name]
@@ -124,7 +124,7 @@ def test_the_line_through_the_depths_is_exact_on_a_line() -> None:
 
 
 def test_the_suite_on_a_gpu_is_the_one_that_the_issue_names() -> None:
-    gpu, cpu = gpu_extent("cuda"), cpu_extent()
+    gpu, cpu = gpu_size("cuda"), cpu_size()
     assert gpu.settings.model == "scale:llama-2-70b" and [budget / 2**30 for budget in gpu.budgets] == [48, 24]
     assert max(gpu.pass_nodes) == 4096 and len(gpu.depths) >= 3
     assert gpu.on_gpu and not cpu.on_gpu

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from offload.engine.admission import Request
-from offload.serve.answers import Choice, CompletionFormat, Header, Offsets, spelling
+from offload.serve.answer_format import Choice, CompletionFormat, Header, Offsets, spelling
 from offload.serve.server import Server
 from offload.text.tokenizer import Tokenizer
 from serving import MODEL, chat, client, running, tiny_engine

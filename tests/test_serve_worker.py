@@ -9,7 +9,7 @@ import pytest
 
 from offload.engine.admission import Request
 from offload.engine.engine import Step
-from offload.engine.loading import Progress
+from offload.engine.loading import LoadProgress
 from offload.errors import DeviceError, DeviceMemoryError, NumericError
 from offload.report.stats import PassStats
 from offload.serve.problems import Problem
@@ -258,7 +258,7 @@ def test_draining_takes_nothing_new_and_finishes_what_there_is(start: Start) -> 
 
 
 def test_an_engine_that_cannot_be_loaded_is_reported(start: Start) -> None:
-    def fail(_progress: Progress) -> Any:
+    def fail(_progress: LoadProgress) -> Any:
         raise DeviceError("no such device", where="x", cure="y")
 
     told: list[bool] = []
@@ -274,7 +274,7 @@ def test_an_engine_that_cannot_be_loaded_is_reported(start: Start) -> None:
 def test_a_loading_that_is_no_longer_wanted_ends() -> None:
     reading = threading.Event()
 
-    def load(progress: Progress) -> Any:
+    def load(progress: LoadProgress) -> Any:
         reading.set()
         while True:
             progress(1, 2)

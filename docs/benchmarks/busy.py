@@ -22,9 +22,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from offload.assemble import open_engine
+from offload.cli.flags_to_settings import engine_settings
 from offload.cli.generate import _Asked
 from offload.cli.parser import DEMO_PROMPT, parse_arguments
-from offload.cli.settings import engine_settings
 from offload.report.report import environment
 
 SETTLING = 20

@@ -10,7 +10,7 @@ from typing import Any
 from gpu_notes import Notes, Size
 
 from offload.assemble import open_engine
-from offload.bench.case import Case
+from offload.bench.case_and_outcome import Case
 from offload.bench.launch import run_isolated
 from offload.bench.steps import prompt_ids
 from offload.calibrate.measuring import measure_machine

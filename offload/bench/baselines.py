@@ -14,7 +14,7 @@ from ..device import Device, cuda, open_device
 from ..device.host import available_bytes
 from ..model.transformers_api import PlainForward
 from ..source import ModelSource, check_source
-from .case import Case
+from .case_and_outcome import Case
 from .deepspeed import open_deepspeed
 from .materialise import build_model
 from .measure import CannotRun

@@ -11,7 +11,7 @@ from ..config import EngineSettings, counted
 from ..demo import TARGET
 from ..errors import UsageError
 from ..report.report import environment
-from .case import Case, Outcome, as_error
+from .case_and_outcome import Case, Outcome, as_error
 from .engines import why_not
 from .launch import run_isolated
 from .machine import describe_gpu, describe_host, uses_gpu

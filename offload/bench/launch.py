@@ -7,17 +7,17 @@ import sys
 import threading
 from pathlib import Path
 
-from .case import Case, Event, Outcome, outcome_of
+from .case_and_outcome import Case, Event, Outcome, outcome_of
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE_S = 10.0  # for a pass that is under way, and for closing
 
 
 def run_isolated(case: Case, *, patient: bool) -> Outcome:
-    """`patient`: no end is put to loading, so that the worker can say how long a budget it needs."""
+    """Runs `case` to its end. With `patient` loading has no limit, so that the process can say how long a budget it needs."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with subprocess.Popen(
-        [sys.executable, "-m", "offload.bench.worker"],
+        [sys.executable, "-m", "offload.bench.engine_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from ..errors import OffloadError
-from .case import Case, Event, error_to_json
+from .case_and_outcome import Case, Event, error_to_json
 
 Emit = Callable[[Event], None]
 

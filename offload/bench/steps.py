@@ -1,4 +1,4 @@
-"""The steps of the suite. Each is a function of its extent and of the time it may take, and returns what it measured as JSON;
+"""The steps of the suite. Each is a function of its size and of the time it may take, and returns what it measured as JSON;
 none knows of the others, of files, or of what is done with the result."""
 
 import time
@@ -23,18 +23,18 @@ from ..planner.hardware_file import to_json
 from ..report.trace import Trace
 from ..source import check_source
 from ..text.tokenizer import open_tokenizer
-from .case import Case, Event, Outcome, outcome_of
+from .case_and_outcome import Case, Event, Outcome, outcome_of
 from .engines import engines_for, why_not
-from .extent import Extent
 from .launch import run_isolated
 from .machine import describe_gpu, describe_host
 from .measure import run_case
-from .ours import open_ours
+from .our_engine import open_our_engine
 from .prompts import read_prompts
+from .suite_size import SuiteSize
 from .summary import percentile, summarise
 
 Row = dict[str, Any]
-Step = Callable[[Extent, float], Row]
+SuiteStep = Callable[[SuiteSize, float], Row]
 LINK_COPIES = 5
 VERIFY_RUNS = 5
 KNEE = 1.05
@@ -42,15 +42,15 @@ TIMELINE_ROUNDS = 2
 HARDWARE = "hardware"  # the step whose record is a profile for all others
 
 
-def link(extent: Extent, max_seconds: float) -> Row:
+def link(size: SuiteSize, max_seconds: float) -> Row:
     """Rates of copies by size, with nothing else under way, and how long host memory takes to be mapped and registered."""
-    device = open_device(extent.settings.device, extent.settings.emulate_link_bytes_per_s)
+    device = open_device(size.settings.device, size.settings.emulate_link_bytes_per_s)
     try:
-        largest = max(extent.link_bytes)
+        largest = max(size.link_bytes)
         buffer, rates, start_s = device.alloc(largest), {}, time.monotonic()
         with pinned(device, largest) as host:
             registered_s = time.monotonic() - start_s
-            for num_bytes in extent.link_bytes:
+            for num_bytes in size.link_bytes:
                 times = []
                 for _ in range(LINK_COPIES):
                     ticket = device.copy_async(buffer[:num_bytes], host.tensor[:num_bytes], device.mark())
@@ -72,57 +72,57 @@ def link(extent: Extent, max_seconds: float) -> Row:
         device.close()
 
 
-def hardware(extent: Extent, max_seconds: float) -> Row:
+def hardware(size: SuiteSize, max_seconds: float) -> Row:
     """A quick look at the machine, as a profile: with it all engines of later steps plan, instead of looking for themselves."""
-    settings = extent.settings
-    device_type = "cuda" if extent.on_gpu else "cpu"
+    settings = size.settings
+    device_type = "cuda" if size.on_gpu else "cpu"
     target = check_source(settings.model, "--model", settings.dtype, device_type)
     drafts = [check_source(name, "--draft-model", settings.dtype, device_type) for name in settings.draft_models]
     return to_json(measure_machine(settings, target, drafts, laws=("greedy", "sampled")))
 
 
-def utilisation(extent: Extent, max_seconds: float) -> Row:
+def utilisation(size: SuiteSize, max_seconds: float) -> Row:
     """Of the link: by slots, by tree, by resident layers."""
-    base = _small(extent)
-    variants = [replace(base, tree="none", draft_models=(), slots=slots, resident_layers=0) for slots in extent.slots]
-    variants += [replace(base, tree=tree, slots=3, resident_layers=0) for tree in extent.trees if tree != "none"]
-    variants += [replace(base, tree=extent.trees[-1], slots=3, resident_layers=count) for count in extent.residents]
-    return _rows(_run_all(extent, variants, max_seconds), len(variants))
+    base = _small(size)
+    variants = [replace(base, tree="none", draft_models=(), slots=slots, resident_layers=0) for slots in size.slots]
+    variants += [replace(base, tree=tree, slots=3, resident_layers=0) for tree in size.trees if tree != "none"]
+    variants += [replace(base, tree=size.trees[-1], slots=3, resident_layers=count) for count in size.residents]
+    return _rows(_run_all(size, variants, max_seconds), len(variants))
 
 
-def pass_time(extent: Extent, max_seconds: float) -> Row:
+def pass_time(size: SuiteSize, max_seconds: float) -> Row:
     """By nodes: flat while the stream hides the computing, and the knee where it no longer does."""
     variants = [
-        replace(_small(extent), tree=f"{nodes}x24" if nodes > 1 else "none", slots=3, resident_layers=0)
-        for nodes in extent.pass_nodes
+        replace(_small(size), tree=f"{nodes}x24" if nodes > 1 else "none", slots=3, resident_layers=0)
+        for nodes in size.pass_nodes
     ]
-    rows = _run_all(extent, variants, max_seconds)
+    rows = _run_all(size, variants, max_seconds)
     curve = [(row["facts"]["tree_nodes"], row["facts"]["pass_s"]) for row in rows if row["facts"].get("pass_s")]
     flat_s = min((pass_s for _, pass_s in curve), default=None)
     knee = next((nodes for nodes, pass_s in curve if flat_s and pass_s > KNEE * flat_s), None)
     return {**_rows(rows, len(variants)), "curve": curve, "flat_s": flat_s, "knee_nodes": knee}
 
 
-def table(extent: Extent, max_seconds: float) -> Row:
+def table(size: SuiteSize, max_seconds: float) -> Row:
     """Every budget: the planner's choice, greedy and at temperature 0.6, and plain decoding. The first holds every layer in
     host memory if it can, the others as `_small` says."""
     rows: list[Row] = []
     end_s = time.monotonic() + max_seconds
-    cases = [(budget, *case) for budget in extent.budgets for case in (("ours", 0.0), ("ours", 0.6), ("plain", 0.0))]
+    cases = [(budget, *case) for budget in size.budgets for case in (("ours", 0.0), ("ours", 0.6), ("plain", 0.0))]
     for budget, engine, temperature in cases:
-        settings = replace(_small(extent) if rows else extent.settings, gpu_memory_bytes=budget)
-        rows += _run_all(extent, [settings], end_s - time.monotonic(), engine=engine, temperature=temperature)
+        settings = replace(_small(size) if rows else size.settings, gpu_memory_bytes=budget)
+        rows += _run_all(size, [settings], end_s - time.monotonic(), engine=engine, temperature=temperature)
     return _rows(rows, len(cases))
 
 
-def timeline(extent: Extent, max_seconds: float) -> Row:
+def timeline(size: SuiteSize, max_seconds: float) -> Row:
     """What happened when in the last passes of the planner's choice: spans of lane, name, start and end."""
     trace = Trace()
     end_s = time.monotonic() + max_seconds
     prompt = prompt_ids()
-    settings = replace(_small(extent), text_tokens=len(prompt) + extent.new_tokens)
+    settings = replace(_small(size), text_tokens=len(prompt) + size.new_tokens)
     with open_engine(settings, trace=trace) as engine:
-        for step in engine.stream(prompt, max_new_tokens=extent.new_tokens, ignore_eos=True):
+        for step in engine.stream(prompt, max_new_tokens=size.new_tokens, ignore_eos=True):
             last_s = step.stats.round_s
             if time.monotonic() > end_s:
                 break
@@ -130,41 +130,41 @@ def timeline(extent: Extent, max_seconds: float) -> Row:
     return {"spans": [[s.lane, s.name, s.start_s, s.end_s] for s in trace.spans if s.end_s > shown_s]}
 
 
-def sweep(extent: Extent, max_seconds: float) -> Row:
+def sweep(size: SuiteSize, max_seconds: float) -> Row:
     """Trees around the planner's choice, under the first budget."""
-    variants = [replace(_small(extent), tree=tree) for tree in extent.sweep]
-    return _rows(_run_all(extent, variants, max_seconds), len(variants))
+    variants = [replace(_small(size), tree=tree) for tree in size.sweep]
+    return _rows(_run_all(size, variants, max_seconds), len(variants))
 
 
-def baselines(extent: Extent, max_seconds: float) -> Row:
+def baselines(size: SuiteSize, max_seconds: float) -> Row:
     """Accelerate and DeepSpeed at the depths that fit, and the line through them at full depth."""
     end_s = time.monotonic() + max_seconds
-    engines = engines_for(("accelerate", "deepspeed"), on_gpu=extent.on_gpu)[1:]
-    reasons = {engine: why_not(engine, on_gpu=extent.on_gpu) for engine in engines}
-    left = len(extent.depths) * sum(reason is None for reason in reasons.values())
+    engines = engines_for(("accelerate", "deepspeed"), on_gpu=size.on_gpu)[1:]
+    reasons = {engine: why_not(engine, on_gpu=size.on_gpu) for engine in engines}
+    left = len(size.depths) * sum(reason is None for reason in reasons.values())
     rows: list[Row] = []
     for engine, reason in reasons.items():
         points: list[tuple[int, float]] = []
-        for depth in extent.depths if reason is None else ():
-            outcome = _run_baseline(extent, engine, depth, (end_s - time.monotonic()) / left)
+        for depth in size.depths if reason is None else ():
+            outcome = _run_baseline(size, engine, depth, (end_s - time.monotonic()) / left)
             left -= 1
             times = [s for sample in outcome.samples for s in sample.pass_s[1:]]
             if times:
                 points.append((depth, percentile(times, 50) or 0.0))
             reason = outcome.reason
-        rows.append({"engine": engine, "reason": reason, "points": points, **fit_line(points, _full_depth(extent))})
+        rows.append({"engine": engine, "reason": reason, "points": points, **fit_line(points, _full_depth(size))})
     complete = all(row["reason"] != "its time was over" for row in rows)
     return {"rows": rows, "complete": complete}
 
 
-def verification(extent: Extent, max_seconds: float) -> Row:
+def verification(size: SuiteSize, max_seconds: float) -> Row:
     """Medians of judging one tree, greedy and sampled, on the device that computes."""
-    device = open_device(extent.settings.device)
+    device = open_device(size.settings.device)
     place = device.torch_device
     generator = torch.Generator(place).manual_seed(0)
-    shape = best_tree(Acceptance.from_json(ACCEPTANCE.read_text(encoding="utf-8")), extent.verify_nodes, 18)
-    probabilities = torch.rand(shape.num_nodes, extent.verify_vocab, generator=generator, device=place).softmax(-1)
-    logits = torch.randn(shape.num_nodes, extent.verify_vocab, generator=generator, device=place) * 4
+    shape = best_tree(Acceptance.from_json(ACCEPTANCE.read_text(encoding="utf-8")), size.verify_nodes, 18)
+    probabilities = torch.rand(shape.num_nodes, size.verify_vocab, generator=generator, device=place).softmax(-1)
+    logits = torch.randn(shape.num_nodes, size.verify_vocab, generator=generator, device=place) * 4
     token_ids = torch.tensor([0, *shape.ranks[1:]], device=place)
     rows = []
     methods: tuple[tuple[Method, float], ...] = (("sample", 0.0), ("traversal", 0.6), ("rejection", 0.6))
@@ -178,11 +178,11 @@ def verification(extent: Extent, max_seconds: float) -> Row:
             times.append(time.monotonic() - start_s)
         rows.append({"method": method if temperature else "greedy", "median_s": percentile(times[1:], 50)})
     device.close()
-    return {"nodes": shape.num_nodes, "vocabulary": extent.verify_vocab, "rows": rows}
+    return {"nodes": shape.num_nodes, "vocabulary": size.verify_vocab, "rows": rows}
 
 
 # In order of what matters most, with their shares of the time.
-STEPS: Mapping[str, tuple[Step, int]] = {
+STEPS: Mapping[str, tuple[SuiteStep, int]] = {
     HARDWARE: (hardware, 1),
     "link": (link, 1),
     "table": (table, 8),
@@ -206,8 +206,8 @@ def fit_line(points: list[tuple[int, float]], depth: int) -> Row:
     return {"s_per_layer": slope, "extrapolated_s_per_token": base + slope * depth, "depth": depth, "worst": worst}
 
 
-def _small(extent: Extent) -> EngineSettings:
-    return replace(extent.settings, host_memory_bytes=extent.host_bytes, gpu_memory_bytes=extent.budgets[0])
+def _small(size: SuiteSize) -> EngineSettings:
+    return replace(size.settings, host_memory_bytes=size.host_bytes, gpu_memory_bytes=size.budgets[0])
 
 
 def _rows(rows: list[Row], wanted: int) -> Row:
@@ -215,7 +215,7 @@ def _rows(rows: list[Row], wanted: int) -> Row:
 
 
 def _run_all(
-    extent: Extent, variants: list[EngineSettings], max_seconds: float, *, engine: str = "ours", temperature: float = 0.0
+    size: SuiteSize, variants: list[EngineSettings], max_seconds: float, *, engine: str = "ours", temperature: float = 0.0
 ) -> list[Row]:
     """Our engine in this process, one variant after another. Those for which no time is left are missing, those that were
     refused have a reason and no figures."""
@@ -228,13 +228,13 @@ def _run_all(
             engine=engine,
             settings=settings,
             prompts=(prompt_ids(),),
-            max_new_tokens=extent.plain_tokens if engine == "plain" or settings.tree == "none" else extent.new_tokens,
+            max_new_tokens=size.plain_tokens if engine == "plain" or settings.tree == "none" else size.new_tokens,
             runs=1,
             max_seconds=max(end_s - time.monotonic(), 0.0),
             temperature=temperature,
         )
         events: list[Event] = []
-        run_case(case, open_ours, events.append)
+        run_case(case, open_our_engine, events.append)
         outcome = outcome_of(engine, events)
         row = summarise([outcome], greedy=False)[0]
         asked = {"tree": settings.tree, "temperature": temperature, "budget_bytes": settings.gpu_memory_bytes}
@@ -242,14 +242,14 @@ def _run_all(
     return rows
 
 
-def _run_baseline(extent: Extent, engine: str, depth: int, max_seconds: float) -> Outcome:
+def _run_baseline(size: SuiteSize, engine: str, depth: int, max_seconds: float) -> Outcome:
     settings = replace(
-        extent.settings,
-        model=f"{extent.settings.model}:{depth}",
-        gpu_memory_bytes=extent.budgets[0],
+        size.settings,
+        model=f"{size.settings.model}:{depth}",
+        gpu_memory_bytes=size.budgets[0],
         emulate_link_bytes_per_s=None,
     )
-    tokens = extent.baseline_tokens + 1
+    tokens = size.baseline_tokens + 1
     case = Case(
         engine=engine, settings=settings, prompts=(prompt_ids(),), max_new_tokens=tokens, runs=1, max_seconds=max_seconds
     )
@@ -263,7 +263,7 @@ def prompt_ids() -> tuple[int, ...]:
     return tuple(tokenizer.encode(read_prompts(PROMPTS)[0].text))
 
 
-def _full_depth(extent: Extent) -> int:
+def _full_depth(size: SuiteSize) -> int:
     from ..scale.preset import parse_scale_name, read_preset
 
-    return int(read_preset(parse_scale_name(extent.settings.model, "--model")[0], "--model")["num_hidden_layers"])
+    return int(read_preset(parse_scale_name(size.settings.model, "--model")[0], "--model")["num_hidden_layers"])

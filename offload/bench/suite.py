@@ -16,10 +16,10 @@ from typing import Any
 from ..device import cuda
 from ..errors import ModelError, UsageError
 from ..report.report import git_commit
-from .extent import Extent, cpu_extent, gpu_extent
 from .machine import describe_gpu, describe_host
-from .steps import HARDWARE, STEPS, Step
+from .steps import HARDWARE, STEPS, SuiteStep
 from .suite_report import write_report
+from .suite_size import SuiteSize, cpu_size, gpu_size
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -30,20 +30,20 @@ def run_suite(
     device: str,
     max_seconds: float,
     say: Callable[[str], None],
-    steps: Mapping[str, tuple[Step, int]] = STEPS,
+    steps: Mapping[str, tuple[SuiteStep, int]] = STEPS,
     *,
     profile: str | None = None,
 ) -> Path:
     """The report. A step that is done is not run again; one that failed, or had no time or not enough, is. Engines plan with
     `profile`, or with what the first step has measured. UsageError when `out` holds the records of another machine or
-    extent."""
+    of a suite of another size."""
     end_s = time.monotonic() + max_seconds
     on_gpu = device.startswith("cuda") or (device == "auto" and cuda.is_available())
-    extent = gpu_extent("cuda" if device == "auto" else device) if on_gpu else cpu_extent()
+    size = gpu_size("cuda" if device == "auto" else device) if on_gpu else cpu_size()
     if profile is not None:
         steps = {name: step for name, step in steps.items() if name != HARDWARE}
     out.mkdir(parents=True, exist_ok=True)
-    manifest = _open_manifest(out, extent)
+    manifest = _open_manifest(out, size)
     ended = [name for name, step in manifest["steps"].items() if step["status"] == "done"]
     for name, (step, weight) in steps.items():
         if name in ended:
@@ -54,21 +54,21 @@ def run_suite(
         ended.append(name)
         if profile is None and (measured := out / f"{HARDWARE}.json").exists():
             profile = str(measured.absolute())
-        planning = replace(extent, settings=replace(extent.settings, profile=profile))
+        planning = replace(size, settings=replace(size.settings, profile=profile))
         manifest["steps"][name] = _run_step(out, name, step, planning, share_s)
         _write(out / MANIFEST, manifest)
         say(f"{name}: {_words(manifest['steps'][name])}")
     records = {name: _read(out / f"{name}.json") for name in steps if (out / f"{name}.json").exists()}
-    return write_report(out, extent, manifest, records)
+    return write_report(out, size, manifest, records)
 
 
-def _run_step(out: Path, name: str, step: Step, extent: Extent, share_s: float) -> dict[str, Any]:
+def _run_step(out: Path, name: str, step: SuiteStep, size: SuiteSize, share_s: float) -> dict[str, Any]:
     """How it ended: done, partial, skipped or failed. An error of one step, whatever it is, does not end the suite."""
-    if share_s < extent.step_seconds:
-        return {"status": "skipped", "reason": f"{max(share_s, 0):.0f} s were left, {extent.step_seconds:.0f} s are the least"}
+    if share_s < size.step_seconds:
+        return {"status": "skipped", "reason": f"{max(share_s, 0):.0f} s were left, {size.step_seconds:.0f} s are the least"}
     start_s = time.monotonic()
     try:
-        record = step(extent, share_s)
+        record = step(size, share_s)
     except Exception as error:  # it may be the driver's: hours of other steps are not lost for it
         return {"status": "failed", "reason": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
     _write(out / f"{name}.json", record)
@@ -76,9 +76,9 @@ def _run_step(out: Path, name: str, step: Step, extent: Extent, share_s: float) 
     return {"status": "done", **status, "seconds": time.monotonic() - start_s, "commit": git_commit()}
 
 
-def _open_manifest(out: Path, extent: Extent) -> dict[str, Any]:
+def _open_manifest(out: Path, size: SuiteSize) -> dict[str, Any]:
     host = describe_host()
-    machine = {"extent": extent.name, "gpu": describe_gpu(), "processor": host["processor"], "cores": host["cores"]}
+    machine = {"extent": size.name, "gpu": describe_gpu(), "processor": host["processor"], "cores": host["cores"]}
     if not (out / MANIFEST).exists():
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return {"schema_version": SCHEMA_VERSION, "started_at": started, "machine": machine, "busy": host["busy"], "steps": {}}

@@ -5,18 +5,18 @@ from typing import Any
 
 from ..report.trace import Trace
 from .engines import LABELS
-from .extent import Extent
 from .latency import SCALE_NOTE
 from .plots import save_curve
+from .suite_size import SuiteSize
 
 Record = dict[str, Any]
 
 
-def write_report(out: Path, extent: Extent, manifest: Record, records: dict[str, Record]) -> Path:
-    sections = [_heading(extent, manifest)]
+def write_report(out: Path, size: SuiteSize, manifest: Record, records: dict[str, Record]) -> Path:
+    sections = [_heading(size, manifest)]
     for name, section in _SECTIONS.items():
         if name in records:
-            sections.append(section(extent, records[name]))
+            sections.append(section(size, records[name]))
     sections.append(_steps(manifest))
     _pictures(out, records)
     path = out / "report.md"
@@ -24,11 +24,11 @@ def write_report(out: Path, extent: Extent, manifest: Record, records: dict[str,
     return path
 
 
-def _heading(extent: Extent, manifest: Record) -> str:
+def _heading(size: SuiteSize, manifest: Record) -> str:
     machine = manifest["machine"]
-    link = extent.settings.emulate_link_bytes_per_s
+    link = size.settings.emulate_link_bytes_per_s
     lines = [
-        f"# {extent.settings.model} on {machine['gpu'] or machine['processor']}",
+        f"# {size.settings.model} on {machine['gpu'] or machine['processor']}",
         "",
         f"What it is: {SCALE_NOTE}. {machine['cores']} cores, load {manifest['busy']:.1f} when it began, "
         f"started {manifest['started_at']}.",
@@ -40,7 +40,7 @@ def _heading(extent: Extent, manifest: Record) -> str:
     return "\n".join(lines)
 
 
-def _table(extent: Extent, record: Record) -> str:
+def _table(size: SuiteSize, record: Record) -> str:
     """s/token against the floor: bytes per pass / link rate / tokens per pass."""
     lines = [
         "## Seconds a token, and the physical floor",
@@ -91,7 +91,7 @@ def _memory(row: Record) -> str:
     return f"- {row['engine']}, T = {row['temperature']:g}: {planned / 2**30:.3f} GiB planned, {measured / 2**30:.3f} measured"
 
 
-def _baselines(extent: Extent, record: Record) -> str:
+def _baselines(size: SuiteSize, record: Record) -> str:
     lines = [
         "## Baselines, extrapolated from the depths that fit",
         "",
@@ -106,14 +106,14 @@ def _baselines(extent: Extent, record: Record) -> str:
     return "\n".join(lines)
 
 
-def _pass_time(extent: Extent, record: Record) -> str:
+def _pass_time(size: SuiteSize, record: Record) -> str:
     lines = ["## Pass time by nodes", "", "| nodes | pass s | over the flat part |", "|---|---|---|"]
     lines += [f"| {nodes} | {pass_s:.4g} | {pass_s / record['flat_s']:.3f} |" for nodes, pass_s in record["curve"]]
     knee = record["knee_nodes"]
     return "\n".join([*lines, "", f"Knee (5 % above): {knee} nodes." if knee else "No knee: 5 % above the flat part nowhere."])
 
 
-def _utilisation(extent: Extent, record: Record, title: str = "Link utilisation") -> str:
+def _utilisation(size: SuiteSize, record: Record, title: str = "Link utilisation") -> str:
     lines = [
         f"## {title}",
         "",
@@ -132,17 +132,17 @@ def _utilisation(extent: Extent, record: Record, title: str = "Link utilisation"
     return "\n".join(lines)
 
 
-def _sweep(extent: Extent, record: Record) -> str:
-    return _utilisation(extent, record, "Trees around the planner's choice")
+def _sweep(size: SuiteSize, record: Record) -> str:
+    return _utilisation(size, record, "Trees around the planner's choice")
 
 
-def _verification(extent: Extent, record: Record) -> str:
+def _verification(size: SuiteSize, record: Record) -> str:
     rows = [f"- {row['method']}: {row['median_s'] * 1e3:.3g} ms" for row in record["rows"]]
     return "\n".join([f"## Verifying {record['nodes']} nodes, vocabulary {record['vocabulary']}", "", *rows])
 
 
-def _link(extent: Extent, record: Record) -> str:
-    rates = [f"- {int(size) / 2**20:.0f} MiB: {rate / 1e9:.3g} GB/s" for size, rate in record["bytes_per_s"].items()]
+def _link(size: SuiteSize, record: Record) -> str:
+    rates = [f"- {int(copied) / 2**20:.0f} MiB: {rate / 1e9:.3g} GB/s" for copied, rate in record["bytes_per_s"].items()]
     registered = record["registration_bytes"] / max(record["registration_s"], 1e-9) / 1e9
     return "\n".join(["## Link", "", *rates, f"- mapping and registering host memory: {registered:.3g} GB/s"])
 

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .case import Outcome, tokens_by_prompt
+from .case_and_outcome import Outcome, tokens_by_prompt
 
 RESAMPLES = 2000
 REFERENCES = ("transformers", "plain", "accelerate", "accelerate-disk", "ours")  # whose tokens count, the first that ran

@@ -17,9 +17,9 @@ from ..planner.shapes import is_preset
 from ..scale.preset import PREFIX as SCALE_PREFIX
 from ..scale.preset import parse_scale_name, read_preset
 from .acceptance import write_json
+from .flags_to_settings import check_and_announce_models, check_small_files, check_writable, engine_settings
 from .generate import check_template, read_prompt
 from .parser import DEMO_PROMPT
-from .settings import check_small_files, check_writable, engine_settings, settle_models
 from .signals import EXIT_INTERRUPTED, leaving_at_once
 from .terminal import say
 
@@ -50,7 +50,7 @@ def _run_latency(arguments: argparse.Namespace) -> int:
     settings = engine_settings(arguments, emulate_demo_link=True)
     check_small_files(settings)
     prompts, prompt_ids = _prompts(arguments, settings)
-    settle_models(arguments, settings)
+    check_and_announce_models(arguments, settings)
     with leaving_at_once():  # torch, after everything that can be refused without it
         from ..bench.latency import LatencyRequest, measure_latency
         from ..bench.machine import uses_gpu
@@ -98,7 +98,7 @@ def _run_spec(arguments: argparse.Namespace) -> int:
     temperatures = parse_numbers(arguments.temperatures, flag="--temperatures", least=0.0, most=100.0)
     top_ps = parse_numbers(arguments.top_ps, flag="--top-ps", least=1e-6, most=1.0)
     prompts, prompt_ids = _prompts(arguments, settings)
-    settle_models(arguments, settings)
+    check_and_announce_models(arguments, settings)
     request = SpecRequest(
         settings=settings,
         trees=tuple(arguments.trees.split(",")),

@@ -12,9 +12,9 @@ from ..errors import DeviceError, OffloadError, UsageError
 from ..text.conversation import check_message, render
 from .answer import Answerer
 from .dialogue import AnswerSettings, Dialogue
-from .settings import check_small_files, engine_settings, settle_models
+from .flags_to_settings import check_and_announce_models, check_small_files, engine_settings
 from .signals import leaving_at_once
-from .terminal import LoadProgress, full_statistics, say, say_plan
+from .terminal import LoadBar, full_statistics, say, say_plan
 from .turns import Turn, line_reader, read_turn
 
 if TYPE_CHECKING:
@@ -39,14 +39,14 @@ def run(arguments: argparse.Namespace) -> int:
     check_small_files(settings)
     dialogue = Dialogue(AnswerSettings(**{one.name: getattr(arguments, one.name) for one in fields(AnswerSettings)}))
     dialogue.set_system(arguments.system_prompt)
-    settle_models(arguments, settings)
+    check_and_announce_models(arguments, settings)
     with leaving_at_once():
         from ..assemble import open_engine  # torch, after everything that can be refused without it
 
     def admit(admission: "Admission") -> None:
         _check_model(admission, dialogue, arguments)
 
-    with LoadProgress(enabled=not arguments.quiet) as progress:
+    with LoadBar(enabled=not arguments.quiet) as progress:
         engine = open_engine(settings, seed=arguments.seed, progress=progress.update, admit=admit)
     say_plan(engine.plan, arguments)
     with engine:

@@ -12,10 +12,10 @@ from ..config import EngineSettings
 from ..errors import DeviceError, UsageError, reason
 from ..report.trace import Trace
 from .acceptance import AcceptanceRecorder, provenance, write_json
+from .flags_to_settings import check_and_announce_models, check_small_files, check_writable, engine_settings
 from .parser import DEMO_PROMPT
-from .settings import check_small_files, check_writable, engine_settings, settle_models
 from .signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, leaving_at_once
-from .terminal import LoadProgress, full_statistics, plan_summary, say
+from .terminal import LoadBar, full_statistics, plan_summary, say
 
 if TYPE_CHECKING:
     from ..engine.admission import Admission, Request
@@ -28,13 +28,13 @@ def run(arguments: argparse.Namespace) -> int:
     settings = engine_settings(arguments, emulate_demo_link=True)
     _check(arguments, settings)
     prompt = read_prompt(arguments)
-    settle_models(arguments, settings)
+    check_and_announce_models(arguments, settings)
     with leaving_at_once():
         from ..assemble import open_engine  # torch, after everything that can be refused without it
 
     trace = Trace() if arguments.trace else None
     asked = _Asked(prompt, arguments)
-    with LoadProgress(enabled=not arguments.quiet) as progress:
+    with LoadBar(enabled=not arguments.quiet) as progress:
         engine = open_engine(
             settings, seed=arguments.seed, progress=progress.update, trace=trace, expect=asked.expect, admit=asked.admit
         )

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from ..config import EngineSettings, check_draft_passes, law_kind, parse_rate, parse_size
 from ..errors import FitError, ModelError, UsageError
 from ..planner.tree_flag import DEFAULT_ACCEPTANCE, read_acceptance, read_acceptances, read_tree
+from .flags_to_settings import check_writable, plan_flags
 from .plan_screen import json_document, refusal_document, screen, sweep_lines, verdict_lines
-from .settings import check_writable, planned
 from .terminal import say
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _settings(arguments: argparse.Namespace) -> EngineSettings:
     model, draft_model = arguments.model, arguments.draft_model
     if model is None:
         model, draft_model = MODEL, [DRAFT] if draft_model is None else draft_model
-    return EngineSettings.parse(model=model, draft_model=draft_model, acceptance=arguments.acceptance, **planned(arguments))
+    return EngineSettings.parse(model=model, draft_model=draft_model, acceptance=arguments.acceptance, **plan_flags(arguments))
 
 
 def _say_assumed(arguments: argparse.Namespace, question: Question) -> None:

@@ -11,9 +11,9 @@ from ..config import EngineSettings
 from ..demo import PROMPTS
 from ..errors import UsageError
 from .acceptance import AcceptanceRecorder, provenance, write_json
-from .settings import check_small_files, check_writable, engine_settings, settle_models
+from .flags_to_settings import check_and_announce_models, check_small_files, check_writable, engine_settings
 from .signals import leaving_at_once
-from .terminal import LoadProgress, say
+from .terminal import LoadBar, say
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
@@ -32,11 +32,11 @@ def run(arguments: argparse.Namespace) -> int:
         check_writable("--output", Path(arguments.output))
     check_small_files(settings)
     prompts = [prompt.text for prompt in read_prompts(Path(arguments.dataset) if arguments.dataset else PROMPTS)]
-    settle_models(arguments, settings)
+    check_and_announce_models(arguments, settings)
     with leaving_at_once():
         from ..assemble import open_engine
 
-    with LoadProgress(enabled=not arguments.quiet) as progress:
+    with LoadBar(enabled=not arguments.quiet) as progress:
         engine = open_engine(settings, seed=arguments.seed, progress=progress.update)
     with engine:
         document = _measure(engine, prompts, arguments, settings)

@@ -16,9 +16,9 @@ from ..errors import UsageError
 from ..planner.hardware_file import PRESETS, to_json
 from ..report.report import environment
 from .acceptance import write_json
-from .settings import check_writable, warn_of_releases
+from .flags_to_settings import check_writable, warn_of_releases
 from .signals import leaving_at_once
-from .terminal import PartProgress, say
+from .terminal import PartBar, say
 
 if TYPE_CHECKING:
     from ..device import Device
@@ -78,7 +78,7 @@ def _measure(settings: EngineSettings, device: "Device", *, quiet: bool) -> "Har
         subjects.append(Subject(role="draft", model=_typed(name, "--draft-model", settings, device)[0]))
     emulated = settings.emulate_link_bytes_per_s
     threads = own_threads(subjects, QUICK) if device.host_addressable else nullcontext()
-    with threads, PartProgress(len(subjects) + 2 + (emulated is None) + (disk is not None), enabled=not quiet) as progress:
+    with threads, PartBar(len(subjects) + 2 + (emulated is None) + (disk is not None), enabled=not quiet) as progress:
         profile = measure_hardware(device, subjects, FULL, link_bytes_per_s=emulated, disk=disk, progress=progress.begin)
         progress.begin("copies by size")
         copies = measure_copies(device, COPY_SIZES, FULL.repeats)

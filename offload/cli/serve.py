@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError, reason
 from ..serve.settings import ServeSettings
+from .flags_to_settings import check_and_announce_models, check_small_files, engine_settings
 from .parser import DEMO_NAME
-from .settings import check_small_files, engine_settings, settle_models
 from .terminal import say, say_plan
 
 if TYPE_CHECKING:
     from ..engine.admission import Admission
     from ..engine.engine import Engine
-    from ..engine.loading import Progress
+    from ..engine.loading import LoadProgress
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -30,10 +30,10 @@ def run(arguments: argparse.Namespace) -> int:
     serve_settings = _serve_settings(arguments)
     settings = engine_settings(arguments, emulate_demo_link=True)
     check_small_files(settings)
-    settle_models(arguments, settings)
+    check_and_announce_models(arguments, settings)
     from ..serve.server import Server
 
-    def open_it(progress: "Progress") -> "Engine":
+    def open_it(progress: "LoadProgress") -> "Engine":
         from ..assemble import open_engine  # torch: while the server answers already
         from ..serve.admit import require_tokenizer
 

@@ -17,24 +17,41 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-class LoadProgress:
-    """Says that the machine is looked at; then bytes, rate and time left while weights are read. Nothing is drawn when stderr
-    is not a terminal."""
+class _Bar:
+    """A progress bar, gone when the `with` block ends. Nothing is drawn when stderr is not a terminal."""
 
     def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled and sys.stderr.isatty()
         self._bar: Any = None
         self._task: Any = None
-        self._drawn_s = 0.0
-
-    def __enter__(self) -> "LoadProgress":
-        if self._enabled:
-            self._start()
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def _start(self, *columns: Any, text: str, total: int | None) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task(text, total=total)
+        self._bar.start()
+
+
+class LoadBar(_Bar):
+    """Says that the machine is looked at; then bytes, rate and time left while weights are read."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        super().__init__(enabled=enabled)
+        self._drawn_s = 0.0
+
+    def __enter__(self) -> "LoadBar":
+        if self._enabled:
+            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+            numbers = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            self._start(TextColumn("{task.description}"), BarColumn(), *numbers, text="planning", total=None)
+        return self
 
     def update(self, read_bytes: int, total_bytes: int) -> None:
         now_s = time.monotonic()
@@ -43,62 +60,34 @@ class LoadProgress:
         self._drawn_s = now_s
         self._bar.update(self._task, description="loading", completed=read_bytes, total=total_bytes)
 
-    def _start(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._task = self._bar.add_task("planning", total=None)
-        self._bar.start()
-
-
-class PartProgress:
-    """Which of `num_parts` parts is under way. Nothing is drawn when stderr is not a terminal."""
+class PartBar(_Bar):
+    """Which of `num_parts` parts is under way. It is drawn from the first part on."""
 
     def __init__(self, num_parts: int, *, enabled: bool) -> None:
-        self._num_parts, self._enabled = num_parts, enabled and sys.stderr.isatty()
-        self._bar: Any = None
-        self._task: Any = None
+        super().__init__(enabled=enabled)
+        self._num_parts = num_parts
 
-    def __enter__(self) -> "PartProgress":
+    def __enter__(self) -> "PartBar":
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def begin(self, part: str) -> None:
         if not self._enabled:
             return
         if self._bar is None:
-            self._start()
+            from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+            )
+            self._start(*columns, text="measuring", total=self._num_parts)
         else:
             self._bar.advance(self._task)
         self._bar.update(self._task, description=f"measuring {part}")
-
-    def _start(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._task = self._bar.add_task("measuring", total=self._num_parts)
-        self._bar.start()
 
 
 def full_statistics(report: "Report") -> str:

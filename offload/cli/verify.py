@@ -9,7 +9,7 @@ from ..model.architecture import match_weights, read_architecture
 from ..model.locate import locate_model
 from ..weights.checkpoint import open_checkpoint
 from ..weights.manifest import MANIFEST_NAME, check_manifest, write_manifest
-from .terminal import LoadProgress
+from .terminal import LoadBar
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -18,7 +18,7 @@ def run(arguments: argparse.Namespace) -> int:
     architecture, _ = match_weights(read_architecture(folder), checkpoint)
     manifest = Path(arguments.manifest) if arguments.manifest else folder / MANIFEST_NAME
     done, total = 0, sum(path.stat().st_size for path in checkpoint.files)
-    with LoadProgress(enabled=not arguments.quiet) as bar:
+    with LoadBar(enabled=not arguments.quiet) as bar:
 
         def progress(num_bytes: int) -> None:
             nonlocal done

@@ -14,7 +14,7 @@ from ..errors import OffloadError
 from ..planner.cost import GIB
 from ..releases import installed, untested
 from .facts import Check, CopyFacts, DiskFacts, Facts, GpuActivity, GpuFacts, HostFacts, need_of
-from .models import Inspected, compare_vocabularies, inspect_model, time_disk
+from .model_checks import Inspected, compare_vocabularies, inspect_model, time_disk
 from .nvml import find_gpu, open_nvml, read_activity, read_gpu
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")

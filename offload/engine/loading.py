@@ -28,14 +28,14 @@ from ..weights.store import WeightStore, load_through_host
 logger = logging.getLogger(__name__)
 
 # `progress(read_bytes, total_bytes)` while weights are read.
-Progress = Callable[[int, int], None]
+LoadProgress = Callable[[int, int], None]
 HOST_RESERVE_BYTES = 2**30
 
 
 class ReadCounter:
     """Adds up bytes read for a progress callback that wants totals."""
 
-    def __init__(self, progress: Progress | None, total_bytes: Callable[[Plan], int]) -> None:
+    def __init__(self, progress: LoadProgress | None, total_bytes: Callable[[Plan], int]) -> None:
         self._progress, self._total_bytes_of = progress, total_bytes
         self._total_bytes = self._read_bytes = 0
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ModelError
 from ..text.conversation import render
-from .answers import ChatFormat, CompletionFormat, Format, Header
+from .answer_format import ChatFormat, CompletionFormat, Format, Header
 from .problems import Problem, engine_errors_as_problems
 from .protocol import ChatRequest, CompletionRequest, Sampling
 

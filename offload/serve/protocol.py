@@ -1,4 +1,4 @@
-"""The bodies that clients send, with their bounds. Strict: "2" is no number. Answers are written in answers.py.
+"""The bodies that clients send, with their bounds. Strict: "2" is no number. Answers are written in answer_format.py.
 
 No field names a file, a template or a model to load.
 """

@@ -18,7 +18,7 @@ from .worker import EngineWorker
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
-    from ..engine.loading import Progress
+    from ..engine.loading import LoadProgress
 
 KEEP_ALIVE_S = 5  # how long an idle connection is kept for the client's next request
 
@@ -26,7 +26,7 @@ KEEP_ALIVE_S = 5  # how long an idle connection is kept for the client's next re
 class Server(uvicorn.Server):
     """`open_engine(progress)` loads the engine, on a thread of its own. `url` is where the page is."""
 
-    def __init__(self, settings: ServeSettings, open_engine: "Callable[[Progress], Engine]") -> None:
+    def __init__(self, settings: ServeSettings, open_engine: "Callable[[LoadProgress], Engine]") -> None:
         self._socket = _bind(settings.host, settings.port)
         host, port = self._socket.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -11,7 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from .admit import Order, admit_chat, admit_completion
-from .answers import Choice, Json, usage
+from .answer_format import Choice, Json, usage
 from .feed import Feed
 from .problems import Problem
 from .protocol import ChatRequest, CompletionRequest, Sampling

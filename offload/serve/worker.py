@@ -19,7 +19,7 @@ from .telemetry import Telemetry
 if TYPE_CHECKING:  # torch takes seconds to import: `open_engine` does it, on the worker's thread, while the server answers
     from ..engine.admission import Request
     from ..engine.engine import Engine, Step
-    from ..engine.loading import Progress
+    from ..engine.loading import LoadProgress
 
 logger = logging.getLogger(__name__)
 
@@ -58,15 +58,15 @@ class Job:
         self.tokens_left = sum(request.max_new_tokens for request in self.requests)
 
 
-class _GivenUp(Exception):
-    """Told to end while loading."""
+class _ToldToEnd(Exception):
+    """The server is told to end while its engine loads."""
 
 
 class EngineWorker:
     """`open_engine` runs on the worker's thread, and calls what it is given as weights are read: that ends the loading of a
     server that is told to end. `failure` is why the engine is gone, None while it is not."""
 
-    def __init__(self, open_engine: "Callable[[Progress], Engine]", telemetry: Telemetry, *, max_waiting: int) -> None:
+    def __init__(self, open_engine: "Callable[[LoadProgress], Engine]", telemetry: Telemetry, *, max_waiting: int) -> None:
         self._open_engine, self._telemetry, self._max_waiting = open_engine, telemetry, max_waiting
         self._condition = threading.Condition()
         self._waiting: deque[Job] = deque()
@@ -160,18 +160,18 @@ class EngineWorker:
                 self.engine = engine
                 while self._answer_next(engine):
                     pass
-        except _GivenUp:
+        except _ToldToEnd:
             pass
         except BaseException as error:  # reported by whoever started the server
             self.failure = error
         finally:
             self.engine = None
-            self._give_up()
+            self._dismiss_waiting()
 
     def _loading(self, read_bytes: int, total_bytes: int) -> None:
         self._telemetry.loading(read_bytes, total_bytes)
         if self._draining:
-            raise _GivenUp
+            raise _ToldToEnd
 
     def _answer_next(self, engine: "Engine") -> bool:
         """Whether there is more to do."""
@@ -252,7 +252,7 @@ class EngineWorker:
         tokens_left = self._running.tokens_left if self._running is not None else 1
         return max(1, math.ceil(tokens_left * (self._pace_s or 1.0)))
 
-    def _give_up(self) -> None:
+    def _dismiss_waiting(self) -> None:
         """The engine is gone: whoever waits learns it."""
         with self._condition:
             left, self._running = list(self._waiting), None

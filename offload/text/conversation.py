@@ -14,7 +14,7 @@ Message = dict[str, str]  # role and content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
+class ChatPrompt:
     """`token_ids` open an answer, which ends before any of `stop`; `templated` tells whether the model's own template made
     `text`."""
 
@@ -26,7 +26,7 @@ class Prompt:
 
 def render(
     tokenizer: Tokenizer, messages: Sequence[object], *, template: bool = True, values: Mapping[str, object] | None = None
-) -> Prompt:
+) -> ChatPrompt:
     """The prompt for an answer to `messages`, [{"role": "system" | "user" | "assistant", "content": str}, ...]. With
     `template` False, or without a template, it is a transcript. `values` are what a template may know beside the messages,
     such as enable_thinking.
@@ -38,9 +38,9 @@ def render(
         raise UsageError("no messages", where="messages", cure="give at least one")
     if template and tokenizer.has_chat_template:
         text = tokenizer.lay_out(checked, values)
-        return Prompt(text=text, token_ids=tuple(tokenizer.encode_laid_out(text)), stop=(), templated=True)
+        return ChatPrompt(text=text, token_ids=tuple(tokenizer.encode_laid_out(text)), stop=(), templated=True)
     text = transcript(checked)
-    return Prompt(text=text, token_ids=tuple(tokenizer.encode(text)), stop=TRANSCRIPT_STOPS, templated=False)
+    return ChatPrompt(text=text, token_ids=tuple(tokenizer.encode(text)), stop=TRANSCRIPT_STOPS, templated=False)
 
 
 def transcript(messages: Sequence[Message]) -> str:

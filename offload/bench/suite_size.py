@@ -10,7 +10,7 @@ MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Extent:
+class SuiteSize:
     """`budgets` are device memory for the tables, in bytes, the first is that of all other steps. Steps other than the tables
     hold `host_bytes` of layers only, the identical ones once: same bytes per pass, loaded in seconds. `depths` are those at
     which baselines run; full depth is extrapolated from them."""
@@ -38,8 +38,8 @@ class Extent:
         return self.settings.device != "cpu"
 
 
-def gpu_extent(device: str) -> Extent:
-    return Extent(
+def gpu_size(device: str) -> SuiteSize:
+    return SuiteSize(
         name="gpu",
         settings=_settings("scale:llama-2-70b", device=device),
         budgets=(48 * GIB, 24 * GIB),
@@ -60,8 +60,8 @@ def gpu_extent(device: str) -> Extent:
     )
 
 
-def cpu_extent() -> Extent:
-    return Extent(
+def cpu_size() -> SuiteSize:
+    return SuiteSize(
         name="cpu",
         settings=_settings("scale:tiny-llama-shape", device="cpu", emulate_link_bytes_per_s=1e9),
         budgets=(104 * MIB, 72 * MIB),

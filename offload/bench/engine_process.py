@@ -1,6 +1,6 @@
 """One engine in a process of its own: a Case on stdin, events on stdout, a JSON object a line each.
 
-python -m offload.bench.worker < case.json
+python -m offload.bench.engine_process < case.json
 """
 
 import json
@@ -9,7 +9,7 @@ import resource
 import sys
 from contextlib import AbstractContextManager
 
-from .case import Case, Event
+from .case_and_outcome import Case, Event
 from .measure import Decoder, run_case
 
 OURS = ("ours", "plain")
@@ -17,9 +17,9 @@ OURS = ("ours", "plain")
 
 def open_decoder(case: Case) -> AbstractContextManager[Decoder]:
     if case.engine in OURS:
-        from .ours import open_ours
+        from .our_engine import open_our_engine
 
-        return open_ours(case)
+        return open_our_engine(case)
     from .baselines import open_baseline
 
     return open_baseline(case)

@@ -11,7 +11,7 @@ from ..device import cuda
 from ..engine.engine import Engine
 from ..report.report import Report
 from ..report.trace import Trace
-from .case import Case
+from .case_and_outcome import Case
 
 
 class EngineDecoder:
@@ -68,7 +68,7 @@ def _median(values: list[float]) -> float | None:
 
 
 @contextmanager
-def open_ours(case: Case) -> Iterator[EngineDecoder]:
+def open_our_engine(case: Case) -> Iterator[EngineDecoder]:
     """`plain` is the same engine one token at a time, and without a draft: the memory is for resident layers."""
     settings = case.settings_for_it()
     if case.engine == "plain":

@@ -7,7 +7,7 @@ from typing import Any
 from ..config import EngineSettings, law_kind
 from ..errors import OffloadError
 
-# One object a line, from worker to parent: {"event": "ready" | "pass" | "end" | "short" | "refused", ...}
+# One object a line, from an engine's process to its parent: {"event": "ready" | "pass" | "end" | "short" | "refused", ...}
 Event = Mapping[str, Any]
 
 
@@ -103,7 +103,7 @@ class Outcome:
 
 
 def outcome_of(engine: str, events: Iterable[Event]) -> Outcome:
-    """What a worker's events add up to, wherever they ended."""
+    """What the events of an engine's process add up to, wherever they ended."""
     outcome = Outcome(engine=engine, reason="it ended without a word")
     for event in events:
         if event["event"] == "ready":

@@ -19,8 +19,8 @@ UNSAID_TEMPERATURE = 1.0  # `serve` has no flag for it: requests say it, and thi
 
 
 def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -> EngineSettings:
-    """What the model flags say. Without --model: the demo pair, on the CPU over its emulated link where that is what the
-    command wants to show; `settle_models` tells stderr, once nothing can be wrong with the flags any more."""
+    """What the model flags say. Without --model the bundled demo pair runs: on the CPU over its emulated link where
+    `emulate_demo_link`, as a command that shows streaming wants it. `check_and_announce_models` then says so on stderr."""
     model, draft_model, emulate_link = arguments.model, arguments.draft_model, arguments.emulate_link
     acceptance = arguments.acceptance
     temperature = getattr(arguments, "temperature", UNSAID_TEMPERATURE)
@@ -40,15 +40,15 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
         emulate_link=emulate_link,
         small_uploads=arguments.small_uploads,
         fixed_plan=arguments.fixed_plan,
-        **planned(arguments),
+        **plan_flags(arguments),
     )
     if arguments.model is None:  # the bundled pair is there to show trees
         settings = replace(settings, needs_tree=True)
     return replace(settings, law=law_kind(temperature, getattr(arguments, "top_p", 1.0)))
 
 
-def planned(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The flags that say what to plan, on whatever machine, by name."""
+def plan_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags that a plan depends on, by name: those that `plan` has, too."""
     names = ("tree", "profile", "dtype", "gpu_memory", "host_memory", "resident_layers", "slots", "max_context", "draft_passes")
     return {name: getattr(arguments, name) for name in names}
 
@@ -63,10 +63,9 @@ def check_small_files(settings: EngineSettings) -> None:
         find_hardware(settings.profile)
 
 
-def settle_models(arguments: argparse.Namespace, settings: EngineSettings) -> None:
-    """The last thing before torch is imported, when the flags have been found right, as a usage error is one line: tell stderr
-    which models run when none was named, and of untested releases; ModelError for a model that is nowhere, and for a preset,
-    which has no weights."""
+def check_and_announce_models(arguments: argparse.Namespace, settings: EngineSettings) -> None:
+    """ModelError for a model that is nowhere, and for a preset, which has no weights. Then stderr is told which models run when
+    none was named, and of untested releases. It is called when all flags are right: a usage error stays one line."""
     for flag, name in [("--model", settings.model), *(("--draft-model", draft) for draft in settings.draft_models)]:
         if name.startswith(SCALE_PREFIX):
             continue
