@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from tree.draft import DraftTree
-from tree.residual import weigh
-from tree.sampling import SamplingParams, law
+from tree.residual import chances_of
+from tree.sampling import SamplingParams, to_probabilities
 from tree.shape import TreeShape
 from tree.verify import rejection_stops, traversal_stops
 
@@ -35,7 +35,7 @@ class World:
 
     @cached_property
     def target_laws(self) -> np.ndarray:
-        return law(self.target, self.params).numpy()
+        return to_probabilities(self.target, self.params).numpy()
 
 
 def random_world(seed: int, vocabulary: int, kind: str, params: SamplingParams = UNIT) -> World:
@@ -75,22 +75,22 @@ def path_tokens(tree: DraftTree, node: int) -> tuple[int, ...]:
     return tuple(int(tree.token_ids[node]) for node in tree.shape.path(node)[1:])
 
 
-def emitted_by_weights(tree: DraftTree, logits: torch.Tensor, params: SamplingParams, *, traversal: bool) -> Law:
-    weights = weigh(tree, logits, params, traversal=traversal)
-    stops = (traversal_stops if traversal else rejection_stops)(tree.shape, weights.accept.tolist())
-    own = law(logits, params)
+def emitted_by_chances(tree: DraftTree, logits: torch.Tensor, params: SamplingParams, *, traversal: bool) -> Law:
+    chances = chances_of(tree, logits, params, traversal=traversal)
+    stops = (traversal_stops if traversal else rejection_stops)(tree.shape, chances.accept.tolist())
+    own = to_probabilities(logits, params)
     emitted: Law = defaultdict(float)
     for node, stop in enumerate(stops):
-        row = weights.rows[node]
+        row = chances.rows[node]
         if stop:
-            for token, probability in enumerate((own[node] if row < 0 else weights.residuals[row]).tolist()):
+            for token, probability in enumerate((own[node] if row < 0 else chances.residuals[row]).tolist()):
                 emitted[(*path_tokens(tree, node), token)] += stop * probability
     return emitted
 
 
 def emitted_by_sampling(tree: DraftTree, logits: torch.Tensor, params: SamplingParams) -> Law:
     """Walks: at every node reached, a child with its own probability, or a token that is no child."""
-    own = law(logits, params).tolist()
+    own = to_probabilities(logits, params).tolist()
     reach, emitted = [1.0] * tree.shape.num_nodes, defaultdict(float)
     for node in range(tree.shape.num_nodes):
         children = {int(tree.token_ids[child]): child for child in tree.shape.children(node)}
@@ -104,8 +104,8 @@ def emitted_by_sampling(tree: DraftTree, logits: torch.Tensor, params: SamplingP
 
 VERIFIERS: dict[str, Callable[[DraftTree, torch.Tensor, SamplingParams], Law]] = {
     "sample": emitted_by_sampling,
-    "traversal": lambda tree, logits, params: emitted_by_weights(tree, logits, params, traversal=True),
-    "rejection": lambda tree, logits, params: emitted_by_weights(tree, logits, params, traversal=False),
+    "traversal": lambda tree, logits, params: emitted_by_chances(tree, logits, params, traversal=True),
+    "rejection": lambda tree, logits, params: emitted_by_chances(tree, logits, params, traversal=False),
 }
 
 

@@ -1,4 +1,4 @@
-"""Chi-square of the engine's text against the target's exact law, over every continuation of a few tokens."""
+"""Chi-square of the engine's text against the target's exact probabilities, over every continuation of a few tokens."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from planning import L40
-from tree.sampling import SamplingParams, law
+from tree.sampling import SamplingParams, to_probabilities
 
 VOCAB_SIZE = 6
 LENGTH = 4  # more than a pass of the tree below can emit, so that every text takes at least two rounds
@@ -32,7 +32,7 @@ class Outcome:
 
 
 def save_pair(folder: Path) -> tuple[Path, Path]:
-    """A target and a draft that disagree, with laws far from uniform."""
+    """A target and a draft that disagree, with probabilities far from uniform."""
     for name, seed in (("target", 0), ("draft", 1)):
         config = AutoConfig.for_model(
             "llama",
@@ -59,8 +59,8 @@ def exact_law(target: Path, params: SamplingParams) -> dict[tuple[int, ...], flo
     texts = torch.tensor(list(itertools.product(range(VOCAB_SIZE), repeat=LENGTH)))
     rows = torch.cat([torch.tensor(PROMPT).expand(len(texts), -1), texts], dim=1)
     with torch.no_grad():
-        laws = law(model(rows).logits[:, len(PROMPT) - 1 : -1], params)
-    probabilities = laws.gather(-1, texts[..., None])[..., 0].prod(-1)
+        rows_of_text = to_probabilities(model(rows).logits[:, len(PROMPT) - 1 : -1], params)
+    probabilities = rows_of_text.gather(-1, texts[..., None])[..., 0].prod(-1)
     return dict(zip(map(tuple, texts.tolist()), probabilities.tolist(), strict=True))
 
 

@@ -417,7 +417,9 @@ def test_a_draft_that_is_not_finite_does_not_change_greedy_text(run: Run, model:
 @pytest.mark.parametrize("method", ["traversal", "rejection"])
 def test_a_draft_that_is_not_finite_is_not_sampled_from(run: Run, model: Path, models: Models, method: str) -> None:
     flags = ("--tree", "2x2:kary", "--temperature", "1", "--verifier", method)
-    assert_error(run(models(), "--draft-model", poisoned(model, "norm.weight"), *flags), NOT_FINITE, "the draft law")
+    assert_error(
+        run(models(), "--draft-model", poisoned(model, "norm.weight"), *flags), NOT_FINITE, "the draft's probabilities"
+    )
 
 
 # -- tree and acceptance files -----------------------------------------------------------------------------------------

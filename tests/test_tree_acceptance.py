@@ -70,17 +70,6 @@ def test_a_rank_is_tried_only_where_the_child_exists_and_is_reached() -> None:
     assert counter.to_acceptance("").levels == ((0.5,),)
 
 
-def test_merging_equals_counting_together() -> None:
-    whole, parts = AcceptanceCounter(), [AcceptanceCounter(), AcceptanceCounter()]
-    for number, path in enumerate([(0,), (0, 1, 4, 7), (0, 3), (0, 2, 6), (0, 1)]):
-        whole.add(UNEVEN, path)
-        parts[number % 2].add(UNEVEN, path)
-    parts[0].merge(parts[1])
-    for per_level in (False, True):
-        merged = parts[0].to_acceptance("", per_level=per_level)
-        assert merged == whole.to_acceptance("", per_level=per_level)
-
-
 @pytest.mark.parametrize("per_level", [False, True])
 def test_nothing_tried_gives_no_acceptance(per_level: bool) -> None:
     counter = AcceptanceCounter()

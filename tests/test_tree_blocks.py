@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tree import blocks, sampling
 from tree.blocks import BLOCK_ENTRIES, BLOCK_ENTRY_BYTES, block_bytes, row_blocks
 from tree.draft import grow
-from tree.residual import weigh
+from tree.residual import chances_of
 from tree.sampling import SamplingParams
 from tree.shape import TreeShape
 
@@ -57,7 +57,7 @@ def test_working_on_a_block_takes_what_the_plan_is_told(
         drafted = grow(Table(table), 0, shape, params, generator, sampled=sampled)
     logits = table[drafted.token_ids]
     with Peak() as weighing:
-        weigh(drafted, logits, params, traversal=True)
+        chances_of(drafted, logits, params, traversal=True)
     row_bytes, indices_bytes = 4 * vocab_size, 16 * 2**10
     most_bytes = block_bytes(num_children, vocab_size) + indices_bytes
     laws_bytes = shape.num_nodes * row_bytes if sampled else 0

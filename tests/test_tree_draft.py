@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tree.draft import DraftTree, grow
-from tree.sampling import SamplingParams, law, top_k_tokens
+from tree.sampling import SamplingParams, to_probabilities, top_k_tokens
 from tree.shape import TreeShape
 
 VOCABULARY = 12
@@ -83,7 +83,7 @@ def test_laws_are_those_of_the_nodes_with_children(params: SamplingParams, dtype
     assert tree.probabilities.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for node in range(UNEVEN.num_nodes):
         if UNEVEN.num_children[node]:
-            assert torch.allclose(tree.probabilities[node], law(model.logits(node), params))
+            assert torch.allclose(tree.probabilities[node], to_probabilities(model.logits(node), params))
         else:
             assert not tree.probabilities[node].any()
 

@@ -27,7 +27,7 @@ from enumeration import (
     target_logits,
 )
 from tree.draft import DraftTree
-from tree.sampling import SamplingParams, law
+from tree.sampling import SamplingParams, to_probabilities
 from tree.shape import TreeShape
 from tree.verify import _end_of_walk, _first_in_post_order, rejection_stops, traversal_stops
 
@@ -47,27 +47,25 @@ SHAPES = {
 # -- growth policies: every tree with its probability --------------------------------------------------------------------
 
 
-def next_child(
-    draft_law: np.ndarray, ranking: np.ndarray, earlier: tuple[int, ...], is_drawn: bool
-) -> Iterator[tuple[float, int]]:
+def next_child(row: np.ndarray, ranking: np.ndarray, earlier: tuple[int, ...], is_drawn: bool) -> Iterator[tuple[float, int]]:
     """By definition: drawn from what the earlier siblings leave, renormalised, or for certain the highest ranked one."""
-    left = [token for token in range(len(draft_law)) if token not in earlier]
-    mass = sum(draft_law[token] for token in left)
+    left = [token for token in range(len(row)) if token not in earlier]
+    mass = sum(row[token] for token in left)
     if not is_drawn or mass == 0:
         yield 1.0, max(left, key=lambda token: ranking[token])
         return
-    yield from ((draft_law[token] / mass, token) for token in left if draft_law[token] > 0)
+    yield from ((row[token] / mass, token) for token in left if row[token] > 0)
 
 
 def ordered_children(
-    draft_law: np.ndarray, ranking: np.ndarray, are_drawn: Sequence[bool]
+    row: np.ndarray, ranking: np.ndarray, are_drawn: Sequence[bool]
 ) -> Iterator[tuple[float, tuple[int, ...]]]:
     """All children that a node may have, with their probability."""
     if not are_drawn:
         yield 1.0, ()
         return
-    for probability, earlier in ordered_children(draft_law, ranking, are_drawn[:-1]):
-        for factor, token in next_child(draft_law, ranking, earlier, are_drawn[-1]):
+    for probability, earlier in ordered_children(row, ranking, are_drawn[:-1]):
+        for factor, token in next_child(row, ranking, earlier, are_drawn[-1]):
             yield probability * factor, (*earlier, token)
 
 
@@ -80,7 +78,7 @@ def grown_trees(world: World, shape: TreeShape, context: tuple[int, int], drawn:
             return
         logits = node_logits(world.draft, shape, context, tokens, node)
         are_drawn = [drawn[child] for child in shape.children(node)]
-        for factor, children in ordered_children(law(logits, world.params).numpy(), logits.numpy(), are_drawn):
+        for factor, children in ordered_children(to_probabilities(logits, world.params).numpy(), logits.numpy(), are_drawn):
             yield from fill(node + 1, tokens + children, probability * factor)
 
     yield from fill(0, (context[1],), 1.0)
@@ -112,7 +110,7 @@ def drafted(
     world: World, shape: TreeShape, context: tuple[int, int], tokens: tuple[int, ...], drawn: tuple[bool, ...]
 ) -> DraftTree:
     logits = torch.stack([node_logits(world.draft, shape, context, tokens, node) for node in range(shape.num_nodes)])
-    return DraftTree(shape, torch.tensor(tokens), law(logits, world.params) if any(drawn) else None, drawn)
+    return DraftTree(shape, torch.tensor(tokens), to_probabilities(logits, world.params) if any(drawn) else None, drawn)
 
 
 # -- verifiers, and the law of rounds ----------------------------------------------------------------------------------------
@@ -120,7 +118,7 @@ def drafted(
 
 def traversal_by_recursion(tree: DraftTree, logits: torch.Tensor, params: SamplingParams) -> Law:
     """Procedure V(v, w) of docs/losslessness.md, node by node: the oracle of the parallel form."""
-    own = law(logits, params).numpy()
+    own = to_probabilities(logits, params).numpy()
     emitted: Law = defaultdict(float)
 
     def visit(node: int, weight: float, undecided: float) -> float:
@@ -249,7 +247,7 @@ def trees_with_chosen_passed_off_as_drawn(world: World, shape: TreeShape, contex
 def trees_chosen_for_a_later_draw(world: World, shape: TreeShape, context: tuple[int, int]) -> Trees:
     """The first child is chosen, but for what the second one is, which was drawn before: not of what was known before."""
     assert shape == PAIR
-    row = law(world.draft[context], world.params)
+    row = to_probabilities(world.draft[context], world.params)
     for second, probability in enumerate(row.tolist()):
         first = (second + 1) % world.vocabulary
         yield probability, drafted(world, shape, context, (context[1], first, second), (False, False, True))
@@ -258,12 +256,12 @@ def trees_chosen_for_a_later_draw(world: World, shape: TreeShape, context: tuple
 def rejection_without_renormalising(tree: DraftTree, logits: torch.Tensor, params: SamplingParams) -> Law:
     """Recursive rejection at the root of a star, as if its children had been drawn with replacement."""
     assert tree.probabilities is not None
-    current, proposal = law(logits, params)[0].numpy(), tree.probabilities[0].numpy()
+    current, proposal = to_probabilities(logits, params)[0].numpy(), tree.probabilities[0].numpy()
     emitted, reach = defaultdict(float), 1.0
     for child in tree.shape.children(0):
         token = int(tree.token_ids[child])
         accept = min(1.0, current[token] / proposal[token])
-        for bonus, probability in enumerate(law(logits, params)[child].tolist()):
+        for bonus, probability in enumerate(to_probabilities(logits, params)[child].tolist()):
             emitted[token, bonus] += reach * accept * probability
         residual = np.maximum(current - proposal, 0.0)
         reach *= 1.0 - accept
@@ -280,8 +278,8 @@ def verifier_chosen_by_tokens(tree: DraftTree, logits: torch.Tensor, params: Sam
 
 PAIR = TreeShape.from_widths((2,))
 MISTAKES = {
-    "wrong draft law, traversal": (PAIR, trees_with_untempered_laws, VERIFIERS["traversal"]),
-    "wrong draft law, rejection": (PAIR, trees_with_untempered_laws, VERIFIERS["rejection"]),
+    "wrong Q, traversal": (PAIR, trees_with_untempered_laws, VERIFIERS["traversal"]),
+    "wrong Q, rejection": (PAIR, trees_with_untempered_laws, VERIFIERS["rejection"]),
     "children pruned by value, traversal": (PAIR, trees_pruned_by_value, VERIFIERS["traversal"]),
     "children pruned by value, rejection": (PAIR, trees_pruned_by_value, VERIFIERS["rejection"]),
     "draws not renormalised": (PAIR, sampled_trees, rejection_without_renormalising),
@@ -318,7 +316,7 @@ def test_one_sampled_child_is_accepted_with_one_minus_total_variation(verifier: 
     """Optimal transport property, Sequoia theorem 3.7."""
     for seed, kind in enumerate(KINDS):
         world = random_world(seed, 4, kind)
-        distance = abs(world.target_laws[0, 0] - law(world.draft[0, 0], UNIT).numpy()).sum() / 2
+        distance = abs(world.target_laws[0, 0] - to_probabilities(world.draft[0, 0], UNIT).numpy()).sum() / 2
         assert root_rejection(world, TreeShape.chain(2), verifier) == pytest.approx(distance, abs=TOLERANCE)
 
 
@@ -339,7 +337,7 @@ def test_a_draw_from_the_rest_is_worth_more_before_the_chosen_child_than_after_i
     sum min(P, Q) of the rest and the chosen child all of its own probability: the most that these two can."""
 
     def accepted(world: World, *, drawn_first: bool) -> float:
-        rows = law(world.draft, UNIT)
+        rows = to_probabilities(world.draft, UNIT)
         best = int(rows[0, 0].argmax())
         rest = rows[0, 0].clone()
         rest[best] = 0.0

@@ -12,10 +12,10 @@ from tree.sampling import (
     SamplingParams,
     _nucleus_by_sorting,
     _nucleus_of_leading,
-    law,
     sample,
     sample_without_replacement,
     support_sizes,
+    to_probabilities,
     top_k_tokens,
 )
 
@@ -38,7 +38,7 @@ def chi_square_excess(counts: torch.Tensor, probabilities: torch.Tensor) -> floa
     return float((statistic - freedom) / math.sqrt(2 * freedom))
 
 
-# -- law -----------------------------------------------------------------------------------------------------------------
+# -- probabilities -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -60,22 +60,22 @@ def test_truncation_keeps_and_renormalises(params: SamplingParams, kept: list[in
     expected = torch.zeros_like(FIVE)
     expected[kept] = FIVE[kept] / FIVE[kept].sum()
     order = torch.tensor([3, 0, 4, 1, 2])  # not sorted, so that indices are put back
-    assert torch.allclose(law(FIVE.log()[order], params), expected[order], rtol=0, atol=1e-12)
+    assert torch.allclose(to_probabilities(FIVE.log()[order], params), expected[order], rtol=0, atol=1e-12)
 
 
 def test_temperature_acts_before_top_p() -> None:
-    """At temperature 2 the five laws are nearly flat, and 0.6 needs three tokens instead of two."""
+    """At temperature 2 the five are nearly flat, and 0.6 needs three tokens instead of two."""
     tempered = (FIVE.log() / 2).softmax(-1)
     expected = torch.where(torch.arange(5) < 3, tempered, 0.0)
-    assert torch.allclose(law(FIVE.log(), SamplingParams(2.0, top_p=0.6)), expected / expected.sum(), atol=1e-12)
+    assert torch.allclose(to_probabilities(FIVE.log(), SamplingParams(2.0, top_p=0.6)), expected / expected.sum(), atol=1e-12)
 
 
 def test_equal_logits_are_kept_in_order_of_token_id() -> None:
     logits = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0])
-    assert law(logits, SamplingParams(1.0, top_k=2)).tolist() == [0, 0.5, 0.5, 0, 0]
-    assert law(logits, SamplingParams(1e-3, top_p=0.5)).tolist() == pytest.approx([0, 0.5, 0.5, 0, 0])
-    assert law(logits, SamplingParams()).tolist() == [0, 1, 0, 0, 0]
-    assert law(torch.zeros(100_000), SamplingParams(1.0, top_k=3)).nonzero().flatten().tolist() == [0, 1, 2]
+    assert to_probabilities(logits, SamplingParams(1.0, top_k=2)).tolist() == [0, 0.5, 0.5, 0, 0]
+    assert to_probabilities(logits, SamplingParams(1e-3, top_p=0.5)).tolist() == pytest.approx([0, 0.5, 0.5, 0, 0])
+    assert to_probabilities(logits, SamplingParams()).tolist() == [0, 1, 0, 0, 0]
+    assert to_probabilities(torch.zeros(100_000), SamplingParams(1.0, top_k=3)).nonzero().flatten().tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("temperature", [0.0, MIN_TEMPERATURE, 1e-3, 1.0, 1e3, MAX_TEMPERATURE])
@@ -83,32 +83,32 @@ def test_equal_logits_are_kept_in_order_of_token_id() -> None:
 def test_laws_are_finite_and_sum_to_one_at_any_temperature(temperature: float, dtype: torch.dtype) -> None:
     logits = torch.tensor([[0.0, 3.0, -4.0, -math.inf], [6e4, -6e4, 6e4, -math.inf], [-math.inf, -math.inf, 5, 1]])
     for params in (SamplingParams(temperature), SamplingParams(temperature, 2, 0.9)):
-        laws = law(logits.to(dtype), params)
-        assert laws.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert torch.allclose(laws.sum(-1), torch.ones((), dtype=laws.dtype))
-        assert (laws >= 0).all() and (laws[logits == -math.inf] == 0).all()
+        probabilities = to_probabilities(logits.to(dtype), params)
+        assert probabilities.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert torch.allclose(probabilities.sum(-1), torch.ones((), dtype=probabilities.dtype))
+        assert (probabilities >= 0).all() and (probabilities[logits == -math.inf] == 0).all()
 
 
 def test_without_truncation_the_law_is_a_softmax(rng: torch.Generator) -> None:
     logits = torch.randn(7, 11, generator=rng, dtype=torch.float64)
-    assert torch.allclose(law(logits, SamplingParams(0.7)), (logits / 0.7).softmax(-1), rtol=1e-12, atol=0)
+    assert torch.allclose(to_probabilities(logits, SamplingParams(0.7)), (logits / 0.7).softmax(-1), rtol=1e-12, atol=0)
 
 
 def test_rows_are_independent_and_inputs_unchanged(rng: torch.Generator) -> None:
     logits = torch.randn(2, 3, 50, generator=rng)
     before = logits.clone()
     params = SamplingParams(0.8, top_k=20, top_p=0.9)
-    laws = law(logits, params)
+    probabilities = to_probabilities(logits, params)
     assert torch.equal(logits, before)
     for index in range(2):
         for row in range(3):
-            assert torch.allclose(laws[index, row], law(logits[index, row], params))
+            assert torch.allclose(probabilities[index, row], to_probabilities(logits[index, row], params))
 
 
 @given(st.integers(1, 12), st.floats(0.01, 0.999), st.integers(0, 10_000))
 def test_nucleus_is_the_smallest_set_that_reaches_top_p(size: int, top_p: float, seed: int) -> None:
     logits = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).round(decimals=1)
-    full, nucleus = law(logits, SamplingParams(1.0)), law(logits, SamplingParams(1.0, top_p=top_p))
+    full, nucleus = to_probabilities(logits, SamplingParams(1.0)), to_probabilities(logits, SamplingParams(1.0, top_p=top_p))
     kept = nucleus > 0
     assert full[kept].sum() >= top_p - 1e-12
     assert full[kept].sum() - full[kept].min() < top_p + 1e-12
@@ -126,8 +126,8 @@ def rows_of_every_kind(vocab_size: int, rng: torch.Generator) -> torch.Tensor:
         torch.zeros(vocab_size),
         noise[0].masked_fill(noise[0] < noise[0].median(), -math.inf),
     ]
-    laws = torch.stack(rows).softmax(-1)
-    return torch.cat([laws, laws[:1] * 0.5, torch.eye(vocab_size)[-1:]])
+    probabilities = torch.stack(rows).softmax(-1)
+    return torch.cat([probabilities, probabilities[:1] * 0.5, torch.eye(vocab_size)[-1:]])
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 255, 256, 257, 4096, 4100, 9000])
@@ -135,18 +135,23 @@ def rows_of_every_kind(vocab_size: int, rng: torch.Generator) -> torch.Tensor:
 def test_a_nucleus_without_a_full_sort_is_the_sorted_one_bit_for_bit(
     vocab_size: int, top_p: float, rng: torch.Generator
 ) -> None:
-    for laws in (rows_of_every_kind(vocab_size, rng), rows_of_every_kind(vocab_size, rng).double()):
-        assert torch.equal(_nucleus_of_leading(laws, top_p), _nucleus_by_sorting(laws, top_p))
-    for shaped in (laws[0], laws.view(2, 8, vocab_size), laws[:0], laws.t().contiguous().t()):
+    for probabilities in (rows_of_every_kind(vocab_size, rng), rows_of_every_kind(vocab_size, rng).double()):
+        assert torch.equal(_nucleus_of_leading(probabilities, top_p), _nucleus_by_sorting(probabilities, top_p))
+    for shaped in (
+        probabilities[0],
+        probabilities.view(2, 8, vocab_size),
+        probabilities[:0],
+        probabilities.t().contiguous().t(),
+    ):
         assert torch.equal(_nucleus_of_leading(shaped, top_p), _nucleus_by_sorting(shaped, top_p))
 
 
 def test_a_row_of_nan_spoils_no_other_nucleus(rng: torch.Generator) -> None:
-    laws = rows_of_every_kind(300, rng)
-    laws[3] = math.nan
-    others = torch.arange(len(laws)) != 3
-    nucleus = _nucleus_of_leading(laws, 0.9)
-    assert nucleus[3].isnan().all() and torch.equal(nucleus[others], _nucleus_by_sorting(laws, 0.9)[others])
+    probabilities = rows_of_every_kind(300, rng)
+    probabilities[3] = math.nan
+    others = torch.arange(len(probabilities)) != 3
+    nucleus = _nucleus_of_leading(probabilities, 0.9)
+    assert nucleus[3].isnan().all() and torch.equal(nucleus[others], _nucleus_by_sorting(probabilities, 0.9)[others])
 
 
 @pytest.mark.parametrize(
@@ -174,16 +179,16 @@ def test_bad_parameters_are_refused_by_name(fields: dict[str, float], name: str)
 
 def test_samples_have_the_law_of_their_row(rng: torch.Generator) -> None:
     """Chi-square of 1e5 draws in each of two rows of 12 tokens. False alarm: below 1e-5."""
-    laws = torch.tensor([[0.3, 0, 0.2, 0.1, 0.1, 0.1, 0.05, 0.05, 0.04, 0.03, 0.02, 0.01], [1 / 12] * 12])
-    drawn = sample(laws[:, None].expand(2, 100_000, 12), rng)
+    probabilities = torch.tensor([[0.3, 0, 0.2, 0.1, 0.1, 0.1, 0.05, 0.05, 0.04, 0.03, 0.02, 0.01], [1 / 12] * 12])
+    drawn = sample(probabilities[:, None].expand(2, 100_000, 12), rng)
     for row in range(2):
-        assert chi_square_excess(drawn[row].bincount(minlength=12).double(), laws[row].double()) < 6
+        assert chi_square_excess(drawn[row].bincount(minlength=12).double(), probabilities[row].double()) < 6
 
 
 def test_a_token_of_probability_zero_never_wins(rng: torch.Generator) -> None:
-    laws = torch.zeros(1000, 1000)
-    laws[:, 7] = 1e-38
-    assert (sample(laws, rng) == 7).all()
+    probabilities = torch.zeros(1000, 1000)
+    probabilities[:, 7] = 1e-38
+    assert (sample(probabilities, rng) == 7).all()
 
 
 def test_rows_of_a_batch_are_independent(rng: torch.Generator) -> None:
@@ -193,8 +198,8 @@ def test_rows_of_a_batch_are_independent(rng: torch.Generator) -> None:
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_does_not() -> None:
-    laws = torch.full((100, 50), 0.02)
-    first, second, other = (sample(laws, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    probabilities = torch.full((100, 50), 0.02)
+    first, second, other = (sample(probabilities, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
@@ -208,8 +213,8 @@ def test_the_tail_of_a_large_vocabulary_is_sampled(rng: torch.Generator) -> None
     tail = float(zipf[zipf < 1e-4].sum())
     in_tail, num_draws = 0, 0
     for _ in range(15):
-        laws = zipf.float().expand(100, -1)
-        first = sample_without_replacement(laws, 2, rng, ranking=laws)[:, 0]
+        probabilities = zipf.float().expand(100, -1)
+        first = sample_without_replacement(probabilities, 2, rng, ranking=probabilities)[:, 0]
         in_tail, num_draws = in_tail + int((zipf[first] < 1e-4).sum()), num_draws + 100
     assert in_tail / num_draws == pytest.approx(tail, abs=5 * math.sqrt(tail * (1 - tail) / num_draws))
 
@@ -219,8 +224,8 @@ def test_the_tail_of_a_large_vocabulary_is_sampled(rng: torch.Generator) -> None
 
 def test_ordered_triples_have_the_law_of_sequential_draws(rng: torch.Generator) -> None:
     """q_a * q_b / (1 - q_a) * q_c / (1 - q_a - q_b) for all 60 triples of five tokens; 2e5 draws. False alarm: 1e-6."""
-    laws = FIVE.expand(200_000, 5)
-    drawn = sample_without_replacement(laws, 3, rng, ranking=laws)
+    probabilities = FIVE.expand(200_000, 5)
+    drawn = sample_without_replacement(probabilities, 3, rng, ranking=probabilities)
     counts = (drawn[:, 0] * 25 + drawn[:, 1] * 5 + drawn[:, 2]).bincount(minlength=125).double()
     expected = torch.zeros(125, dtype=torch.float64)
     for a, b, c in permutations(range(5), 3):
@@ -233,25 +238,25 @@ def test_exhausted_support_is_followed_by_the_ranking(rng: torch.Generator) -> N
     """C11: no duplicates, the support first, then the largest logits among the rest, for certain."""
     logits = torch.tensor([5.0, 1.0, -math.inf, 3.0, 4.0, 2.0, -1.0, 0.0])
     params = SamplingParams(1.0, top_k=2)
-    laws = law(logits, params).expand(500, -1)
-    assert support_sizes(laws).tolist() == [2] * 500
-    drawn = sample_without_replacement(laws, 8, rng, ranking=logits.expand(500, -1))
+    probabilities = to_probabilities(logits, params).expand(500, -1)
+    assert support_sizes(probabilities).tolist() == [2] * 500
+    drawn = sample_without_replacement(probabilities, 8, rng, ranking=logits.expand(500, -1))
     assert set(map(tuple, drawn[:, :2].tolist())) == {(0, 4), (4, 0)}
     assert (drawn[:, 2:] == torch.tensor([3, 5, 1, 7, 6, 2])).all()
 
 
 def test_greedy_draws_are_the_ranking(rng: torch.Generator) -> None:
     logits = torch.randn(20, 30, generator=rng)
-    drawn = sample_without_replacement(law(logits, SamplingParams()), 5, rng, ranking=logits)
+    drawn = sample_without_replacement(to_probabilities(logits, SamplingParams()), 5, rng, ranking=logits)
     assert torch.equal(drawn, top_k_tokens(logits, 5))
 
 
 def test_more_children_than_tokens_are_refused(rng: torch.Generator) -> None:
-    laws = torch.full((1, 4), 0.25)
+    probabilities = torch.full((1, 4), 0.25)
     with pytest.raises(ValueError, match=r"5 distinct children .* vocabulary of 4"):
-        sample_without_replacement(laws, 5, rng, ranking=laws)
+        sample_without_replacement(probabilities, 5, rng, ranking=probabilities)
     with pytest.raises(ValueError, match="5 distinct children"):
-        top_k_tokens(laws, 5)
+        top_k_tokens(probabilities, 5)
 
 
 # -- top-k tokens and blocks ---------------------------------------------------------------------------------------------

@@ -16,20 +16,20 @@ import tree.draft
 import tree.residual
 import tree.verify
 from tree.draft import DraftTree, grow
-from tree.residual import weigh
-from tree.sampling import SamplingParams, law
+from tree.residual import chances_of
+from tree.sampling import SamplingParams, to_probabilities
 from tree.shape import TreeShape
 from tree.verify import METHODS, Method, Verdict, verify
 
 UNEVEN = TreeShape((-1, 0, 0, 0, 1, 1, 3, 4))
 UNIT = SamplingParams(1.0)
 WORK_ON_ROWS = (
-    (tree.draft, "law"),
+    (tree.draft, "to_probabilities"),
     (tree.draft, "sample_without_replacement"),
     (tree.draft, "top_k_tokens"),
-    (tree.residual, "law"),
+    (tree.residual, "to_probabilities"),
     (tree.residual, "_offer"),
-    (tree.verify, "law"),
+    (tree.verify, "to_probabilities"),
     (tree.verify, "sample"),
 )
 
@@ -93,9 +93,9 @@ def test_a_verdict_is_a_path_of_the_tree_and_one_token_of_the_target(
     assert verdict.path == shape.path(end)
     assert len(verdict.token_ids) == len(verdict.path)
     assert list(verdict.token_ids[:-1]) == drafted.token_ids[list(verdict.path[1:])].tolist()
-    laws = law(logits, params)
+    rows = to_probabilities(logits, params)
     emitted = zip(verdict.path, verdict.token_ids, strict=True)
-    assert all(laws[node, token_id] > 0 for node, token_id in emitted)
+    assert all(rows[node, token_id] > 0 for node, token_id in emitted)
     assert 1.0 <= verdict.expected_tokens <= shape.num_levels + 1e-9
     if shape.num_children[end]:
         children = drafted.token_ids[list(shape.children(end))].tolist()
@@ -108,13 +108,13 @@ def test_weights_and_residuals_are_probabilities(
     shape: TreeShape, params: SamplingParams, traversal: bool, sampled: bool, seed: int
 ) -> None:
     drafted, logits, _ = random_case(seed, shape, 5, params, sampled=sampled)
-    weights = weigh(drafted, logits, params, traversal=traversal)
-    assert weights.accept.dtype == torch.float64 and weights.accept[0] == 1
-    assert (weights.accept >= 0).all() and (weights.accept <= 1).all()
+    chances = chances_of(drafted, logits, params, traversal=traversal)
+    assert chances.accept.dtype == torch.float64 and chances.accept[0] == 1
+    assert (chances.accept >= 0).all() and (chances.accept <= 1).all()
     for node in range(shape.num_nodes):
-        assert (weights.rows[node] >= 0) == (shape.num_children[node] > 0)
+        assert (chances.rows[node] >= 0) == (shape.num_children[node] > 0)
         if shape.num_children[node]:
-            residual = weights.residuals[weights.rows[node]]
+            residual = chances.residuals[chances.rows[node]]
             assert (residual >= 0).all() and (residual[drafted.token_ids[list(shape.children(node))]] == 0).all()
             assert float(residual.sum()) == pytest.approx(1.0) or float(residual.sum()) == 0.0  # 0: never needed
 
@@ -142,7 +142,7 @@ def test_a_seed_repeats_the_verdict(method: Method) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_low_precision_logits_are_judged_in_float32(method: Method, dtype: torch.dtype) -> None:
     drafted, logits, generator = random_case(8, UNEVEN, 6, UNIT, sampled=True, dtype=dtype)
-    probabilities = law(random_markov(8, 6, dtype).table[drafted.token_ids].double(), UNIT)
+    probabilities = to_probabilities(random_markov(8, 6, dtype).table[drafted.token_ids].double(), UNIT)
     exact = replace(drafted, probabilities=probabilities)
     rough = verify(drafted, logits, UNIT, generator, method=method).expected_tokens
     fine = verify(exact, logits.double(), UNIT, generator, method=method).expected_tokens
@@ -187,9 +187,9 @@ def test_greedy_ties_go_to_the_lowest_token_id(rng: torch.Generator) -> None:
 def test_chosen_trees_are_accepted_equally_by_all_methods(shape: TreeShape, params: SamplingParams, seed: int) -> None:
     """R6: E = sum over nodes of the target's probability of their path."""
     drafted, logits, generator = random_case(seed, shape, 5, params, sampled=False)
-    laws, reach = law(logits, params), [1.0]
+    rows, reach = to_probabilities(logits, params), [1.0]
     for node in range(1, shape.num_nodes):
-        reach.append(reach[shape.parents[node]] * float(laws[shape.parents[node], drafted.token_ids[node]]))
+        reach.append(reach[shape.parents[node]] * float(rows[shape.parents[node], drafted.token_ids[node]]))
     for method in METHODS:
         verdict = verify(drafted, logits, params, generator, method=method)
         assert verdict.expected_tokens == pytest.approx(sum(reach), abs=1e-9)
@@ -274,11 +274,11 @@ def test_a_row_without_a_finite_logit_is_reported_and_masked_tokens_are_not(meth
 
 
 @pytest.mark.parametrize("method", ["traversal", "rejection"])
-def test_a_draft_law_with_nan_is_reported(method: Method) -> None:
+def test_a_nan_to_draw_from_is_reported(method: Method) -> None:
     drafted, logits, generator = random_case(1, UNEVEN, 6, UNIT, sampled=True)
     assert drafted.probabilities is not None
     drafted.probabilities[1] = math.nan
-    with pytest.raises(FloatingPointError, match=r"draft law .* is not finite"):
+    with pytest.raises(FloatingPointError, match=r"draft's probabilities at node [14] of 8, or at its parent, are not finite"):
         verify(drafted, logits, UNIT, generator, method=method)
 
 
@@ -333,7 +333,7 @@ def test_only_a_step_that_mixes_drawn_and_chosen_children_takes_more_operations(
 
     def operations(tree: DraftTree) -> int:
         with NoScalarReads() as counted:
-            weigh(tree, logits, UNIT, traversal=True)
+            chances_of(tree, logits, UNIT, traversal=True)
         return counted.num_operations
 
     all_drawn = operations(drafted)
@@ -364,16 +364,16 @@ def test_rows_that_nothing_was_drawn_from_are_not_looked_at(method: Method) -> N
 def test_blocks_of_rows_change_nothing_but_memory(
     method: Method, params: SamplingParams, sampled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nodes of one level in blocks: the same tree, weights and verdict, and never more rows at work than a block has."""
+    """Nodes of one level in blocks: the same tree, chances and verdict, and never more rows at work than a block has."""
     shape = TreeShape((-1, *[0] * 5, *[1] * 3, *[2] * 2, *[3] * 4, *[4] * 2, 5, 6, 7, 8, 9))
 
     def outcome() -> tuple[DraftTree, torch.Tensor, Verdict]:
         drafted, logits, generator = random_case(9, shape, 8, params, sampled=sampled)
-        weights = weigh(drafted, logits, params, traversal=method == "traversal")
-        ordered = weights.residuals[[row for row in weights.rows if row >= 0]]
+        chances = chances_of(drafted, logits, params, traversal=method == "traversal")
+        ordered = chances.residuals[[row for row in chances.rows if row >= 0]]
         return (
             drafted,
-            torch.cat([weights.accept, ordered.flatten()]),
+            torch.cat([chances.accept, ordered.flatten()]),
             verify(drafted, logits, params, generator, method=method),
         )
 
@@ -384,8 +384,8 @@ def test_blocks_of_rows_change_nothing_but_memory(
     monkeypatch.setattr(tree.blocks, "BLOCK_ENTRIES", 2 * 8 + 3)  # two rows
     for module, name in WORK_ON_ROWS:
         monkeypatch.setattr(module, name, most(getattr(module, name)))
-    drafted, weights, verdict = outcome()
-    assert torch.equal(drafted.token_ids, at_once[0].token_ids) and torch.equal(weights, at_once[1]) and verdict == at_once[2]
+    drafted, chances, verdict = outcome()
+    assert torch.equal(drafted.token_ids, at_once[0].token_ids) and torch.equal(chances, at_once[1]) and verdict == at_once[2]
     assert drafted.probabilities is None or (
         at_once[0].probabilities is not None and torch.equal(drafted.probabilities, at_once[0].probabilities)
     )
@@ -408,9 +408,9 @@ def decode(
 
 def pair_excess(target: Markov, pairs: list[tuple[int, int]]) -> float:
     """Pearson's statistic of pairs against the target's law of two tokens, in standard deviations above its mean."""
-    laws = law(target.table, UNIT)
-    expected = (laws[0][:, None] * laws).flatten() * len(pairs)
-    size = len(laws)
+    rows = to_probabilities(target.table, UNIT)
+    expected = (rows[0][:, None] * rows).flatten() * len(pairs)
+    size = len(rows)
     counts = torch.tensor([first * size + second for first, second in pairs]).bincount(minlength=size * size)
     freedom = size * size - 1
     return (float(((counts - expected) ** 2 / expected).sum()) - freedom) / math.sqrt(2 * freedom)

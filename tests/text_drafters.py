@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tree.draft import DraftTree
-from tree.sampling import SamplingParams, law, sample_without_replacement
+from tree.sampling import SamplingParams, sample_without_replacement, to_probabilities
 from tree.shape import TreeShape
 
 MOST_NODES = 8  # until `aim` says otherwise
@@ -71,7 +71,7 @@ class TextContext:
         parents, token_ids, drawn, depths, rows = [-1], [self.text[-1]], [False], [0], []
         for node, token_id in enumerate(token_ids):  # which grow
             logits = self._drafter.logits(token_id)
-            rows.append(law(logits, params))
+            rows.append(to_probabilities(logits, params))
             siblings: list[int] = []
             for is_drawn in plan_children(token_id) if depths[node] + 1 < max_levels else ():
                 if len(token_ids) == most or len(siblings) == vocab_size:

@@ -85,11 +85,6 @@ class AcceptanceCounter:
             if entered is not None:
                 self._accepted[level, entered] += 1
 
-    def merge(self, other: "AcceptanceCounter") -> None:
-        """Take the counts of `other` as well."""
-        self._tried.update(other._tried)
-        self._accepted.update(other._accepted)
-
     def to_acceptance(self, source: str, *, per_level: bool = False, least_tried: int = 1) -> Acceptance:
         """Estimate, over all levels together or one vector per level; ends before the first rank or level never tried.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .blocks import row_blocks
-from .sampling import SamplingParams, law, sample_without_replacement, top_k_tokens
+from .sampling import SamplingParams, sample_without_replacement, to_probabilities, top_k_tokens
 from .shape import TreeShape
 from .transfer import index_tensor
 
@@ -124,7 +124,7 @@ class TreeModel(Protocol):
     """What `grow` asks of a draft model. Logits are of any float dtype, on the device of the generator given to `grow`."""
 
     def begin(self, shape: TreeShape) -> Tensor:
-        """Start a tree: logits [1, V] at the root, the law of the token after the last committed one."""
+        """Start a tree: logits [1, V] at the root, of the token after the last committed one."""
         ...
 
     def expand(self, nodes: tuple[int, ...], token_ids: Tensor) -> Tensor:
@@ -143,24 +143,24 @@ def grow(
 ) -> DraftTree:
     """A tree of `shape` below `root_token_id`; the model is not called for the root alone.
 
-    sampled: children are drawn without replacement from law(draft logits, params). Otherwise child k is the k-th most
-    probable token of the draft. ValueError if a node has more children than the vocabulary has tokens.
+    sampled: children are drawn without replacement from the draft's probabilities under `params`. Otherwise all are chosen:
+    child k is the k-th most probable token of the draft. ValueError if a node has more children than the vocabulary has tokens.
     """
     token_ids = torch.full((shape.num_nodes,), root_token_id, dtype=torch.int64, device=generator.device)
     probabilities: Tensor | None = None
     for level, nodes in enumerate(shape.expanded[:-1]):
-        rows = index_tensor(nodes, token_ids.device)
-        logits = model.expand(nodes, token_ids.index_select(0, rows)) if level else model.begin(shape)
+        rows = index_tensor(nodes, token_ids.device)  # [n]
+        logits = model.expand(nodes, token_ids.index_select(0, rows)) if level else model.begin(shape)  # [n, V]
         branching = max(shape.num_children[node] for node in nodes)
-        children = token_ids.new_empty(len(nodes), branching)
+        children = token_ids.new_empty(len(nodes), branching)  # [n, branching]
         for block in row_blocks(*logits.shape):
             part = slice(block.start, block.stop)
             if sampled:
-                block_laws = law(logits[part], params)
+                drawn_from = to_probabilities(logits[part], params)  # [n, V]
                 if probabilities is None:
-                    probabilities = block_laws.new_zeros(shape.num_nodes, block_laws.shape[-1])  # [N, V]
-                probabilities.index_copy_(0, rows[part], block_laws)
-                children[part] = sample_without_replacement(block_laws, branching, generator, ranking=logits[part])
+                    probabilities = drawn_from.new_zeros(shape.num_nodes, drawn_from.shape[-1])  # [N, V]
+                probabilities.index_copy_(0, rows[part], drawn_from)
+                children[part] = sample_without_replacement(drawn_from, branching, generator, ranking=logits[part])
             else:
                 children[part] = top_k_tokens(logits[part], branching)
         below = shape.levels[level + 1]

@@ -1,6 +1,6 @@
-"""From logits to a law, and from a law to tokens. The same transform serves the draft and the target.
+"""From logits to probabilities, and from probabilities to tokens. The same transform serves the draft and the target.
 
-Laws are float32 (float64 logits give float64 laws). Noise is float64 everywhere: float32 noise has steps of 2**-24,
+Probabilities are float32, and float64 where logits are. Noise is float64 everywhere: float32 noise has steps of 2**-24,
 which distorts the tail of a vocabulary where most tokens are rarer than that. No function here waits for the device.
 Rows are independent of each other, and callers give a block of them at a time (`tree.blocks`): some need 48 bytes an entry.
 """
@@ -20,7 +20,7 @@ NUCLEUS_SIZES = (256, 4096)
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """The law the user asked for: temperature (0 is greedy), then top-k, then top-p. ValueError for bad values."""
+    """How tokens are to be sampled: temperature (0 is greedy), then top-k, then top-p. ValueError for bad values."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -37,12 +37,12 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """The law is one-hot at the first largest logit."""
+        """The first largest logit has all the probability."""
         return self.temperature == 0
 
 
-def law(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities [..., V] of the next token. Rows are independent; each must hold a finite maximum.
+def to_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Probabilities [..., V] of the next token, from logits [..., V] of any float dtype. Each row must hold a finite maximum.
 
     top-k keeps exactly k tokens and top-p the smallest set whose mass within those reaches p (the crossing token is
     kept, so at least one); equal logits are kept in order of token id. Dropped tokens have probability exactly 0.
@@ -58,29 +58,29 @@ def law(logits: Tensor, params: SamplingParams) -> Tensor:
     return probabilities if params.top_p == 1 else _nucleus(probabilities, params.top_p)
 
 
-def sample(laws: Tensor, generator: torch.Generator) -> Tensor:
-    """One token per row of `laws` [..., V] -> int64 [...]. A token of probability 0 never wins."""
-    return _race(laws, generator).argmax(-1)
+def sample(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One token per row of `probabilities` [..., V] -> int64 [...]. A token of probability 0 never wins."""
+    return _race(probabilities, generator).argmax(-1)
 
 
-def sample_without_replacement(laws: Tensor, k: int, generator: torch.Generator, *, ranking: Tensor) -> Tensor:
-    """k distinct tokens per row of `laws` [n, V], in draw order -> int64 [n, k].
+def sample_without_replacement(probabilities: Tensor, k: int, generator: torch.Generator, *, ranking: Tensor) -> Tensor:
+    """k distinct tokens per row of `probabilities` [n, V], in draw order -> int64 [n, k].
 
-    Draw j has the law of its row restricted to the tokens not yet drawn and renormalised, as long as that has any mass:
-    the k best of one exponential race are a sample without replacement, in order. Once a row's support is exhausted
-    (after `support_sizes(laws)` draws) the next token is certain: the undrawn one with the largest `ranking` [n, V],
-    the raw draft logits (docs/losslessness.md). Both rules are what `tree.residual` assumes of a sampled tree.
+    Draw j is from its row restricted to the tokens not yet drawn and renormalised, as long as that has any mass: the k best
+    of one exponential race are a sample without replacement, in order. Once all tokens of positive probability are drawn
+    (`support_sizes` of them) the next one is certain: the undrawn token with the largest `ranking` [n, V], the raw draft
+    logits (docs/losslessness.md). Both rules are what `tree.residual` assumes of drawn children. A row need not sum to 1.
     """
-    _check_enough_tokens(laws, k)
-    keys = _race(laws, generator)
+    _check_enough_tokens(probabilities, k)
+    keys = _race(probabilities, generator)
     fallback = ranking.double()
     fallback = fallback - fallback.amax(-1, keepdim=True) - 1.0  # negative, so below every key of the support
-    return torch.where(laws > 0, keys, fallback).topk(k, dim=-1).indices
+    return torch.where(probabilities > 0, keys, fallback).topk(k, dim=-1).indices
 
 
-def support_sizes(laws: Tensor) -> Tensor:
+def support_sizes(probabilities: Tensor) -> Tensor:
     """Tokens of positive probability per row: int64 [...]."""
-    return (laws > 0).sum(-1)
+    return (probabilities > 0).sum(-1)
 
 
 def top_k_tokens(logits: Tensor, k: int) -> Tensor:
@@ -89,12 +89,13 @@ def top_k_tokens(logits: Tensor, k: int) -> Tensor:
     return _top_k_ids(logits, k)
 
 
-def _race(laws: Tensor, generator: torch.Generator) -> Tensor:
-    """Keys [..., V] float64, probability over Exp(1) noise: a row's largest has that row's law; 0 keys never win."""
-    noise = torch.rand(laws.shape, generator=generator, dtype=torch.float64, device=laws.device)
+def _race(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Keys [..., V] float64, probability over Exp(1) noise. The largest key of a row is at token x with the probability of x;
+    a key of 0 never wins."""
+    noise = torch.rand(probabilities.shape, generator=generator, dtype=torch.float64, device=probabilities.device)
     # 1 - u has 53 bits in (0, 1], so u = 0 is the only draw without noise; half a step stands in for it.
     noise = noise.clamp_(min=2.0**-54).neg_().log1p_().neg_()
-    return laws / noise
+    return probabilities / noise
 
 
 def _top_k_mask(values: Tensor, k: int) -> Tensor:

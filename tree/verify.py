@@ -1,9 +1,10 @@
-"""Which tokens of a tree the target accepts, without changing the law of the text. Pure: values in, a verdict out.
+"""Which tokens of a tree the target accepts, so that the text stays the target's own. Pure: values in, a verdict out.
 
 Three lossless methods, all batched over nodes, each with fresh randomness and one wait for the device:
     sample     draw a token at every node and descend while it is a child (SpecExec); at temperature 0, the argmax walk.
     traversal  first acceptance in post-order (arXiv 2505.12398); the most tokens from trees that were sampled.
     rejection  recursive rejection from the root down (Sequoia, arXiv 2402.12374, algorithm 2).
+
 On trees whose children were chosen, not drawn, the three accept equally often (docs/losslessness.md).
 """
 
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from .blocks import row_blocks
 from .draft import DraftTree
-from .residual import Weights, weigh
-from .sampling import SamplingParams, law, sample
+from .residual import Chances, chances_of
+from .sampling import SamplingParams, sample, to_probabilities
 from .shape import TreeShape
 from .transfer import index_tensor, to_host
 
 Method = Literal["sample", "traversal", "rejection"]
+# `traversal` nearly always accepts more than `rejection`, which stays as a choice: Sequoia's own figures are of it, it is the
+# better one on some trees, and besides a walk it needs nothing of its own.
 METHODS: tuple[Method, ...] = ("sample", "traversal", "rejection")
 
 
@@ -42,18 +45,17 @@ class Verdict:
 def verify(tree: DraftTree, logits: Tensor, params: SamplingParams, generator: torch.Generator, *, method: Method) -> Verdict:
     """Judge `tree` by the target's logits [N, V] at its nodes, any float dtype; they share `generator`'s device.
 
-    The emitted tokens have exactly the law of sampling from law(logits, params) one by one. The tree's
-    probabilities must be those its children were drawn from, and no drawn child may have been dropped because of its value
-    (docs/losslessness.md). Draft
-    token ids lie in [0, V). FloatingPointError if a row of logits holds NaN or +inf or no finite entry, or if a draft
-    law that is needed holds NaN; ValueError for mismatched shapes.
+    The emitted tokens are distributed exactly as if they had been sampled one by one from to_probabilities(logits, params).
+    That asks of the tree: its probabilities are those that its drawn children were drawn from, and no drawn child was dropped
+    for its value (docs/losslessness.md). Draft token ids lie in [0, V). FloatingPointError if a row of logits holds NaN or
+    +inf or no finite entry, or if a row of the tree's probabilities that is needed holds NaN; ValueError for mismatched shapes.
     """
     _check_arguments(tree, logits, method)
     if params.greedy:
         return _verify_greedily(tree, logits)
     if method == "sample" or tree.shape.num_nodes == 1:
         return _verify_by_sampling(tree, logits, params, generator)
-    return _verify_by_weights(tree, logits, params, generator, traversal=method == "traversal")
+    return _verify_by_chances(tree, logits, params, generator, traversal=method == "traversal")
 
 
 def _check_arguments(tree: DraftTree, logits: Tensor, method: str) -> None:
@@ -81,11 +83,11 @@ def _verify_by_sampling(tree: DraftTree, logits: Tensor, params: SamplingParams,
     shape = tree.shape
     targets, edges = [], []  # per block of nodes: a token drawn at each, and the probability of each of their children
     for nodes in row_blocks(*logits.shape):
-        laws = law(logits[nodes.start : nodes.stop], params)
-        targets.append(sample(laws, generator))
+        rows = to_probabilities(logits[nodes.start : nodes.stop], params)  # [n, V]
+        targets.append(sample(rows, generator))
         children = range(shape.children(nodes[0]).start, shape.children(nodes[-1]).stop)
-        parents = index_tensor([shape.parents[child] - nodes.start for child in children], laws.device)
-        edges.append(laws[parents, tree.token_ids[children.start : children.stop]])
+        parents = index_tensor([shape.parents[child] - nodes.start for child in children], rows.device)
+        edges.append(rows[parents, tree.token_ids[children.start : children.stop]])
     host_maxima, host_targets, drafted, probabilities = to_host(
         logits.amax(-1), torch.cat(targets), tree.token_ids, torch.cat(edges)
     )
@@ -108,20 +110,20 @@ def _descend(shape: TreeShape, targets: list[float], drafted: list[float]) -> tu
 # -- traversal and rejection -------------------------------------------------------------------------------------------
 
 
-def _verify_by_weights(
+def _verify_by_chances(
     tree: DraftTree, logits: Tensor, params: SamplingParams, generator: torch.Generator, *, traversal: bool
 ) -> Verdict:
     shape = tree.shape
-    weights = weigh(tree, logits, params, traversal=traversal)
+    chances = chances_of(tree, logits, params, traversal=traversal)
     uniforms = torch.rand(shape.num_nodes, generator=generator, dtype=torch.float64, device=logits.device)
-    accepted = uniforms < weights.accept
+    accepted = uniforms < chances.accept
     end = _first_in_post_order(shape, accepted) if traversal else _end_of_walk(shape, accepted)
-    correction = sample(_correction_law(weights, logits, end, params), generator)
+    correction = sample(_after_end(chances, logits, end, params), generator)
     host_maxima, accept, drafted, (end_node,), (token_id,) = to_host(
-        logits.amax(-1), weights.accept, tree.token_ids, end, correction
+        logits.amax(-1), chances.accept, tree.token_ids, end, correction
     )
     _check_finite(host_maxima)
-    _check_weights(accept)
+    _check_chances(accept)
     path = shape.path(int(end_node))
     token_ids = (*(int(drafted[node]) for node in path[1:]), int(token_id))
     stops = traversal_stops(shape, accept) if traversal else rejection_stops(shape, accept)
@@ -168,14 +170,14 @@ def _end_of_walk(shape: TreeShape, accepted: Tensor) -> Tensor:
     return end
 
 
-def _correction_law(weights: Weights, logits: Tensor, end: Tensor, params: SamplingParams) -> Tensor:
-    """Law [1, V] of the token that follows a path ending at node `end` [1]."""
-    row = index_tensor(weights.rows, end.device).index_select(0, end)
-    residual = weights.residuals.index_select(0, row.clamp(min=0))
-    return torch.where(row[:, None] < 0, law(logits.index_select(0, end), params), residual)
+def _after_end(chances: Chances, logits: Tensor, end: Tensor, params: SamplingParams) -> Tensor:
+    """Probabilities [1, V] of the token that follows a path ending at node `end` [1]."""
+    row = index_tensor(chances.rows, end.device).index_select(0, end)  # [1]
+    residual = chances.residuals.index_select(0, row.clamp(min=0))  # [1, V]
+    return torch.where(row[:, None] < 0, to_probabilities(logits.index_select(0, end), params), residual)
 
 
-# -- what may be wrong with the laws -------------------------------------------------------------------------------------
+# -- what may be wrong with the numbers ----------------------------------------------------------------------------------
 
 
 def _check_finite(maxima: list[float]) -> None:
@@ -185,8 +187,11 @@ def _check_finite(maxima: list[float]) -> None:
             raise FloatingPointError(f"the target's logits at node {node} of {len(maxima)} are not finite: {maximum}")
 
 
-def _check_weights(accept: list[float]) -> None:
-    """With finite target logits, only NaN in the draft law above a node makes its weight NaN."""
-    for node, weight in enumerate(accept):
-        if weight != weight:
-            raise FloatingPointError(f"the draft law from which node {node} of {len(accept)} was drawn is not finite")
+def _check_chances(accept: list[float]) -> None:
+    """With finite target logits, only NaN in the tree's probabilities makes a chance NaN: first that of the row's own node, or
+    those of its children."""
+    for node, chance in enumerate(accept):
+        if chance != chance:
+            raise FloatingPointError(
+                f"the draft's probabilities at node {node} of {len(accept)}, or at its parent, are not finite"
+            )

@@ -4,7 +4,7 @@
 
 A tiny random pair (vocabulary 6), streamed layers, a tree of two chains of two: every text of four tokens takes two to four
 rounds. For every verifier, temperatures 0.3, 0.6, 1 and 1.5, top-p 0.8, 0.9 and 1, the frequencies of all 1296 texts are
-tested against the target's exact law. Prints one JSON object.
+tested against the target's exact probabilities. Prints one JSON object.
 """
 
 import argparse

@@ -76,7 +76,7 @@ def measure_verify(acceptance: Acceptance, device: str, runs: int) -> list[dict[
     cases = [(method, SamplingParams(t, top_p=p)) for method in METHODS for t in (0.6, 1.0) for p in (1.0, 0.9)]
     rows: list[dict[str, object]] = []
     for method, params in [("sample", SamplingParams()), *cases]:
-        # As in the engine: `sample` and greedy verification need no draft laws, so their children are chosen.
+        # As in the engine: `sample` and greedy verification need nothing to be drawn, so children are chosen.
         drafted = grow(model, 0, shape, params, model.generator, sampled=method != "sample")
         logits = model.rows(shape.num_nodes)
         seconds = median_s(lambda: verify(drafted, logits, params, model.generator, method=method), runs)  # noqa: B023
