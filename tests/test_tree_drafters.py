@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import torch
 
 from enumeration import TOLERANCE, UNIT, VERIFIERS, Choices, Law, World, continued, every_run, random_world, target_logits
 from exactness import chi_square
-from text_drafters import Draw, FeatureDrafter, TextDrafter
+from text_drafters import Draw, FeatureDrafter, TextContext, TextDrafter
 from tree.draft import Drafter, DraftTree
 from tree.sampling import SamplingParams
 from tree.shape import TreeShape
@@ -96,6 +96,57 @@ def of_features(vocab_size: int, choices: Choices) -> FeatureDrafter:
 def test_text_has_the_law_of_the_target(drafter_for: Callable[[int, Choices], Drafter], verifier: str, kind: str) -> None:
     """Enumerated: three tokens, in one round to three, of trees that follow what the rounds before have left."""
     assert total_variation(drafter_for, random_world(5, 3, kind), 3, VERIFIERS[verifier]) <= TOLERANCE
+
+
+class AheadContext(TextContext):
+    """Proposes one drawn child. Ahead, it draws on for two levels; the second is the next proposal if the first comes true."""
+
+    def __init__(self, drafter: TextDrafter, text: list[int]) -> None:
+        super().__init__(drafter, text)
+        self.kept: int | None = None
+        self.num_kept = 0
+
+    def _draw(self, token_id: int) -> int:
+        logits = self._drafter.logits(token_id)
+        return self._drafter.draw(logits.softmax(-1), logits, torch.Generator())
+
+    def grow(
+        self, max_nodes: int, max_levels: int, params: SamplingParams, generator: torch.Generator, *, sampled: bool
+    ) -> DraftTree:
+        root = self.text[-1]
+        if max_levels == 1:
+            self.trees.append(DraftTree.root_only(torch.tensor([root])))
+        else:
+            child = self._draw(root) if self.kept is None else self.kept
+            rows = torch.stack([self._drafter.logits(token_id).softmax(-1) for token_id in (root, child)])
+            self.trees.append(DraftTree(TreeShape((-1, 0)), torch.tensor([root, child]), rows, (False, True)))
+        return self.trees[-1]
+
+    def grow_ahead(self) -> None:
+        below = self._draw(int(self.trees[-1].token_ids[-1]))
+        self.ahead = below, self._draw(below)
+
+    def follow(self, path: tuple[int, ...], token_ids: tuple[int, ...], features: torch.Tensor | None) -> None:
+        at_the_end = path[-1] == self.trees[-1].shape.num_nodes - 1
+        self.kept = self.ahead[1] if at_the_end and token_ids[-1] == self.ahead[0] else None
+        self.num_kept += self.kept is not None
+        super().follow(path, token_ids, features)
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS)
+def test_what_was_grown_ahead_may_be_the_next_tree(verifier: str) -> None:
+    contexts: list[AheadContext] = []
+
+    class Ahead(TextDrafter):
+        def start(self, place: int, token_ids: Sequence[int], prompt_tokens: int) -> AheadContext:
+            contexts.append(AheadContext(self, list(token_ids)))
+            return contexts[-1]
+
+    def ahead(vocab_size: int, choices: Choices) -> TextDrafter:
+        return Ahead(vocab_size, draw=drawing(choices))
+
+    assert total_variation(ahead, random_world(5, 2, "dense"), 3, VERIFIERS[verifier]) <= TOLERANCE
+    assert sum(context.num_kept > 0 for context in contexts) > 10
 
 
 @pytest.mark.parametrize("verifier", ["traversal", "rejection"])

@@ -84,7 +84,11 @@ class DraftContext(Protocol):
 
     def grow_ahead(self) -> None:
         """One short step of work for later trees, or nothing. Called between the layers of the pass that verifies the last
-        tree, any number of times."""
+        tree, any number of times.
+
+        What is drawn here may become the next tree as far as it hangs below the next root, if that was no node of the last
+        tree: what the verifier has looked at is not drawn at random any more (docs/losslessness.md, section 9).
+        """
         ...
 
     def follow(self, path: tuple[int, ...], token_ids: tuple[int, ...], features: Tensor | None) -> None:
