@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
-from .calibrate.measuring import laws_of, look_at_machine, measure_machine
+from .calibrate.measuring import look_at_machine, measure_machine, sampling_kinds_of
 from .config import EngineSettings, bytes_text
 from .device import Device, choose_passes, device_of
 from .device.host import available_bytes
@@ -122,7 +122,7 @@ def _replanner(
         return None
 
     def measure() -> HardwareProfile:
-        return measure_machine(settings, target, [draft], laws=laws_of(settings))
+        return measure_machine(settings, target, [draft], sampling_kinds=sampling_kinds_of(settings))
 
     return Replanner(measure, measuring_s)
 

@@ -15,7 +15,7 @@ _NUMBER_AND_UNIT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 LEAST_PLAIN_RATE = 1e6  # bytes per second; nobody who writes less without a unit means bytes
 DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
-LawKind = Literal["greedy", "sampled", "nucleus"]
+SamplingKind = Literal["greedy", "sampled", "nucleus"]
 VERIFIERS = ("auto", "sample", "traversal", "rejection")
 DRAFT_PASSES = ("auto", "eager", "graphs")
 SMALL_UPLOADS = ("auto", "copy", "mapped")
@@ -47,8 +47,9 @@ def parse_rate(text: str | float, *, flag: str) -> float:
     return rate
 
 
-def law_kind(temperature: float, top_p: float = 1.0) -> LawKind:
-    """What a law costs: finding the largest logits, noise for all of them, or sorting them as well."""
+def sampling_kind(temperature: float, top_p: float = 1.0) -> SamplingKind:
+    """How tokens are made from logits, by what it costs. "greedy" finds the largest ones, "sampled" takes noise for all of
+    them, "nucleus" sorts them as well."""
     if temperature == 0:
         return "greedy"
     return "sampled" if top_p == 1 else "nucleus"
@@ -90,8 +91,8 @@ class EngineSettings:
     `draft_passes` says whether the draft's passes are recorded as CUDA graphs, `small_uploads` how small tensors reach the
     device.
 
-    What is known of the requests to come makes plans better: their `law`, how many tokens prompt and answer have together at
-    most, and how many of them an average pass looks back on. `max_sequences` texts may share a pass.
+    What is known of the requests to come makes plans better: their `sampling`, how many tokens prompt and answer have together
+    at most, and how many of them an average pass looks back on. `max_sequences` texts may share a pass.
     """
 
     model: str
@@ -112,15 +113,15 @@ class EngineSettings:
     small_uploads: str = "auto"
     fixed_plan: bool = False
     needs_tree: bool = False
-    law: LawKind = "greedy"
+    sampling: SamplingKind = "greedy"
     text_tokens: int | None = None
     context_tokens: int | None = None
     max_sequences: int = 1
 
     @property
-    def draft_law(self) -> LawKind:
-        """What the children of a tree are drawn from: where the verifier samples, they are the draft's most probable tokens."""
-        return "greedy" if self.verifier == "sample" else self.law
+    def draft_sampling(self) -> SamplingKind:
+        """How the children of a tree are drawn: where the verifier samples, they are the draft's most probable tokens."""
+        return "greedy" if self.verifier == "sample" else self.sampling
 
     @classmethod
     def parse(

@@ -92,9 +92,9 @@ def quick_measurement() -> Iterator[None]:
 
     def measure_once(device: Device, subjects: list[Subject], effort: Effort, **options: Any) -> HardwareProfile:
         sizes = tuple((subject.role, subject.model.cost, subject.model.dtype) for subject in subjects)
-        key = (type(device), sizes, effort.laws, options["link_bytes_per_s"], options["disk"] is None)
+        key = (type(device), sizes, effort.sampling_kinds, options["link_bytes_per_s"], options["disk"] is None)
         if key not in measured:
-            measured[key] = measure_hardware(device, subjects, replace(brief, laws=effort.laws), **options)
+            measured[key] = measure_hardware(device, subjects, replace(brief, sampling_kinds=effort.sampling_kinds), **options)
         return measured[key]
 
     with pytest.MonkeyPatch.context() as patch:

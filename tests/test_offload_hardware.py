@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 from command_line import INVALID, assert_error, assert_usage_error, run_command
 from offload import assemble
 from offload.calibrate import QUICK, Subject, measure_copies, measure_hardware, measuring
-from offload.calibrate.effort import LEAST_POINTS, rising, table_of
-from offload.calibrate.growing import BRANCHING, num_levels, planned_tree, tree_of_levels
-from offload.calibrate.law_times import measure_verification
+from offload.calibrate.draft_levels import BRANCHING, num_levels, planned_tree, tree_of_levels
+from offload.calibrate.draw_and_verify import measure_verification
 from offload.calibrate.models import layer_times
 from offload.calibrate.stopwatch import MOST_TURNS, Stopwatch, Work, typical_s
+from offload.calibrate.tables import LEAST_POINTS, rising, table_of
 from offload.calibrate.threads import TURNS, choose_threads, own_threads, quickest, thread_choices
-from offload.config import EngineSettings, law_kind
+from offload.config import EngineSettings, sampling_kind
 from offload.device import Ticket
 from offload.device.cpu import CpuDevice
 from offload.errors import OutOfMemoryError
-from offload.planner.hardware import ROWS, HardwareProfile, LawTimes, ModelTimes, interpolate
+from offload.planner.hardware import ROWS, HardwareProfile, ModelTimes, TaskTimes, interpolate
 from offload.planner.hardware_file import PRESETS, find_hardware, from_json, read_hardware, to_json
 from offload.planner.shapes import find_shape
 from offload.source import check_source
@@ -55,16 +55,16 @@ def test_times_between_measured_points_lie_on_the_line_and_go_on_beyond() -> Non
         ModelTimes(context_rows=0, rows=(4, 1), layer_s=(1.0, 1.0), rest_s=(0.0, 0.0))
 
 
-def test_work_on_laws_is_that_of_the_law_that_is_asked_for() -> None:
+def test_drawing_and_verifying_take_what_the_sampling_asked_for_takes() -> None:
     """Greedy work is no sampled work, and top-p sorts besides: estimated, and as profiles have it."""
     for task in ("draw", "verify"):
-        greedy, sampled, nucleus = (float(L40.law_times(task, 32000, law).at(256)) for law in ("greedy", "sampled", "nucleus"))
-        assert greedy < sampled < nucleus
-    assert [law_kind(*params) for params in ((0.0, 0.9), (0.6, 1.0), (0.6, 0.9))] == ["greedy", "sampled", "nucleus"]
-    table = LawTimes(task="verify", law="nucleus", vocab_size=1000, rows=(1, 2), task_s=(1.0, 2.0))
-    measured = replace(L40, laws=(table,))
-    assert float(measured.law_times("verify", 2000, "nucleus").at(2)) == 4.0
-    assert measured.law_times("verify", 2000, "sampled") == L40.law_times("verify", 2000, "sampled")
+        seconds = [float(L40.task_times(task, 32000, kind).at(256)) for kind in ("greedy", "sampled", "nucleus")]
+        assert seconds == sorted(set(seconds))
+    assert [sampling_kind(*params) for params in ((0.0, 0.9), (0.6, 1.0), (0.6, 0.9))] == ["greedy", "sampled", "nucleus"]
+    table = TaskTimes(task="verify", sampling="nucleus", vocab_size=1000, rows=(1, 2), task_s=(1.0, 2.0))
+    measured = replace(L40, tasks=(table,))
+    assert float(measured.task_times("verify", 2000, "nucleus").at(2)) == 4.0
+    assert measured.task_times("verify", 2000, "sampled") == L40.task_times("verify", 2000, "sampled")
 
 
 @given(st.lists(st.floats(0.0, 10.0), min_size=1, max_size=8))
@@ -181,7 +181,7 @@ def test_verification_is_timed_on_trees_that_a_planner_makes(monkeypatch: pytest
     def note(draft: DraftTree, *arguments: object, method: str) -> None:
         seen.append(draft.shape)
 
-    monkeypatch.setattr("offload.calibrate.law_times.verify", note)
+    monkeypatch.setattr("offload.calibrate.draw_and_verify.verify", note)
     effort = replace(ONCE, rows=(1, 16, 64, 96))
     measure_verification(Stopwatch(clock, effort), 97, "sampled", PUBLISHED)
     assert {shape.num_nodes for shape in seen} == {1, 16, 64, 96}
@@ -259,7 +259,7 @@ def test_this_machine_measures_itself_and_the_file_says_the_same(models: Models,
     subjects = [Subject(role="target", model=source.model), Subject(role="draft", model=source.model)]
     measured = measure_hardware(device, subjects, replace(BRIEF, longest_s=60.0))
     device.close()
-    assert measured.link_bytes_per_s > 0 and measured.law_times("verify", 97, "sampled").at(64) > 0
+    assert measured.link_bytes_per_s > 0 and measured.task_times("verify", 97, "sampled").at(64) > 0
     for role in ("target", "draft"):
         times = measured.times(source.model.cost, role, 300, "greedy")
         assert min(times.layer_s) > 0 and times.rows[0] == 1
@@ -283,7 +283,7 @@ def test_measuring_draws_none_of_the_callers_random_numbers(models: Models) -> N
 def test_what_drafts_will_draw_from_is_measured(
     models: Models, monkeypatch: pytest.MonkeyPatch, verifier: str, drawn: str
 ) -> None:
-    """First, as the levels of a draft are timed with it; and the law that is verified."""
+    """First, as the levels of a draft are timed with it; and the one that is verified."""
     profiles: list[HardwareProfile] = []
 
     def measure(*arguments: Any, **options: Any) -> HardwareProfile:
@@ -293,11 +293,11 @@ def test_what_drafts_will_draw_from_is_measured(
     measure_once = measuring.measure_hardware
     monkeypatch.setattr(measuring, "measure_hardware", measure)
     folder = str(models())
-    settings = EngineSettings(model=folder, draft_models=(folder,), device="cpu", verifier=verifier, law="sampled")
+    settings = EngineSettings(model=folder, draft_models=(folder,), device="cpu", verifier=verifier, sampling="sampled")
     assemble.open_engine(settings).close()
-    laws = profiles[0].laws
-    assert (laws[0].task, laws[0].law) == ("draw", drawn)
-    assert ("verify", "sampled") in [(known.task, known.law) for known in laws]
+    tasks = profiles[0].tasks
+    assert (tasks[0].task, tasks[0].sampling) == ("draw", drawn)
+    assert ("verify", "sampled") in [(known.task, known.sampling) for known in tasks]
 
 
 def test_presets_are_found_by_name_and_plan_every_model() -> None:
@@ -357,7 +357,7 @@ def test_profile_hardware_refuses_a_place_it_cannot_write_to(capsys: pytest.Capt
     assert_usage_error(finished, "--output")
 
 
-def test_a_table_of_laws_ends_where_the_device_has_no_memory_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_of_drawing_ends_where_the_device_has_no_memory_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
     device, allowed = CpuDevice(), 3
 
     def short_of_memory(*arguments: object) -> list[float]:

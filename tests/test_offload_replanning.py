@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from command_line import run_command
 from offload import load
 from offload.assemble import open_engine
-from offload.config import EngineSettings, law_kind
+from offload.config import EngineSettings, sampling_kind
 from offload.engine.engine import Engine
 from offload.engine.replanning import FIRST_WAIT, MEASURED_SHARE, SEVERAL, Replanner, is_off, seen_in
 from offload.errors import OutOfMemoryError
@@ -131,7 +131,7 @@ def test_a_plan_predicts_what_was_seen_of_it(compute: float, draft: float, link:
 
 @pytest.mark.parametrize(("temperature", "num_rounds"), [(0.0, BELIEVED_GREEDY_ROUNDS), (0.6, BELIEVED_ROUNDS)])
 def test_a_few_rounds_are_believed_half_of_what_they_say_of_the_acceptance(temperature: float, num_rounds: int) -> None:
-    wanted = replace(SETTINGS, law=law_kind(temperature))
+    wanted = replace(SETTINGS, sampling=sampling_kind(temperature))
     made, base = planned()
     expected = made.prediction.expected_tokens
     seen = seen_as_predicted(made, num_rounds=num_rounds, tokens=0.6 * expected)

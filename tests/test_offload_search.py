@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from offload.errors import FitError
 from offload.planner.advice import compare_drafts
 from offload.planner.cost import ModelCost
-from offload.planner.hardware import LawTimes, ModelTimes
+from offload.planner.hardware import ModelTimes, TaskTimes
 from offload.planner.memory import MAX_AUTO_SLOTS, MIN_SLOTS, MemoryPlan, plan_memory
 from offload.planner.plan import make_workload
 from offload.planner.prediction import DraftOption, Workload, expanded_per_level, predict
@@ -22,7 +22,7 @@ from planning import GIB, L40, LLAMA_2_7B, LLAMA_2_70B, SETTINGS, budgets, const
 from tree.acceptance import Acceptance
 from tree.optimizer import best_tree, expected_tokens
 
-NO_VERIFY = LawTimes(task="verify", law="greedy", vocab_size=32000, rows=(1, 2), task_s=(0.0, 0.0))
+NO_VERIFY = TaskTimes(task="verify", sampling="greedy", vocab_size=32000, rows=(1, 2), task_s=(0.0, 0.0))
 # Acceptance that the Sequoia repository ships, and the times of its demo configuration (arXiv 2402.12374, section 4.3).
 SEQUOIA = Acceptance(((0.634183, 0.107946, 0.056972, 0.022489, 0.01949),))
 
@@ -192,8 +192,8 @@ def test_of_two_drafts_the_better_is_used_and_the_comparison_says_so() -> None:
     verdicts = compare_drafts(workload, [slow, quick], (2, 3))
     assert [verdict.name for verdict in verdicts] == ["quick", "slow"]
     assert verdicts[0].s_per_token == pytest.approx(made.prediction.s_per_token, rel=1e-3)
-    law = verdicts[0].expected_tokens / ((verdicts[0].num_levels - 1) * verdicts[0].level_s + verdicts[0].target_s)
-    assert verdicts[0].law_tokens_per_s == pytest.approx(law)
+    by_formula = verdicts[0].expected_tokens / ((verdicts[0].num_levels - 1) * verdicts[0].level_s + verdicts[0].target_s)
+    assert verdicts[0].formula_tokens_per_s == pytest.approx(by_formula)
 
 
 @pytest.mark.parametrize(("device_gib", "draft"), [(47, LLAMA_2_7B), (23, LLAMA_2_7B), (11.5, None)])

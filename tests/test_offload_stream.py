@@ -15,7 +15,7 @@ import torch
 from fakes import REFUSING, EagerDevice, FailingDevice, LateDevice, LosingDevice, RefusingDevice, RefusingLateDevice
 from layered import FORMS, MakeLayers, check_pass, open_placed, open_stream, save_layers
 from offload.bench.steps import link
-from offload.calibrate.link import measure_copies, measure_link
+from offload.calibrate.link import measure_copies, measure_idle_link
 from offload.config import EngineSettings
 from offload.device import Device, Ticket
 from offload.device.cpu import CpuDevice
@@ -414,7 +414,7 @@ def test_an_error_while_the_link_is_measured_leaves_no_copy_under_way_and_nothin
     monkeypatch.setattr("offload.bench.steps.open_device", lambda *_: device)
     size: Any = SimpleNamespace(settings=EngineSettings(model="x"), link_bytes=(64, 128))
     measuring: list[Callable[[], object]] = [
-        lambda: measure_link(device, 64, 2),
+        lambda: measure_idle_link(device, 64, 2),
         lambda: measure_copies(device, [64], 2),
         lambda: time_copies(device, 64, lambda: None),
         lambda: link(size, 1.0),

@@ -72,7 +72,7 @@ def measured(settings: EngineSettings, path: Path) -> str:
     kind = "cpu" if settings.device == "cpu" else "cuda"
     target = check_source(settings.model, "--model", settings.dtype, kind)
     drafts = [check_source(name, "--draft-model", settings.dtype, kind) for name in settings.draft_models]
-    path.write_text(json.dumps(to_json(measure_machine(settings, target, drafts, laws=("greedy",)))))
+    path.write_text(json.dumps(to_json(measure_machine(settings, target, drafts, sampling_kinds=("greedy",)))))
     return str(path)
 
 

@@ -72,7 +72,7 @@ def look_at_the_machine(link: float, context_tokens: int) -> HardwareProfile:
     device = open_device("cpu", link)
     try:
         subjects = [Subject(role=role, model=model) for role, model in models]
-        effort = replace(QUICK, contexts=(context_tokens,), laws=("greedy",))
+        effort = replace(QUICK, contexts=(context_tokens,), sampling_kinds=("greedy",))
         return measure_hardware(device, subjects, effort, link_bytes_per_s=link)
     finally:
         device.close()

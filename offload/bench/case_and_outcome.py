@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..config import EngineSettings, law_kind
+from ..config import EngineSettings, sampling_kind
 from ..errors import OffloadError
 
 # One object a line, from an engine's process to its parent: {"event": "ready" | "pass" | "end" | "short" | "refused", ...}
@@ -37,7 +37,7 @@ class Case:
         lengths = [len(prompt) for prompt in self.prompts]
         return replace(
             self.settings,
-            law=law_kind(self.temperature, self.top_p),
+            sampling=sampling_kind(self.temperature, self.top_p),
             text_tokens=max(lengths) + self.max_new_tokens,
             context_tokens=(sum(lengths) // len(lengths)) + self.max_new_tokens // 2,
         )

@@ -78,7 +78,7 @@ def hardware(size: SuiteSize, max_seconds: float) -> Row:
     device_type = "cuda" if size.on_gpu else "cpu"
     target = check_source(settings.model, "--model", settings.dtype, device_type)
     drafts = [check_source(name, "--draft-model", settings.dtype, device_type) for name in settings.draft_models]
-    return to_json(measure_machine(settings, target, drafts, laws=("greedy", "sampled")))
+    return to_json(measure_machine(settings, target, drafts, sampling_kinds=("greedy", "sampled")))
 
 
 def utilisation(size: SuiteSize, max_seconds: float) -> Row:

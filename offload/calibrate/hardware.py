@@ -13,9 +13,9 @@ from ..planner.hardware import HardwareProfile
 from ..planner.tree_flag import DEFAULT_ACCEPTANCE, read_acceptance
 from ..weights.checkpoint import Checkpoint
 from ..weights.disk_speed import measure_disk
+from .draw_and_verify import measure_drawing, measure_verification
 from .effort import Effort
-from .law_times import measure_drawing, measure_verification
-from .link import busy_link, measure_link
+from .link import busy_link, measure_idle_link
 from .models import Subject, measure_model
 from .stopwatch import Stopwatch
 
@@ -39,17 +39,17 @@ def measure_hardware(
     beside_copies = not device.host_addressable or link_bytes_per_s is not None
     if link_bytes_per_s is None:
         progress("link")
-        link_bytes_per_s = measure_link(device, effort.copy_bytes, effort.repeats)
+        link_bytes_per_s = measure_idle_link(device, effort.copy_bytes, effort.repeats)
     watch, cost = Stopwatch(device, effort), subjects[0].model.cost
     acceptance = acceptance or read_acceptance(DEFAULT_ACCEPTANCE)
     models = []
     with busy_link(device, effort.copy_bytes, link_bytes_per_s) if beside_copies else nullcontext():
         progress("drawing and verification")
-        laws = [measure_drawing(watch, cost.vocab_size, law_kind) for law_kind in effort.laws]
-        laws += [measure_verification(watch, cost.vocab_size, law_kind, acceptance) for law_kind in effort.laws]
+        tasks = [measure_drawing(watch, cost.vocab_size, kind) for kind in effort.sampling_kinds]
+        tasks += [measure_verification(watch, cost.vocab_size, kind, acceptance) for kind in effort.sampling_kinds]
         for subject in subjects:
             progress(f"{subject.role} layers")
-            models.append(measure_model(watch, subject, laws[0]))
+            models.append(measure_model(watch, subject, tasks[0]))
     if disk is not None:
         progress("disk")
     times, layer = models[0].times[0], cost.common_layer
@@ -63,7 +63,7 @@ def measure_hardware(
         flops_per_s=max(layer_flops(layer, rows) / s for rows, s in zip(times.rows, times.layer_s, strict=True)),
         device_memory_bytes_per_s=layer.computed_bytes / times.layer_s[0],
         models=tuple(models),
-        laws=tuple(laws),
+        tasks=tuple(tasks),
         doubts=watch.doubts,
     )
 

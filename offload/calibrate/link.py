@@ -15,7 +15,7 @@ COPY_S = 0.01  # a copy beside what is measured, at most: the last one is waited
 MOST_PIECES = 64  # of the memory that is copied beside
 
 
-def measure_link(device: Device, num_bytes: int, repeats: int) -> float:
+def measure_idle_link(device: Device, num_bytes: int, repeats: int) -> float:
     """Bytes per second of one copy of `num_bytes` from pinned host memory, nothing else under way; the best of a few."""
     slot, rates = device.alloc(num_bytes), []
     with pinned(device, num_bytes) as source:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from ..config import EngineSettings, LawKind
+from ..config import EngineSettings, SamplingKind
 from ..device import Device, device_of
 from ..planner.hardware import HardwareProfile
 from ..planner.hardware_file import find_hardware
@@ -32,12 +32,12 @@ def look_at_machine(
         return find_hardware(settings.profile)
     may_need_disk = budgets.host_bytes is not None and target.model.cost.stored_bytes > budgets.host_bytes
     disk = target.tensors.checkpoint if may_need_disk and isinstance(target.tensors, CheckpointSource) else None
-    return measure_machine(settings, target, drafts, laws=laws_of(settings), disk=disk)
+    return measure_machine(settings, target, drafts, sampling_kinds=sampling_kinds_of(settings), disk=disk)
 
 
-def laws_of(settings: EngineSettings) -> tuple[LawKind, ...]:
-    """The kinds of laws of a run, first the one that drafts draw from."""
-    return tuple(dict.fromkeys((settings.draft_law, settings.law)))
+def sampling_kinds_of(settings: EngineSettings) -> tuple[SamplingKind, ...]:
+    """Of a run, first the one by which drafts draw."""
+    return tuple(dict.fromkeys((settings.draft_sampling, settings.sampling)))
 
 
 def measure_machine(
@@ -45,18 +45,18 @@ def measure_machine(
     target: ModelSource,
     drafts: Sequence[ModelSource],
     *,
-    laws: tuple[LawKind, ...],
+    sampling_kinds: tuple[SamplingKind, ...],
     disk: Checkpoint | None = None,
 ) -> HardwareProfile:
     """A quick look at this machine with the layers that `settings` will run, on a device of its own: what measuring allocates
-    is gone when it returns. `laws` begin with the one that drafts draw from; `disk` is a checkpoint to read from."""
+    is gone when it returns. `sampling_kinds` begin with the one by which drafts draw; `disk` is a checkpoint to read from."""
     acceptances = read_acceptances(settings)
     own = device_of(settings)
     try:
         return measure_hardware(
             own,
             _subjects(target, drafts),
-            replace(_effort(settings), laws=laws),
+            replace(_effort(settings), sampling_kinds=sampling_kinds),
             link_bytes_per_s=settings.emulate_link_bytes_per_s,
             disk=disk,
             acceptance=acceptances[0] if acceptances else None,

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from ..planner.hardware import LawTimes, MeasuredModel, ModelTimes, Role, shape_of
+from ..planner.hardware import MeasuredModel, ModelTimes, Role, TaskTimes, shape_of
 from ..source import TypedModel
-from .effort import rising, table_of
 from .short_model import FEW_LAYERS, MORE_LAYERS, ShortModel, short_models
 from .stopwatch import Stopwatch
+from .tables import rising, table_of
 
 WAKE_REPEATS = 8  # for one: a small difference of times that vary
 LATE_S = 0.01  # how long a layer's weights are waited for, to see what waking up takes: threads that wait are asleep by then
@@ -24,7 +24,7 @@ class Subject:
     model: TypedModel
 
 
-def measure_model(watch: Stopwatch, subject: Subject, drawing: LawTimes) -> MeasuredModel:
+def measure_model(watch: Stopwatch, subject: Subject, drawing: TaskTimes) -> MeasuredModel:
     """Seconds of one layer and of the rest of a forward pass, by rows and context. A draft's levels are timed with the
     drawing of children between them, of which `drawing` is taken off again."""
     device, effort = watch.device, watch.effort
@@ -45,11 +45,11 @@ def _times_at(
     more: ShortModel,
     rows: Sequence[int],
     context_rows: int,
-    drawing: LawTimes | None,
+    drawing: TaskTimes | None,
 ) -> ModelTimes:
     def seconds_at(num_rows: int) -> list[float]:
         with watch.device.translated():
-            works = [model.work(num_rows, context_rows, watch.effort.laws[0]) for model in (few, more)]
+            works = [model.work(num_rows, context_rows, watch.effort.sampling_kinds[0]) for model in (few, more)]
             return watch.seconds(works, _has_layers)
 
     measured, (few_s, more_s) = table_of(rows, seconds_at, watch.effort)

@@ -7,7 +7,7 @@ import torch
 
 from tree.shape import TreeShape
 
-from ..config import LawKind
+from ..config import SamplingKind
 from ..device import Device, Ticket
 from ..model.architecture import shortened
 from ..model.attention import pass_mask
@@ -18,8 +18,8 @@ from ..model.masks import TreeMasks
 from ..planner.hardware import Role
 from ..source import TypedModel
 from ..weights.layout import lay_out, views_of_each
+from .draft_levels import growing_levels, num_levels, peaked_logits, tree_of_levels
 from .effort import Effort
-from .growing import growth, num_levels, peaked_logits, tree_of_levels
 from .stopwatch import Work
 
 # Layers share weights, from several buffers in turn, so that those of a small model do not stay in a cache.
@@ -60,7 +60,7 @@ class ShortModel:
         else:
             self._model.close()
 
-    def work(self, rows: int, context_rows: int, law_kind: LawKind) -> Work:
+    def work(self, rows: int, context_rows: int, sampling: SamplingKind) -> Work:
         """A pass over `rows` nodes; of a draft, getting from one level of as many to the next."""
         self._look_back_on(context_rows)
         if self._drafter is None:
@@ -69,7 +69,7 @@ class ShortModel:
         vocab_size = self._model.architecture.vocab_size
         self._drafter.prepare(tree_of_levels(rows, vocab_size))
         model = _AlwaysTheSame(self._drafter, context_rows, peaked_logits(self._device, rows, vocab_size))
-        return growth(self._device, model, rows, vocab_size, law_kind)
+        return growing_levels(self._device, model, rows, vocab_size, sampling)
 
     def waiting(self, rows: int, context_rows: int, late_s: float) -> Work:
         """From the arrival of the last layer, which comes after `late_s`, to the end of a pass."""

@@ -83,4 +83,4 @@ def _part_of_a_round(device: Device, subject: Subject, effort: Effort, stack: Ex
     stack.enter_context(closing(more))
     cost, context_rows = subject.model.cost, effort.contexts[0]
     rows, times = (TREE_ROWS, 1) if subject.role == "target" else (min(LEVEL_ROWS, cost.vocab_size), NUM_LEVELS)
-    return more.work(rows, context_rows, effort.laws[0]), times * cost.num_layers / MORE_LAYERS
+    return more.work(rows, context_rows, effort.sampling_kinds[0]), times * cost.num_layers / MORE_LAYERS

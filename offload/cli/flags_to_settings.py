@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import EngineSettings, law_kind
+from ..config import EngineSettings, sampling_kind
 from ..demo import DRAFT, LINK, TARGET, acceptance_at
 from ..errors import ModelError, UsageError
 from ..model.locate import check_name
@@ -44,7 +44,7 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
     )
     if arguments.model is None:  # the bundled pair is there to show trees
         settings = replace(settings, needs_tree=True)
-    return replace(settings, law=law_kind(temperature, getattr(arguments, "top_p", 1.0)))
+    return replace(settings, sampling=sampling_kind(temperature, getattr(arguments, "top_p", 1.0)))
 
 
 def plan_flags(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import EngineSettings, check_draft_passes, law_kind, parse_rate, parse_size
+from ..config import EngineSettings, check_draft_passes, parse_rate, parse_size, sampling_kind
 from ..errors import FitError, ModelError, UsageError
 from ..planner.tree_flag import DEFAULT_ACCEPTANCE, read_acceptance, read_acceptances, read_tree
 from .flags_to_settings import check_writable, plan_flags
@@ -135,7 +135,7 @@ def _question(arguments: argparse.Namespace) -> Question:
     from ..planner.memory import Budgets
     from ..planner.shapes import find_shape
 
-    settings = replace(_settings(arguments), law=law_kind(arguments.temperature), context_tokens=arguments.context)
+    settings = replace(_settings(arguments), sampling=sampling_kind(arguments.temperature), context_tokens=arguments.context)
     tree = read_tree(settings.tree, has_draft=bool(settings.draft_models))
     target = find_shape(settings.model, "--model")
     drafts = tuple(find_shape(name, "--draft-model") for name in settings.draft_models)
@@ -193,7 +193,7 @@ def _compare(arguments: argparse.Namespace, question: Question) -> int:
     verdicts = compare_drafts(question.workload(), question.options(), SLOTS)
     plain_s = replace(question, drafts=()).answer(None).prediction.s_per_token
     if arguments.json:
-        drafts = [{**_fields(verdict), "law_tokens_per_s": verdict.law_tokens_per_s} for verdict in verdicts]
+        drafts = [{**_fields(verdict), "law_tokens_per_s": verdict.formula_tokens_per_s} for verdict in verdicts]
         print(json.dumps({"schema_version": 1, "autoregressive_s_per_token": plain_s, "drafts": drafts}))
     else:
         print("\n".join(verdict_lines(verdicts, plain_s)))

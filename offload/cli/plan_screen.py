@@ -120,13 +120,13 @@ def _verdict(made: "Plan") -> list[str]:
 
 
 def verdict_lines(verdicts: Sequence["DraftVerdict"], plain_s: float) -> list[str]:
-    """One row a draft; the last column is what the law of Decoding Speculative Decoding alone would give."""
+    """One row a draft; the last column is what the formula of Decoding Speculative Decoding would give."""
     width = max(20, *(len(one.name) + 2 for one in verdicts))
     head = f"{'draft':<{width}}{'tree':>10}{'tokens/pass':>13}{'level s':>10}{'target s':>10}{'s/token':>10}{'by the law':>12}"
     rows = [
         f"{one.name:<{width}}{f'{one.num_nodes}x{one.num_levels}':>10}{one.expected_tokens:>13.2f}"
         f"{seconds_text(one.level_s):>10}{seconds_text(one.target_s):>10}{seconds_text(one.s_per_token):>10}"
-        f"{seconds_text(1 / one.law_tokens_per_s):>12}"
+        f"{seconds_text(1 / one.formula_tokens_per_s):>12}"
         for one in verdicts
     ]
     return [head, *rows, f"{'none':<{width}}{'1x1':>10}{1.0:>13.2f}{'':>10}{'':>10}{seconds_text(plain_s):>10}"]

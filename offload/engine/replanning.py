@@ -69,7 +69,7 @@ class Replanner:
         plan, fallbacks = loop.plan, loop.fallbacks
         if plan is not self._plan or fallbacks is None or self._num_rounds < self._due or len(self._rounds) < SEVERAL:
             return False
-        seen = seen_in(self._rounds, SEVERAL if fallbacks.settings.law == "greedy" else MANY)
+        seen = seen_in(self._rounds, SEVERAL if fallbacks.settings.sampling == "greedy" else MANY)
         doubtful = plan.tree.num_nodes == 1 and self._may_measure()  # nothing was speculated, because of what was measured
         if not (doubtful or is_off(plan, seen)):
             return False

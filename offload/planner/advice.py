@@ -24,9 +24,9 @@ class Win:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftVerdict:
-    """What one draft brings with the tree that is best for it: the law of Decoding Speculative Decoding (arXiv 2402.01528),
-    tokens per second = expected tokens / (levels x draft time + target time), beside our own round, in which drafting
-    partly hides under the stream."""
+    """What one draft brings with the tree that is best for it: by the formula of Decoding Speculative Decoding (arXiv
+    2402.01528), tokens per second = expected tokens / (levels x draft time + target time), beside our own round, in which
+    drafting partly hides under the stream."""
 
     name: str
     num_nodes: int
@@ -37,7 +37,7 @@ class DraftVerdict:
     s_per_token: float
 
     @property
-    def law_tokens_per_s(self) -> float:
+    def formula_tokens_per_s(self) -> float:
         return self.expected_tokens / ((self.num_levels - 1) * self.level_s + self.target_s)
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..config import LawKind
+from ..config import SamplingKind
 from .cost import ModelCost, attention_flops, layer_flops
 
 Floats = npt.NDArray[np.float64]
@@ -20,10 +20,10 @@ Role = Literal["target", "draft"]
 Task = Literal["draw", "verify"]  # children of a level's nodes, a tree's accepted path
 
 ROWS = (1, 4, 16, 64, 128, 256, 512, 768, 1024, 2048, 4096)
-# How often float32 [rows, vocabulary] is read or written on the way from logits to sampled children, to residual laws, or,
-# greedily, to the most probable tokens; a nucleus is sorted for, in four passes over keys and ids of eight bytes, and back.
-# Counted in the code, used only where nothing was measured.
-SWEEPS: Mapping["Task", Mapping[LawKind, int]] = {
+# How often float32 [rows, vocabulary] is read or written: on the way from logits to sampled children; to what verification
+# leaves of their probabilities; greedily, to the most probable tokens. A nucleus is sorted for, in four passes over keys and
+# ids of eight bytes, and back. Counted in the code, used only where nothing was measured.
+SWEEPS: Mapping["Task", Mapping[SamplingKind, int]] = {
     "draw": {"greedy": 6, "sampled": 8, "nucleus": 44},
     "verify": {"greedy": 2, "sampled": 16, "nucleus": 52},
 }
@@ -77,11 +77,11 @@ class MeasuredModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LawTimes:
-    """Seconds of a task on laws over a vocabulary, of one kind, by number of rows."""
+class TaskTimes:
+    """Seconds of a task on logits over a vocabulary, for one kind of sampling, by number of rows."""
 
     task: Task
-    law: LawKind
+    sampling: SamplingKind
     vocab_size: int
     rows: tuple[int, ...]
     task_s: tuple[float, ...]
@@ -114,7 +114,7 @@ class HardwareProfile:
     device_memory_bytes_per_s: float
     layer_overhead_s: float = 0.0
     models: tuple[MeasuredModel, ...] = ()
-    laws: tuple[LawTimes, ...] = ()
+    tasks: tuple[TaskTimes, ...] = ()
     doubts: tuple[str, ...] = ()
     facts: Mapping[str, object] = field(default_factory=dict)
 
@@ -126,26 +126,26 @@ class HardwareProfile:
         if not (math.isfinite(self.layer_overhead_s) and self.layer_overhead_s >= 0):
             raise ValueError(f"layer_overhead_s is {self.layer_overhead_s}, not a number from 0 on")
 
-    def times(self, model: ModelCost, role: Role, context_rows: int, law: LawKind) -> ModelTimes:
+    def times(self, model: ModelCost, role: Role, context_rows: int, sampling: SamplingKind) -> ModelTimes:
         """Measured on the model's own layer shape, between the two nearest contexts; else estimated from the rates. A draft
-        draws the children of a level from such laws."""
+        draws the children of a level by such sampling."""
         measured = [known for known in self.models if known.role == role and known.shape == shape_of(model)]
         times = _at_context(measured[0].times, context_rows) if measured else self._estimate(model, context_rows)
         if role == "target":
             return times
-        draw_s = self.law_times("draw", model.vocab_size, law).at(times.rows)
+        draw_s = self.task_times("draw", model.vocab_size, sampling).at(times.rows)
         return replace(times, rest_s=tuple(float(s) for s in np.asarray(times.rest_s) + draw_s))
 
-    def law_times(self, task: Task, vocab_size: int, law: LawKind) -> LawTimes:
+    def task_times(self, task: Task, vocab_size: int, sampling: SamplingKind) -> TaskTimes:
         """Measured at the nearest vocabulary and scaled to this one; else estimated from the memory rate."""
-        measured = [known for known in self.laws if (known.task, known.law) == (task, law)]
+        measured = [known for known in self.tasks if (known.task, known.sampling) == (task, sampling)]
         if measured:
             nearest = min(measured, key=lambda known: abs(math.log(known.vocab_size / vocab_size)))
             scale = vocab_size / nearest.vocab_size
             return replace(nearest, vocab_size=vocab_size, task_s=tuple(scale * s for s in nearest.task_s))
-        row_s = 4 * vocab_size * SWEEPS[task][law] / self.device_memory_bytes_per_s
+        row_s = 4 * vocab_size * SWEEPS[task][sampling] / self.device_memory_bytes_per_s
         task_s = tuple(LEAST_S[task] + row_s * rows for rows in ROWS)
-        return LawTimes(task=task, law=law, vocab_size=vocab_size, rows=ROWS, task_s=task_s)
+        return TaskTimes(task=task, sampling=sampling, vocab_size=vocab_size, rows=ROWS, task_s=task_s)
 
     def _estimate(self, model: ModelCost, context_rows: int) -> ModelTimes:
         """The roofline: whichever takes longer, reading the weights once or multiplying."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import ModelError
-from .hardware import RATES, REQUIRED_RATES, HardwareProfile, LawTimes, MeasuredModel, ModelTimes
+from .hardware import RATES, REQUIRED_RATES, HardwareProfile, MeasuredModel, ModelTimes, TaskTimes
 from .json_file import read_file
 
 SCHEMA_VERSION = 1
@@ -36,10 +36,10 @@ def to_json(profile: HardwareProfile) -> dict[str, object]:
         "schema_version": SCHEMA_VERSION,
         **{name: getattr(profile, name) for name in (*_TEXTS, "published", *RATES, "layer_overhead_s")},
         "models": [
-            {"role": model.role, "shape": dict(model.shape), "times": [_table(times) for times in model.times]}
+            {"role": model.role, "shape": dict(model.shape), "times": [_model_table(times) for times in model.times]}
             for model in profile.models
         ],
-        "laws": [_table(times) for times in profile.laws],
+        "laws": [_task_table(times) for times in profile.tasks],
         "doubts": list(profile.doubts),
         "facts": dict(profile.facts),
     }
@@ -79,15 +79,25 @@ def from_json(document: object) -> HardwareProfile:
         device_memory_bytes_per_s=_number(document["device_memory_bytes_per_s"], "device_memory_bytes_per_s"),
         layer_overhead_s=_number(document.get("layer_overhead_s", 0.0), "layer_overhead_s"),
         models=tuple(_measured_model(entry) for entry in _list(document, "models")),
-        laws=tuple(_law_times(entry) for entry in _list(document, "laws")),
+        tasks=tuple(_task_times(entry) for entry in _list(document, "laws")),
         doubts=tuple(map(str, _list(document, "doubts"))),
         facts=dict(facts),
     )
 
 
-def _table(times: ModelTimes | LawTimes) -> dict[str, object]:
+def _model_table(times: ModelTimes) -> dict[str, object]:
     values = {name: getattr(times, name) for name in times.__dataclass_fields__}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _task_table(times: TaskTimes) -> dict[str, object]:
+    return {
+        "task": times.task,
+        "law": times.sampling,
+        "vocab_size": times.vocab_size,
+        "rows": list(times.rows),
+        "task_s": list(times.task_s),
+    }
 
 
 def _number(value: object, name: str) -> float:
@@ -130,18 +140,18 @@ def _model_times(entry: object) -> ModelTimes:
     raise ValueError("an entry of times is not {context_rows, rows, layer_s, rest_s}")
 
 
-def _law_times(entry: object) -> LawTimes:
+def _task_times(entry: object) -> TaskTimes:
     match entry:
         case {
             "task": "draw" | "verify" as task,
-            "law": "greedy" | "sampled" | "nucleus" as law,
+            "law": "greedy" | "sampled" | "nucleus" as sampling,
             "vocab_size": int(vocab_size),
             "rows": [*rows],
             "task_s": [*task_s],
         }:
-            return LawTimes(
+            return TaskTimes(
                 task=task,
-                law=law,
+                sampling=sampling,
                 vocab_size=vocab_size,
                 rows=_wholes(rows, "rows"),
                 task_s=_numbers(task_s, "task_s"),

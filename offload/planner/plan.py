@@ -27,7 +27,18 @@ TYPICAL_CONTEXT_TOKENS = 512
 ASSUMED_DISK_BYTES_PER_S = 3e9  # of a profile that does not say: sequential reads of a common NVMe drive on PCIe 3
 SLOTS = (MIN_SLOTS, MAX_AUTO_SLOTS)
 ROOT = TreeShape.root_only()
-Point = tuple[int | None, TreeShape, MemoryPlan, Prediction]  # the draft's place among those offered, and what runs with it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Candidate:
+    """A tree in the memory that it would have, and what is predicted of it. `draft` is the place of its draft among those
+    offered; `notes` say why it is what it is."""
+
+    draft: int | None
+    tree: TreeShape
+    memory: MemoryPlan
+    prediction: Prediction
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,8 +133,8 @@ def make_workload(
 
     return Workload(
         target=target,
-        times=hardware.times(target, "target", context_tokens(settings), settings.law),
-        verify=hardware.law_times("verify", target.vocab_size, settings.law),
+        times=hardware.times(target, "target", context_tokens(settings), settings.sampling),
+        verify=hardware.task_times("verify", target.vocab_size, settings.sampling),
         link_bytes_per_s=settings.emulate_link_bytes_per_s or hardware.link_bytes_per_s,
         disk_bytes_per_s=hardware.disk_bytes_per_s or ASSUMED_DISK_BYTES_PER_S,
         disk_is_assumed=hardware.disk_bytes_per_s is None,
@@ -136,7 +147,7 @@ def make_option(
     settings: EngineSettings, hardware: HardwareProfile, name: str, cost: ModelCost, acceptance: Acceptance
 ) -> DraftOption:
     """The same of a draft that is offered."""
-    times = hardware.times(cost, "draft", context_tokens(settings), settings.draft_law)
+    times = hardware.times(cost, "draft", context_tokens(settings), settings.draft_sampling)
     return DraftOption(name=name, cost=cost, times=times, acceptance=acceptance)
 
 
@@ -159,19 +170,17 @@ def plan_run(
     draft at all, to the planner. Raises FitError when the budgets hold no plan."""
     slots = (settings.slots,) if settings.slots else SLOTS
     plain = best_choice(workload, [None], slots)
-    draft, shape, memory, prediction, notes = (
-        _choose(settings, workload, drafts, slots, plain) if tree is None else (*_fixed(tree, workload, drafts, slots), ())
-    )
-    room_nodes = shape.num_nodes
-    if tree is None and draft is not None and not settings.fixed_plan and settings.max_context is None:
-        room_nodes, memory, prediction = with_room(workload, drafts[draft], shape, memory, prediction)
+    best = _choose(settings, workload, drafts, slots, plain) if tree is None else _with_tree(tree, workload, drafts, slots)
+    room_nodes, memory, prediction = best.tree.num_nodes, best.memory, best.prediction
+    if tree is None and best.draft is not None and not settings.fixed_plan and settings.max_context is None:
+        room_nodes, memory, prediction = with_room(workload, drafts[best.draft], best.tree, memory, prediction)
     streams = bool(memory.placement.streamed)
     plain_s = plain.s_per_token if plain else None
     return Plan(
-        draft=draft,
+        draft=best.draft,
         placement=memory.placement,
         num_slots=memory.num_slots,
-        tree=shape,
+        tree=best.tree,
         room_nodes=room_nodes,
         max_sequences=memory.max_sequences,
         context_rows=memory.context_rows,
@@ -187,14 +196,14 @@ def plan_run(
         link_bytes_per_s=workload.link_bytes_per_s if streams else None,
         prediction=prediction,
         autoregressive_s_per_token=plain_s,
-        draft_passes=None if draft is None else "graphs" if budgets.replays else "eager",
-        notes=(*notes, *plan_notes(workload, memory)),
+        draft_passes=None if best.draft is None else "graphs" if budgets.replays else "eager",
+        notes=(*best.notes, *plan_notes(workload, memory)),
     )
 
 
 def _choose(
     settings: EngineSettings, workload: Workload, drafts: Sequence[DraftOption], slots: Sequence[int], plain: Choice | None
-) -> tuple[int | None, TreeShape, MemoryPlan, Prediction, tuple[str, ...]]:
+) -> _Candidate:
     """The best tree, or the root alone, and then why. A draft that would not pay stays beside the root where it takes next to
     nothing from it: a later look at the machine may say otherwise."""
     max_nodes = max(settings.max_context // 4, 1) if settings.max_context else MAX_NODES
@@ -205,17 +214,22 @@ def _choose(
         workload.memory(None, 1, slots[0])  # raises, and says by how much
         raise AssertionError("no plan, and yet the smallest fits")
     if speculative is None or plain is None or settings.needs_tree or speculative.s_per_token < plain.s_per_token:
-        notes = () if choice.draft else (why_no_tree(drafts, None, None),)
         shape = tree_of(choice, workload.target.vocab_size)
-        draft = drafts.index(choice.draft) if choice.draft else None
-        return draft, shape, choice.memory, predict_tree(workload, choice.memory, shape, choice.draft), notes
+        return _Candidate(
+            draft=drafts.index(choice.draft) if choice.draft else None,
+            tree=shape,
+            memory=choice.memory,
+            prediction=predict_tree(workload, choice.memory, shape, choice.draft),
+            notes=() if choice.draft else (why_no_tree(drafts, None, None),),
+        )
     prediction = predict_tree(workload, plain.memory, ROOT, None)
     shape = tree_of(speculative, workload.target.vocab_size)
     notes = (why_no_tree(drafts, prediction, predict_tree(workload, speculative.memory, shape, speculative.draft)),)
     reserve = None if settings.fixed_plan or settings.max_context else reserve_memory(workload, speculative, plain)
     if reserve is None or speculative.draft is None:
-        return None, ROOT, plain.memory, prediction, notes
-    return drafts.index(speculative.draft), ROOT, reserve, predict_tree(workload, reserve, ROOT, None), notes
+        return _Candidate(draft=None, tree=ROOT, memory=plain.memory, prediction=prediction, notes=notes)
+    draft, prediction = drafts.index(speculative.draft), predict_tree(workload, reserve, ROOT, None)
+    return _Candidate(draft=draft, tree=ROOT, memory=reserve, prediction=prediction, notes=notes)
 
 
 def tree_of(choice: Choice, vocab_size: int) -> TreeShape:
@@ -231,24 +245,24 @@ def tree_of(choice: Choice, vocab_size: int) -> TreeShape:
     )
 
 
-def _fixed(tree: TreeShape | OptimalTree, workload: Workload, drafts: Sequence[DraftOption], slots: Sequence[int]) -> Point:
+def _with_tree(
+    tree: TreeShape | OptimalTree, workload: Workload, drafts: Sequence[DraftOption], slots: Sequence[int]
+) -> _Candidate:
     """The tree that was asked for, with the draft, of those that fit beside it, and the slots that suit it best. The root alone
     needs no draft. FitError when nothing fits."""
-    candidates: list[tuple[int | None, DraftOption | None, TreeShape]] = [
-        (place, draft, shape_for(tree, draft.acceptance, workload.target.vocab_size))
-        for place, draft in enumerate(drafts)
-        if tree.num_nodes > 1
-    ] or [(None, None, ROOT)]
-    points = [
-        (place, shape, memory, predict_tree(workload, memory, shape, draft))
-        for place, draft, shape in candidates
+    offered: list[tuple[int | None, DraftOption | None]] = [(None, None)]
+    if drafts and tree.num_nodes > 1:
+        offered = list(enumerate(drafts))
+    shapes = [ROOT if draft is None else shape_for(tree, draft.acceptance, workload.target.vocab_size) for _, draft in offered]
+    candidates = [
+        _Candidate(draft=place, tree=shape, memory=memory, prediction=predict_tree(workload, memory, shape, draft))
+        for (place, draft), shape in zip(offered, shapes, strict=True)
         for memory in _memories(workload, draft, shape.num_nodes, slots)
     ]
-    if not points:
-        _, draft, shape = candidates[0]
-        workload.memory(draft, shape.num_nodes, slots[0])  # raises, and says by how much
+    if not candidates:
+        workload.memory(offered[0][1], shapes[0].num_nodes, slots[0])  # raises, and says by how much
         raise AssertionError("no plan, and yet the first draft fits")
-    return min(points, key=lambda point: point[3].s_per_token)
+    return min(candidates, key=lambda candidate: candidate.prediction.s_per_token)
 
 
 def shape_for(tree: TreeShape | OptimalTree, acceptance: Acceptance, vocab_size: int) -> TreeShape:

@@ -11,7 +11,7 @@ from tree.optimizer import expected_tokens
 from tree.shape import TreeShape
 
 from .cost import ModelCost
-from .hardware import LawTimes, ModelTimes
+from .hardware import ModelTimes, TaskTimes
 from .memory import MemoryPlan
 from .timeline import PartTimes, RoundTimes, steady_round
 
@@ -51,7 +51,7 @@ class Workload:
 
     target: ModelCost
     times: ModelTimes
-    verify: LawTimes
+    verify: TaskTimes
     link_bytes_per_s: float
     disk_bytes_per_s: float
     disk_is_assumed: bool = False

@@ -47,12 +47,12 @@ def measured_anew(
     context_rows, vocab_size = context_tokens(settings), workload.target.vocab_size
     workload = replace(
         workload,
-        times=hardware.times(workload.target, "target", context_rows, settings.law),
-        verify=hardware.law_times("verify", vocab_size, settings.law),
+        times=hardware.times(workload.target, "target", context_rows, settings.sampling),
+        verify=hardware.task_times("verify", vocab_size, settings.sampling),
         doubts=hardware.doubts,
     )
     if draft is not None:
-        draft = replace(draft, times=hardware.times(draft.cost, "draft", context_rows, settings.draft_law))
+        draft = replace(draft, times=hardware.times(draft.cost, "draft", context_rows, settings.draft_sampling))
     return workload, draft
 
 
@@ -85,7 +85,7 @@ def refit(
 
 def believed_tokens(settings: EngineSettings, seen: Seen, plan: Plan) -> float:
     """Tokens of a pass over the tree of `plan`: what was seen of it, and what was expected counts as some more rounds."""
-    as_much = BELIEVED_GREEDY_ROUNDS if settings.law == "greedy" else BELIEVED_ROUNDS
+    as_much = BELIEVED_GREEDY_ROUNDS if settings.sampling == "greedy" else BELIEVED_ROUNDS
     believed = seen.num_rounds / (seen.num_rounds + as_much)
     return believed * seen.tokens + (1 - believed) * plan.prediction.expected_tokens
 

@@ -11,12 +11,12 @@ from tree.optimizer import best_tree
 from tree.sampling import SamplingParams
 from tree.shape import TreeShape
 
-from ..config import LawKind
+from ..config import SamplingKind
 from ..device import Device, Ticket
 from ..planner.search import MAX_LEVELS
 from .stopwatch import Work
 
-PARAMS: Mapping[LawKind, SamplingParams] = {
+PARAMS: Mapping[SamplingKind, SamplingParams] = {
     "greedy": SamplingParams(),
     "sampled": SamplingParams(temperature=0.6),
     "nucleus": SamplingParams(temperature=0.6, top_p=0.9),
@@ -41,14 +41,14 @@ class _FromFirstLevel:
         return self._model.expand(nodes, token_ids)
 
 
-def growth(device: Device, model: TreeModel, rows: int, vocab_size: int, law_kind: LawKind) -> Work:
+def growing_levels(device: Device, model: TreeModel, rows: int, vocab_size: int, sampling: SamplingKind) -> Work:
     """Growing one level after another of `rows` nodes with children, at most `vocab_size`, through `model`."""
     shape = tree_of_levels(rows, vocab_size)
     generator = torch.Generator(device.torch_device).manual_seed(0)
 
     def run() -> Ticket | None:
         timed = _FromFirstLevel(device, model)
-        grow(timed, 0, shape, PARAMS[law_kind], generator, sampled=law_kind != "greedy")
+        grow(timed, 0, shape, PARAMS[sampling], generator, sampled=sampling != "greedy")
         return timed.began
 
     return Work(run, num_levels(rows))
