@@ -1,5 +1,6 @@
 """A model that was looked at and not yet loaded: what it is, where its tensors are, how large it will be."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from .scale.model import open_scale_model
 from .scale.preset import is_scale_model
 from .text.tokenizer import Tokenizer, open_tokenizer
 from .weights.checkpoint import open_checkpoint
-from .weights.layout import LayerLayout, lay_out
+from .weights.codec import LayerCodec, identities
+from .weights.layout import LayerLayout
 from .weights.source import CheckpointSource, TensorSource
 
 
@@ -27,9 +29,9 @@ class TypedModel:
     dtype: torch.dtype
 
     @property
-    def layouts(self) -> tuple[LayerLayout, ...]:
-        """Of each decoder layer. Equal layers share one."""
-        return lay_out(self.architecture.layer_shapes, self.dtype)
+    def codecs(self) -> tuple[LayerCodec, ...]:
+        """How each decoder layer is stored and computed. Equal layers share one."""
+        return identities(self.architecture.layer_shapes, self.dtype)
 
     @property
     def outside_layout(self) -> LayerLayout:
@@ -41,16 +43,17 @@ class TypedModel:
         architecture, config, itemsize = self.architecture, self.architecture.config, self.dtype.itemsize
         kv_bytes = kv_bytes_per_row(architecture.num_kv_heads, architecture.head_dim, itemsize)
         costs = {
-            layout: LayerCost(
-                stored_bytes=layout.num_bytes,
-                computed_bytes=layout.num_bytes,
-                num_parameters=layout.num_elements,
+            codec: LayerCost(
+                stored_bytes=codec.stored.num_bytes,
+                computed_bytes=codec.computed.num_bytes,
+                num_parameters=codec.computed.num_elements,
                 kv_bytes_per_row=kv_bytes,
+                scratch_bytes=codec.scratch_bytes,
             )
-            for layout in set(self.layouts)
+            for codec in set(self.codecs)
         }
         return ModelCost(
-            layers=tuple(costs[layout] for layout in self.layouts),
+            layers=tuple(costs[codec] for codec in self.codecs),
             outside_bytes=self.outside_layout.num_bytes,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -73,6 +76,12 @@ class ModelSource:
     @property
     def architecture(self) -> Architecture:
         return self.model.architecture
+
+    def stored_names(self, layers: Iterable[int]) -> list[str]:
+        """Of the tensors that are stored of `layers`, and of those outside the layers."""
+        prefix, codecs = self.architecture.prefix, self.model.codecs
+        of_layers = [f"{prefix}.{layer}.{field.name}" for layer in layers for field in codecs[layer].stored.fields]
+        return [*of_layers, *self.architecture.outside_shapes]
 
 
 def check_source(name: str, flag: str, dtype: str, device_type: str) -> ModelSource:

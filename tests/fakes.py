@@ -4,6 +4,8 @@ A real copy lands somewhere between its issue and its wait. EagerDevice lands it
 LateDevice lands it at the last moment and fills released buffers with NaN: what is used too early or too long shows.
 RefusingDevice and its kin pin less than they are asked to: what is copied from memory that is not pinned shows.
 RecordingDevice replays what was computed and asks Python nothing: what a recording must not hold fixed shows.
+
+And a codec whose stored layers look nothing like their parameters: what is used before it is decoded shows.
 """
 
 import mmap
@@ -24,6 +26,9 @@ from offload.device.cpu import CpuCopy, CpuDevice, CpuMark
 from offload.device.host import HostMapping, move
 from offload.engine.engine import Engine
 from offload.errors import HostMemoryError
+from offload.weights.codec import LayerCodec, Tensors
+from offload.weights.layout import LayerLayout
+from offload.weights.source import Destinations, TensorFeed, TensorSource
 
 NAN_BYTE = 0xFF  # all bits set is a NaN in every float format
 
@@ -341,6 +346,75 @@ class WatchedDevice(CountingDevice, LateDevice):
         ticket = super().copy_async(dst, src, after)
         self.called("copied")
         return ticket
+
+
+XOR_PATTERN, PADDING_BYTE = 0x5A, 0xA5
+
+
+def xor_codec(computed: LayerLayout, layer: int) -> LayerCodec:
+    """Every byte is stored XORed with a pattern, as a tensor of bytes for each parameter, with padding of another size in each
+    of seven layers."""
+    bytes_of = [(f"{field.name}.xor", (field.num_bytes,)) for field in computed.fields]
+    padding = ("padding", (1 + 256 * (layer * 5 % 7),))
+    return LayerCodec(stored=LayerLayout.pack([*bytes_of, padding], torch.uint8), computed=computed, decode=_decode_xor)
+
+
+def _decode_xor(stored: Tensors, parameters: Tensors) -> None:
+    for name, parameter in parameters.items():
+        parameter.view(-1).view(torch.uint8).copy_(stored[f"{name}.xor"] ^ XOR_PATTERN)
+
+
+class XorSource:
+    """Of the stored tensors of layers `prefix`.0, .1, ... with `codecs`, made from the parameters in `inner`."""
+
+    equal_layers: frozenset[int] = frozenset()
+
+    def __init__(self, inner: TensorSource, prefix: str, codecs: Sequence[LayerCodec]) -> None:
+        self.inner = inner
+        self.parameters = {
+            f"{prefix}.{layer}.{field.name}": field for layer, codec in enumerate(codecs) for field in codec.computed.fields
+        }
+        self._stored = {
+            f"{prefix}.{layer}.{field.name}": field for layer, codec in enumerate(codecs) for field in codec.stored.fields
+        }
+
+    def num_bytes(self, name: str) -> int:
+        return self._stored[name].num_bytes if name in self._stored else self.inner.num_bytes(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._stored[name].dtype if name in self._stored else self.inner.dtype(name)
+
+    def open(self) -> "XorFeed":
+        return XorFeed(self)
+
+
+class XorFeed:
+    def __init__(self, source: XorSource) -> None:
+        self._parameters = source.parameters
+        self._inner: TensorFeed = source.inner.open()
+
+    def __enter__(self) -> "XorFeed":
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._inner.__exit__(*raised)
+
+    def fill(self, destinations: Destinations, progress: Callable[[int], None] | None = None) -> None:
+        read: dict[str, torch.Tensor] = {}
+        for name, view in destinations.items():
+            if name.endswith(".padding"):
+                view.fill_(PADDING_BYTE)
+                if progress is not None:
+                    progress(view.numel())
+            elif name.endswith(".xor"):
+                field = self._parameters[name.removesuffix(".xor")]
+                read[name.removesuffix(".xor")] = torch.empty(field.shape, dtype=field.dtype)
+            else:
+                read[name] = view
+        self._inner.fill(read, progress)
+        for name, view in destinations.items():
+            if name.endswith(".xor"):
+                view.copy_(read[name.removesuffix(".xor")].view(-1).view(torch.uint8) ^ XOR_PATTERN)
 
 
 DEVICES = {"cpu": CpuDevice, "eager": EagerDevice, "late": LateDevice}

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from fakes import XorSource, xor_codec
 from offload.device import Device
 from offload.streaming.stream import LayerStream
 from offload.weights.checkpoint import open_checkpoint
-from offload.weights.layout import LayerLayout, lay_out
+from offload.weights.codec import LayerCodec, identities
 from offload.weights.placement import RING_BUFFERS, Placement, spread_evenly
 from offload.weights.source import CheckpointSource, TensorSource
 from offload.weights.store import WeightStore
@@ -26,18 +27,18 @@ class Layers:
     form: str
     folder: Path
     source: TensorSource
-    layouts: tuple[LayerLayout, ...]
+    codecs: tuple[LayerCodec, ...]
 
     @property
     def num_layers(self) -> int:
-        return len(self.layouts)
+        return len(self.codecs)
 
     @property
     def slot_bytes(self) -> int:
-        return max(layout.num_bytes for layout in self.layouts)
+        return max(codec.stored.num_bytes for codec in self.codecs)
 
     def stored_bytes(self, layers: Iterable[int]) -> int:
-        return sum(self.layouts[layer].num_bytes for layer in layers)
+        return sum(self.codecs[layer].stored.num_bytes for layer in layers)
 
     def host_bytes(self, layers: Iterable[int], *, ring: bool) -> int:
         return self.stored_bytes(layers) + ring * RING_BUFFERS * self.slot_bytes
@@ -48,14 +49,16 @@ MakeLayers = Callable[[int], Layers]
 
 def save_layers(folder: Path, num_layers: int, form: str = "equal") -> Layers:
     """In `form`, one of FORMS."""
-    shapes = FORMS[form]
+    shapes, is_coded = FORMS[form]
     tensors = {}
     for layer in range(num_layers):
         for name, shape in shapes(layer).items():
             tensors[f"{PREFIX}.{layer}.{name}"] = torch.full(shape, layer + (0.5 if name == "b" else 0.0))
     save_file(tensors, folder / "model.safetensors")
-    layouts = lay_out([shapes(layer) for layer in range(num_layers)], torch.float32)
-    return Layers(form=form, folder=folder, source=CheckpointSource(open_checkpoint(folder)), layouts=layouts)
+    raw = identities([shapes(layer) for layer in range(num_layers)], torch.float32)
+    codecs = tuple(xor_codec(codec.computed, layer) if is_coded(layer) else codec for layer, codec in enumerate(raw))
+    source = XorSource(CheckpointSource(open_checkpoint(folder)), PREFIX, codecs)
+    return Layers(form=form, folder=folder, source=source, codecs=codecs)
 
 
 def _equal(layer: int) -> dict[str, tuple[int, ...]]:
@@ -67,7 +70,13 @@ def _uneven(layer: int) -> dict[str, tuple[int, ...]]:
     return {"a": (7,), "b": (150, 5) if layer == 1 else (100, 5) if layer % 2 else (3, 5)}
 
 
-FORMS = {"equal": _equal, "uneven": _uneven}
+# Shapes by layer, and whether a layer is stored in code.
+FORMS: dict[str, tuple[Callable[[int], dict[str, tuple[int, ...]]], Callable[[int], bool]]] = {
+    "equal": (_equal, lambda layer: False),
+    "uneven": (_uneven, lambda layer: False),
+    "coded": (_uneven, lambda layer: True),
+    "mixed": (_uneven, lambda layer: layer % 3 != 1),
+}
 
 
 @contextmanager
@@ -87,12 +96,12 @@ def open_placed(
     device: Device, layers: Layers, placement: Placement, slots: int, most_host_bytes: int | None = None
 ) -> Iterator[tuple[LayerStream, WeightStore]]:
     with ExitStack() as stack:
-        store = WeightStore(device, layers.source, layers.layouts, PREFIX, placement, most_host_bytes)
+        store = WeightStore(device, layers.source, layers.codecs, PREFIX, placement, most_host_bytes)
         stack.callback(store.close)
         store.take_host_memory()
-        store.load()
         stream = LayerStream(device, store, slots)
         stack.callback(stream.close)
+        store.load(slot=stream.any_slot)
         yield stream, store
 
 

@@ -190,14 +190,15 @@ def open_loop(
 
 
 def streamed(device: Any, model: TypedModel) -> tuple[CausalLM, LayerStream]:
-    layouts, num_layers = model.layouts, model.architecture.num_layers
-    layer_bytes = layouts[0].num_bytes
+    codecs, num_layers = model.codecs, model.architecture.num_layers
+    layout, layer_bytes = codecs[1].computed, codecs[1].computed.num_bytes
     store: Any = SimpleNamespace(
-        layouts=layouts,
+        codecs=codecs,
         stored_bytes=[layer_bytes] * num_layers,
         slot_bytes=layer_bytes,
+        scratch_bytes=0,
         placement=Placement(num_layers=num_layers, resident=frozenset({1})),
-        resident={1: layouts[1].views(device.alloc(layer_bytes))},
+        resident={1: layout.views(device.alloc(layer_bytes))},
         ring=None,
         through_ring=lambda layer: False,
         ready=lambda layer: True,
@@ -209,7 +210,7 @@ def streamed(device: Any, model: TypedModel) -> tuple[CausalLM, LayerStream]:
 
 
 def resident(device: Any, model: TypedModel) -> CausalLM:
-    layers = [layout.views(device.alloc(layout.num_bytes)) for layout in model.layouts]
+    layers = [codec.computed.views(device.alloc(codec.computed.num_bytes)) for codec in model.codecs]
     return causal_lm(device, model, ResidentWeights(layers))
 
 

@@ -4,15 +4,19 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fakes import WatchedDevice
+from fakes import EagerDevice, WatchedDevice, XorSource, layer_fault, xor_codec
 from offload.assemble import open_engine
 from offload.config import EngineSettings
+from offload.device.cpu import CpuDevice
 from offload.errors import DeviceMemoryError, FitError
+from offload.source import ModelSource, TypedModel, check_source
+from offload.weights.codec import LayerCodec, identities
 from offload.weights.source import CheckpointFeed, Destinations
 from planning import L40
 
@@ -107,3 +111,47 @@ def test_an_interruption_at_ten_points_of_loading_leaves_nothing(models: Models,
             assert set(threading.enumerate()) <= threads
     finally:
         gc.enable()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodedModel(TypedModel):
+    """All of its layers are stored in code."""
+
+    @property
+    def codecs(self) -> tuple[LayerCodec, ...]:
+        raw = identities(self.architecture.layer_shapes, self.dtype)
+        return tuple(xor_codec(codec.computed, layer) for layer, codec in enumerate(raw))
+
+
+def check_coded(name: str, flag: str, dtype: str, device_type: str) -> ModelSource:
+    source = check_source(name, flag, dtype, device_type)
+    model = CodedModel(architecture=source.architecture, dtype=source.model.dtype)
+    return replace(source, model=model, tensors=XorSource(source.tensors, source.architecture.prefix, model.codecs))
+
+
+@pytest.mark.parametrize("resident", [0, 2, 6])
+@pytest.mark.parametrize("make_device", [EagerDevice, WatchedDevice])
+def test_a_pair_whose_layers_are_stored_in_code_writes_the_same_text(
+    models: Models, monkeypatch: pytest.MonkeyPatch, make_device: Callable[[], CpuDevice], resident: int
+) -> None:
+    """With what the plan has counted for it, from memory and from disk, also when layers leave a device that is full."""
+    settings, prompt, read = pair(models, resident_layers=resident), [3, 1, 4, 1, 5], list[tuple[int, int]]()
+    with open_engine(settings, hardware=L40) as engine:
+        expected = engine.generate(prompt, max_new_tokens=12, ignore_eos=True).token_ids
+    monkeypatch.setattr("offload.assemble.check_source", check_coded)
+    with open_engine(settings, hardware=L40, device=make_device(), progress=lambda *done: read.append(done)) as engine:
+        plan, stream = engine.plan, engine.loop._stream
+        assert plan.device_ledger.get("decoded layer", 0) == stream.scratch_bytes and bool(stream.scratch_bytes) == (
+            resident < 6
+        )
+        assert sum(plan.host_ledger.values()) == plan.bytes_per_pass == stream.bytes_per_pass
+        assert engine.generate(prompt, max_new_tokens=12, ignore_eos=True).token_ids == expected
+        if resident:
+            with layer_fault(engine, 1, lambda: len(engine.plan.placement.resident) == resident):
+                assert engine.generate(prompt, max_new_tokens=12, ignore_eos=True).token_ids == expected
+            assert engine.plan.device_ledger["decoded layer"] == stream.scratch_bytes
+        ring_bytes = 2 * stream.slot_bytes
+    assert read[-1][0] == read[-1][1]
+    with open_engine(replace(settings, host_memory_bytes=ring_bytes), hardware=L40, device=make_device()) as engine:
+        assert engine.generate(prompt, max_new_tokens=12, ignore_eos=True).token_ids == expected
+        assert engine.plan.placement.disk or resident == 6

@@ -6,39 +6,52 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.streaming.schedule import Compute, Fetch, first_fetches, pass_steps
+from offload.streaming.schedule import Compute, Decode, Fetch, first_fetches, pass_steps
 from offload.weights.placement import spread_evenly, spread_order
 
-shapes = st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)), st.integers(1, 5)))
+# Layers, those that are streamed, slots, those that are decoded.
+shapes = st.integers(1, 12).flatmap(
+    lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)), st.integers(1, 5), st.sets(st.integers(0, n - 1)))
+)
+Shape = tuple[int, set[int], int, set[int]]
 
 
 @given(shapes)
-def test_every_pass_computes_every_layer_in_order_from_the_slot_that_holds_it(shape: tuple[int, set[int], int]) -> None:
-    num_layers, streamed_set, num_slots = shape
+def test_every_pass_computes_every_layer_in_order_from_the_slot_that_holds_it(shape: Shape) -> None:
+    """Or out of the scratch, if the layer was decoded there since the last one was used."""
+    num_layers, streamed_set, num_slots, decoded = shape
     streamed = tuple(sorted(streamed_set))
     slots: dict[int, int | None] = dict.fromkeys(range(num_slots))
     for fetch in first_fetches(streamed, num_slots):
         slots[fetch.slot] = fetch.layer
     for number in range(4):
-        steps = pass_steps(num_layers, streamed, num_slots, number)
+        steps, scratch = pass_steps(num_layers, streamed, num_slots, number, decoded), None
         assert [step.layer for step in steps if isinstance(step, Compute)] == list(range(num_layers))
         for step in steps:
             if isinstance(step, Fetch):
                 slots[step.slot] = step.layer
+            elif isinstance(step, Decode):
+                assert slots[step.slot] == step.layer and scratch is None
+                scratch = step.layer
             elif step.slot is None:
-                assert step.layer not in streamed
+                assert (scratch == step.layer) if step.layer in streamed_set & decoded else step.layer not in streamed
+                scratch = None
             else:
-                assert slots[step.slot] == step.layer
+                assert slots[step.slot] == step.layer not in decoded
 
 
 @given(shapes)
-def test_a_fetch_goes_only_into_the_slot_that_was_just_used(shape: tuple[int, set[int], int]) -> None:
-    num_layers, streamed_set, num_slots = shape
+def test_a_fetch_goes_only_into_the_slot_that_was_just_used_and_at_once(shape: Shape) -> None:
+    """Behind a layer that is decoded out of it, before that is computed."""
+    num_layers, streamed_set, num_slots, decoded = shape
     for number in range(3):
-        steps = pass_steps(num_layers, tuple(sorted(streamed_set)), num_slots, number)
+        steps = pass_steps(num_layers, tuple(sorted(streamed_set)), num_slots, number, decoded)
         for before, step in pairwise(steps):
-            if isinstance(step, Fetch):
-                assert isinstance(before, Compute) and before.slot == step.slot
+            frees_slot = isinstance(before, Decode) or (isinstance(before, Compute) and before.slot is not None)
+            assert frees_slot == isinstance(step, Fetch)
+            if isinstance(step, Fetch) and isinstance(before, Decode | Compute):
+                assert before.slot == step.slot
+        assert not steps or not isinstance(steps[-1], Decode)
         assert sum(isinstance(step, Fetch) for step in steps) == len(streamed_set)
 
 

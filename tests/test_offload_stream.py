@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from fakes import REFUSING, EagerDevice, FailingDevice, LateDevice, LosingDevice, RefusingDevice, RefusingLateDevice
+from fakes import (
+    NAN_BYTE,
+    REFUSING,
+    EagerDevice,
+    FailingDevice,
+    LateDevice,
+    LosingDevice,
+    RefusingDevice,
+    RefusingLateDevice,
+    WatchedDevice,
+)
 from layered import FORMS, MakeLayers, check_pass, open_placed, open_stream, save_layers
 from offload.bench.steps import link
 from offload.calibrate.link import measure_copies, measure_idle_link
@@ -21,12 +32,13 @@ from offload.device import Device, Ticket
 from offload.device.cpu import CpuDevice
 from offload.device.host import HostMapping
 from offload.doctor.gather import time_copies
-from offload.errors import DeviceError, HostMemoryError
-from offload.streaming.stream import layer_timings
+from offload.errors import DeviceError, DeviceMemoryError, HostMemoryError
+from offload.streaming.pass_log import layer_timings
+from offload.weights.codec import Decoder, Tensors
 from offload.weights.placement import RING_BUFFERS, Placement
 from offload.weights.ring import BounceRing
 from offload.weights.source import CheckpointFeed, Destinations
-from offload.weights.store import load_through_host
+from offload.weights.through_host import Upload, load_through_host
 from serving import until
 
 
@@ -213,7 +225,7 @@ def test_a_layer_that_cannot_leave_the_device_for_want_of_a_ring_stays_and_may_l
 def test_a_layer_whose_way_to_the_host_is_interrupted_stays_and_may_leave_later(
     make_layers: MakeLayers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(tensor: torch.Tensor) -> torch.Tensor:
+    def interrupted(*_arguments: object) -> torch.Tensor:
         raise KeyboardInterrupt
 
     device = RefusingDevice()
@@ -223,6 +235,7 @@ def test_a_layer_whose_way_to_the_host_is_interrupted_stays_and_may_leave_later(
         placement = replace(store.placement, resident=store.placement.resident - {leaving})
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(device, "download", interrupted)
+            patch.setattr(CheckpointFeed, "fill", interrupted)  # what was decoded is read once more
             stream.evict(placement, 2)
         assert store.host_bytes == before_bytes
         check_pass(stream)
@@ -265,19 +278,21 @@ def test_a_ring_reports_what_a_fill_raises_and_goes_on() -> None:
 
 
 def test_late_device_catches_weights_used_after_their_release(make_layers: MakeLayers) -> None:
+    """Also out of the scratch memory, where the next layer is decoded."""
     with open_stream(LateDevice(), make_layers(4), 0, 2) as (stream, _):
         kept = [weights["a"] for weights in stream.one_pass()]
         assert all(view.isnan().all() for view in kept)
 
 
 def test_eager_device_catches_a_fetch_into_a_slot_in_use(make_layers: MakeLayers) -> None:
-    """The negative control of the adversarial devices: a stream that fetches one step early yields a wrong layer."""
-    device = EagerDevice()
-    with open_stream(device, make_layers(4), 0, 2) as (stream, store):
+    """The negative control of the adversarial devices: a stream that fetches one step early yields a wrong layer. A layer that
+    was decoded needs its slot no more."""
+    device, layers = EagerDevice(), make_layers(4)
+    with open_stream(device, layers, 0, 2) as (stream, store):
         under_way = stream.one_pass()
         first = next(under_way)
         device.copy_async(stream._targets[0][2], store.source(2), device.mark())
-        assert first["a"].tolist() == [2] * 7
+        assert first["a"].tolist() == [2 if layers.codecs[0].decode is None else 0] * 7
         under_way.close()
 
 
@@ -392,13 +407,14 @@ def test_a_disk_that_fails_while_weights_are_read_leaves_no_copy_under_way_and_n
 ) -> None:
     device = RefusingLateDevice()
     staging = [torch.empty(64, dtype=torch.uint8) for _ in range(num_staging)]
-    buffers = [(device.alloc(64), lambda host: {"a": host}) for _ in range(4)]
+    buffers = [device.alloc(64) for _ in range(4)]
+    uploads = [Upload(memory=buffer, lay_out=lambda host: {"a": host}) for buffer in buffers]
     feed: Any = BrokenFeed(fail_at)
     with pytest.raises(DeviceError, match="the disk broke"):
-        load_through_host(device, buffers, staging, feed, None)
+        load_through_host(device, uploads, staging, feed, None)
     assert device._sources == {} and device.pinned == []
-    load_through_host(device, buffers, staging, feed, None)
-    assert all(buffer.tolist() == [1] * 64 for buffer, _ in buffers) and device.pinned == []
+    load_through_host(device, uploads, staging, feed, None)
+    assert all(buffer.tolist() == [1] * 64 for buffer in buffers) and device.pinned == []
     device.close()
 
 
@@ -541,3 +557,71 @@ def test_a_copy_has_passed_when_it_has_landed(device: Device) -> None:
     late = LateDevice()
     assert not late.passed(late.copy_async(target, source, late.mark()))
     late.close()
+
+
+def test_a_decoded_layer_has_left_its_slot_before_it_is_used(tmp_path: Path) -> None:
+    """The slot's next copy is under way, and what the layer computes with is none of the slot's memory."""
+    layers, device = save_layers(tmp_path, 5, "coded"), LateDevice()
+    with open_stream(device, layers, 0, 2) as (stream, _):
+        under_way = stream.one_pass()
+        for layer, weights in enumerate(under_way):
+            slot = stream._targets[layer % 2][layer]
+            assert sorted(stream._flying) == [0, 1], "the link has as much to do as it can hold"
+            assert bool((slot == NAN_BYTE).all()), "the slot is free for anything"
+            assert weights["a"].tolist() == [layer] * 7 and weights["b"].unique().tolist() == [layer + 0.5]
+    device.close()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_layer_that_cannot_be_decoded_ends_its_pass_and_no_other(
+    device: Device, tmp_path: Path, error: type[BaseException]
+) -> None:
+    """Wherever in two passes it is, with layers in memory and on disk."""
+    layers, fail_at = save_layers(tmp_path, 4, "mixed"), [0]
+
+    def failing(decode: Decoder, stored: Tensors, parameters: Tensors) -> None:
+        fail_at[0] -= 1
+        if fail_at[0] == 0:
+            raise error
+        decode(stored, parameters)
+
+    codecs = [replace(codec, decode=codec.decode and partial(failing, codec.decode)) for codec in layers.codecs]
+    for disk in (0, 2):
+        with open_stream(device, replace(layers, codecs=tuple(codecs)), 0, 2, disk) as (stream, _):
+            for number in range(1, 7):
+                fail_at[0] = number
+                with pytest.raises(error):
+                    for _ in range(2):
+                        check_pass(stream)
+                check_pass(stream)
+                check_pass(stream)
+
+
+def test_layers_are_decoded_in_one_memory_which_is_there_only_while_layers_are_streamed(make_layers: MakeLayers) -> None:
+    """And all of the stream's memory goes with it."""
+    layers, device = make_layers(4), WatchedDevice()
+    most_bytes = max((codec.computed.num_bytes for codec in layers.codecs if codec.decode is not None), default=0)
+    for resident, scratch_bytes in ((0, most_bytes), (2, most_bytes), (4, 0)):
+        with open_stream(device, layers, resident, 2) as (stream, _):
+            assert stream.scratch_bytes == scratch_bytes
+            check_pass(stream)
+        assert stream.scratch_bytes == 0 and (device.held_bytes, device.num_under_way) == (0, 0)
+    device.close()
+
+
+def test_layers_that_cannot_leave_the_device_for_want_of_a_slot_stay_and_may_leave_later(tmp_path: Path) -> None:
+    """Those that leave are smaller than the largest, which a slot must hold, so that slots are allocated."""
+    layers, device = save_layers(tmp_path, 4, "uneven"), WatchedDevice()
+    full = DeviceMemoryError("no room", where="device", cure="none")
+    with open_stream(device, layers, 4, 2) as (stream, store):
+        placement = Placement(num_layers=4, resident=frozenset({1}))
+        device._interrupt_at, device._fault = len(device.calls) + 3, full  # the second slot
+        with pytest.raises(DeviceMemoryError):
+            stream.evict(placement, 2)
+        assert stream.num_slots == 0 and store.host_bytes == 0 and not stream.placement.streamed
+        check_pass(stream)
+        stream.evict(placement, 2)
+        assert stream.num_slots == 2
+        check_pass(stream)
+        check_pass(stream)
+    device.close()

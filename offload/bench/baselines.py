@@ -92,7 +92,7 @@ def _layer_classes(model: Any, source: ModelSource) -> list[str]:
 
 def _weight_bytes(source: ModelSource) -> int:
     model = source.model
-    return sum(layout.num_bytes for layout in model.layouts) + model.outside_layout.num_bytes
+    return sum(codec.computed.num_bytes for codec in model.codecs) + model.outside_layout.num_bytes
 
 
 def _device_bytes(device: Device, case: Case) -> int:

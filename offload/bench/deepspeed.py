@@ -38,7 +38,7 @@ def open_deepspeed(variant: str, source: ModelSource) -> Any:
     config = zero_config(
         variant,
         hidden_size=source.architecture.config.hidden_size,
-        layer_parameters=max(layout.num_bytes for layout in source.model.layouts) // source.model.dtype.itemsize,
+        layer_parameters=max(codec.computed.num_bytes for codec in source.model.codecs) // source.model.dtype.itemsize,
         dtype_name=str(source.model.dtype).removeprefix("torch."),
     )
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}

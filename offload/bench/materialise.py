@@ -27,7 +27,7 @@ def build_model(source: ModelSource) -> Any:
 
 def host_tensors(source: ModelSource) -> dict[str, torch.Tensor]:
     """Every tensor by name, on the CPU."""
-    architecture, layer_bytes = source.architecture, max(layout.num_bytes for layout in source.model.layouts)
+    architecture, layer_bytes = source.architecture, max(codec.computed.num_bytes for codec in source.model.codecs)
     room = (round(available_bytes() * HOST_SHARE) - source.model.outside_layout.num_bytes) // layer_bytes
     borrowed = borrowed_layers(range(architecture.num_layers), source.tensors.equal_layers, room)
     if architecture.num_layers - len(borrowed) > room:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+import torch
+
 from ..config import bytes_text
 from ..device import Device
 from ..device.host import available_bytes
@@ -23,7 +25,8 @@ from ..source import ModelSource
 from ..streaming.stream import LayerStream, ResidentWeights
 from ..weights.placement import RING_BUFFERS, Placement
 from ..weights.source import borrowed_layers
-from ..weights.store import WeightStore, load_through_host
+from ..weights.store import WeightStore
+from ..weights.through_host import Upload, load_through_host
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +54,10 @@ class ReadCounter:
 
 def bytes_to_read(source: ModelSource, draft: ModelSource | None, plan: Plan) -> int:
     """What loading under `plan` reads: layers on disk are read later, those that borrow memory not at all."""
-    prefix = source.architecture.prefix
-    unread = tuple(f"{prefix}.{layer}." for layer in (*plan.placement.disk, *plan.placement.borrowed))
-    wanted = source.architecture.expected_tensors
-    num_bytes = sum(source.tensors.num_bytes(name) for name in wanted if not (unread and name.startswith(unread)))
+    names = source.stored_names([*plan.placement.resident, *plan.placement.host_owners])
+    num_bytes = sum(map(source.tensors.num_bytes, names))
     if draft is not None:
-        num_bytes += sum(draft.tensors.num_bytes(name) for name in draft.architecture.expected_tensors)
+        num_bytes += sum(map(draft.tensors.num_bytes, draft.stored_names(range(draft.architecture.num_layers))))
     return num_bytes
 
 
@@ -93,7 +94,9 @@ class Loaded:
     def read(self, counter: ReadCounter) -> None:
         """The weights, from wherever they come."""
         counter.begin(replace(self.plan, placement=self.store.placement))  # a ring may have sent layers to disk
-        for part in self.parts:
+        target, *others = self.parts
+        target.fill(counter, self.stream.any_slot)
+        for part in others:
             part.fill(counter)
 
 
@@ -179,8 +182,8 @@ class _Memory:
             capacity=context_rows,
             dtype=source.model.dtype,
         )
-        layouts, prefix = source.model.layouts, architecture.prefix
-        self.store = WeightStore(device, source.tensors, layouts, prefix, placement, most_host_bytes)
+        codecs, prefix = source.model.codecs, architecture.prefix
+        self.store = WeightStore(device, source.tensors, codecs, prefix, placement, most_host_bytes)
         stack.callback(self.store.close)
 
     def model(self, weights: WeightSource, stack: ExitStack) -> CausalLM:
@@ -190,14 +193,15 @@ class _Memory:
         stack.callback(model.close)
         return model
 
-    def fill(self, counter: ReadCounter) -> None:
+    def fill(self, counter: ReadCounter, slot: torch.Tensor | None = None) -> None:
+        """`slot`: see WeightStore.load."""
         layout = self._source.model.outside_layout
         with self._source.tensors.open() as feed:
             if self._device.host_addressable:
                 feed.fill(layout.views(self._outside), counter)
             else:
-                load_through_host(self._device, [(self._outside, layout.views)], [], feed, counter)
-        self.store.load(counter)
+                load_through_host(self._device, [Upload(memory=self._outside, lay_out=layout.views)], [], feed, counter)
+        self.store.load(counter, slot)
 
 
 def _resident(source: ModelSource) -> Placement:

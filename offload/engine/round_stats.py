@@ -5,7 +5,8 @@ import time
 from ..device import Device
 from ..report.stats import PassStats
 from ..report.trace import Trace
-from ..streaming.stream import LayerStream, LayerTiming, layer_timings
+from ..streaming.pass_log import LayerTiming, layer_timings
+from ..streaming.stream import LayerStream
 
 
 def round_stats(

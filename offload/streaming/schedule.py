@@ -3,8 +3,12 @@
 The streamed layers form a cycle that runs on across passes: fetch number f brings layer streamed[f mod n] into slot f mod S.
 As soon as a slot's layer has been used, the slot takes the layer S fetches ahead, which at the end of a pass belongs to the
 next one. So the link works while the round's end (verification, drafting) computes.
+
+A layer that is not stored as it computes is decoded out of its slot first. The slot is free then, and its next copy is queued
+before the layer is computed.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 
@@ -18,13 +22,21 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Use `layer`, from `slot`, or where it lies (None) when it is resident."""
+    """Use `layer`, from `slot`, or where its parameters lie (None) when it is resident or was decoded."""
 
     layer: int
     slot: int | None
 
 
-Step = Fetch | Compute
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Make the parameters of `layer` out of what `slot` holds of it, into the one scratch memory. The slot is free then."""
+
+    layer: int
+    slot: int
+
+
+Step = Fetch | Decode | Compute
 
 
 def first_fetches(streamed: tuple[int, ...], num_slots: int) -> tuple[Fetch, ...]:
@@ -32,8 +44,11 @@ def first_fetches(streamed: tuple[int, ...], num_slots: int) -> tuple[Fetch, ...
     return tuple(Fetch(streamed[fetch % len(streamed)], fetch) for fetch in range(num_slots if streamed else 0))
 
 
-def pass_steps(num_layers: int, streamed: tuple[int, ...], num_slots: int, pass_number: int) -> tuple[Step, ...]:
+def pass_steps(
+    num_layers: int, streamed: tuple[int, ...], num_slots: int, pass_number: int, decoded: Set[int] = frozenset()
+) -> tuple[Step, ...]:
     """All steps of pass `pass_number` (0, 1, ...): every layer computed in order, and as many fetches as streamed layers.
+    Those of them that are in `decoded` are decoded first.
 
     The steps depend on `pass_number` only through the slot that the cycle has reached, so they repeat with a period of at
     most `num_slots` passes.
@@ -43,8 +58,10 @@ def pass_steps(num_layers: int, streamed: tuple[int, ...], num_slots: int, pass_
     slots = {layer: (use + order) % num_slots for order, layer in enumerate(streamed)}
     for layer in range(num_layers):
         slot = slots.get(layer)
-        steps.append(Compute(layer, slot))
-        if slot is not None:
-            steps.append(Fetch(streamed[(use + num_slots) % len(streamed)], slot))
-            use += 1
+        if slot is None:
+            steps.append(Compute(layer, None))
+            continue
+        fetch = Fetch(streamed[(use + num_slots) % len(streamed)], slot)
+        steps += (Decode(layer, slot), fetch, Compute(layer, None)) if layer in decoded else (Compute(layer, slot), fetch)
+        use += 1
     return tuple(steps)

@@ -1,43 +1,30 @@
 """Run the schedule on a device: an iterator over the layers' weights, in order, pass after pass.
 
 Knows nothing of models or trees. A pass is a generator: asking for the next layer ends the use of the previous one, releases
-its slot and queues the slot's next copy. An abandoned or failed pass leaves the stream ready to start over.
+its slot and queues the slot's next copy. A layer that is decoded leaves its slot before it is used. An abandoned or failed pass
+leaves the stream ready to start over.
 """
 
 import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from ..device import CopyTicket, Device, Interval, Ticket
+from ..device import CopyTicket, Device, Ticket
 from ..weights.layout import views_of_each
 from ..weights.placement import Placement
 from ..weights.ring import RingFill
 from ..weights.store import WeightStore
-from .schedule import Fetch, first_fetches, pass_steps
+from .pass_log import LayerUse, PassLog
+from .schedule import Decode, Fetch, first_fetches, pass_steps
 
 Weights = Mapping[str, torch.Tensor]
 
 LINK_SAMPLES = 4
-
-
-@dataclass(frozen=True, slots=True)
-class LayerUse:
-    """Tickets of one layer in one pass: its copy (None when resident) and the end of its compute."""
-
-    layer: int
-    copy: CopyTicket | None
-    done: Ticket
-
-
-@dataclass(slots=True)
-class PassLog:
-    start: Ticket
-    uses: list[LayerUse] = field(default_factory=list)
-    start_s: float = field(default_factory=time.monotonic)
+NO_MEMORY = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,16 +35,6 @@ class PassProgress:
     num_layers: int
     streamed_bytes: int
     elapsed_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class LayerTiming:
-    """One layer in one pass. `stall_s` is how long compute had nothing to do but wait for the copy."""
-
-    layer: int
-    copy: Interval | None
-    compute: Interval
-    stall_s: float
 
 
 class ResidentWeights:
@@ -82,7 +59,9 @@ class LayerStream:
         self.log: PassLog | None = None
         self._device, self._store = device, store
         self._num_layers = store.placement.num_layers
-        self._slots = [device.alloc(self.slot_bytes) for _ in range(num_slots if store.placement.streamed else 0)]
+        is_streaming = bool(store.placement.streamed)
+        self._slots = [device.alloc(self.slot_bytes) for _ in range(num_slots if is_streaming else 0)]
+        self._scratch = device.alloc(store.scratch_bytes) if is_streaming and store.scratch_bytes else NO_MEMORY
         self._see_placement()
         self._free: list[Ticket] = []
         self._queue: deque[Fetch] = deque()
@@ -96,6 +75,16 @@ class LayerStream:
     @property
     def num_slots(self) -> int:
         return len(self._slots)
+
+    @property
+    def any_slot(self) -> torch.Tensor | None:
+        """[slot_bytes] to write to before the first pass, if there is one."""
+        return self._slots[0] if self._slots else None
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Device memory that streamed layers are decoded into, one at a time."""
+        return self._scratch.numel()
 
     @property
     def placement(self) -> Placement:
@@ -145,22 +134,25 @@ class LayerStream:
         return statistics.median(rates)
 
     def evict(self, placement: Placement, num_slots: int) -> None:
-        """Go on with fewer resident layers; between passes. Their buffers become slots while there are fewer than `num_slots`,
-        where they are large enough; the others are free once nobody else holds them. HostMemoryError, or OutOfMemoryError for a
-        slot that is allocated: then all stays as it is."""
+        """Go on with fewer resident layers; between passes. Their buffers become the slots that are missing up to `num_slots`,
+        and the scratch, where they are large enough; the others are free once nobody else holds them. HostMemoryError, or
+        OutOfMemoryError for what is allocated: then all stays as it is."""
         self._abandon()
         spare = self._store.leaving(placement)
         slots = [self._memory(self.slot_bytes, spare) for _ in range(num_slots - len(self._slots))]
+        scratch = self._scratch
+        if scratch.numel() < self._store.scratch_bytes:
+            scratch = self._memory(self._store.scratch_bytes, spare)
         self._store.evict(placement)
-        self._slots += slots
+        self._slots, self._scratch = [*self._slots, *slots], scratch
         self._see_placement()
 
     def close(self) -> None:
         """Let copies under way land, so that their memory may go; and let go of ours."""
         self._abandon()
-        for memory in (self._slots, self._views, self._targets, self._resident):
+        for memory in (self._slots, self._views, self._targets, self._resident, self._decoded):
             memory.clear()
-        self.log = None
+        self._scratch, self.log = NO_MEMORY, None
 
     def prefetch(self) -> None:
         """Start the next pass's first copies, those that are not under way already, so that they hide what comes before it."""
@@ -184,20 +176,34 @@ class LayerStream:
             raise
 
     def _run_pass(self, log: PassLog) -> Iterator[Weights]:
-        for step in pass_steps(self._num_layers, self._streamed, len(self._slots), self._pass_number):
+        copy: CopyTicket | None = None  # of the layer that was decoded last
+        for step in pass_steps(self._num_layers, self._streamed, len(self._slots), self._pass_number, self._decoded.keys()):
             if isinstance(step, Fetch):
-                self._free[step.slot] = log.uses[-1].done
                 self._queue.append(step)
                 self._send(None)
-            elif step.slot is None:
+            elif isinstance(step, Decode):
+                copy, stored = self._arrived(step.slot)
+                decode = self._store.codecs[step.layer].decode
+                assert decode is not None, "only layers that are decoded have this step"
+                decode(self._views[step.slot][step.layer], self._decoded[step.layer])
+                self._free[step.slot] = self._device.release(stored)
+            elif step.slot is not None:
+                arrived, stored = self._arrived(step.slot)
+                yield self._views[step.slot][step.layer]
+                self._free[step.slot] = done = self._device.release(stored)
+                log.uses.append(LayerUse(step.layer, arrived, done))
+            elif step.layer in self._decoded:
+                yield self._decoded[step.layer]
+                log.uses.append(LayerUse(step.layer, copy, self._device.release(self._scratch)))
+            else:
                 yield self._resident[step.layer]
                 log.uses.append(LayerUse(step.layer, None, self._device.mark()))
-            else:
-                self._send(step.slot)
-                copy = self._flying.pop(step.slot)
-                slot = self._device.wait(copy)
-                yield self._views[step.slot][step.layer]
-                log.uses.append(LayerUse(step.layer, copy, self._device.release(slot)))
+
+    def _arrived(self, slot: int) -> tuple[CopyTicket, torch.Tensor]:
+        """The copy that `slot` waits for, and the bytes that it has brought."""
+        self._send(slot)
+        copy = self._flying.pop(slot)
+        return copy, self._device.wait(copy)
 
     def _send(self, needed_slot: int | None) -> None:
         """Queue copies whose source is at hand. A layer that the ring has not brought holds back those behind it in the ring
@@ -224,8 +230,11 @@ class LayerStream:
         self._streamed = self._store.placement.streamed
         self._resident = self._store.resident
         # By slot and layer: the bytes that a copy fills, and the tensors in them.
+        codecs = self._store.codecs
         self._targets = [tuple(slot[:num_bytes] for num_bytes in self._store.stored_bytes) for slot in self._slots]
-        self._views = [views_of_each(self._store.layouts, slot) for slot in self._slots]
+        self._views = [views_of_each([codec.stored for codec in codecs], slot) for slot in self._slots]
+        decoded = [layer for layer in self._streamed if codecs[layer].decode is not None]
+        self._decoded = {layer: codecs[layer].computed.views(self._scratch) for layer in decoded}
 
     def _memory(self, num_bytes: int, spare: list[torch.Tensor]) -> torch.Tensor:
         """[num_bytes] of the device: taken out of `spare` where that has a buffer as large, or new."""
@@ -248,16 +257,3 @@ class LayerStream:
         """A copy of some layer's size: its bytes, and its ticket."""
         source = self._store.any_source()
         return source.numel(), self._device.copy_async(self._slots[0][: source.numel()], source, self._device.mark())
-
-
-def layer_timings(device: Device, log: PassLog) -> list[LayerTiming]:
-    """What happened in a finished pass; call it after the pass's host sync."""
-    timings: list[LayerTiming] = []
-    previous_s = device.interval(log.start).end_s
-    for use in log.uses:
-        copy = device.interval(use.copy) if use.copy is not None else None
-        stall_s = max(0.0, copy.end_s - previous_s) if copy is not None else 0.0
-        compute = Interval(previous_s + stall_s, device.interval(use.done).end_s)
-        timings.append(LayerTiming(use.layer, copy, compute, stall_s))
-        previous_s = compute.end_s
-    return timings

@@ -10,14 +10,16 @@ from functools import partial
 
 import torch
 
-from ..device import CopyTicket, Device, Ticket, pinned
+from ..device import Device, Ticket
 from ..device.host import move_by_threads
 from ..errors import HostMemoryError
+from .codec import LayerCodec, scratch_bytes
 from .host_layers import HostLayers
 from .layout import LayerLayout
 from .placement import Placement
 from .ring import BounceRing, RingFill
 from .source import Destinations, TensorFeed, TensorSource
+from .through_host import Upload, load_through_host
 
 Progress = Callable[[int], None]
 
@@ -27,7 +29,7 @@ class WeightStore:
     `load` fills both. Host memory held: the host layers, exactly, plus a ring when some layers are on disk or could not be
     pinned; peak while loading is that plus the reader's scratch (see TensorReader).
 
-    `layouts` has one for each layer. `placement` says where layers came to lie: which are pageable, and which went to disk as a
+    `codecs` has one for each layer. `placement` says where layers came to lie: which are pageable, and which went to disk as a
     ring for those would have taken more than `most_host_bytes`. Layers are asked for in the order of passes.
     """
 
@@ -35,14 +37,14 @@ class WeightStore:
         self,
         device: Device,
         source: TensorSource,
-        layouts: Sequence[LayerLayout],
+        codecs: Sequence[LayerCodec],
         prefix: str,
         placement: Placement,
         most_host_bytes: int | None = None,
     ) -> None:
-        self.layouts, self.stored_bytes = tuple(layouts), tuple(layout.num_bytes for layout in layouts)
+        self.codecs, self.stored_bytes = tuple(codecs), tuple(codec.stored.num_bytes for codec in codecs)
         self._device, self._source, self._prefix, self._most_host_bytes = device, source, prefix, most_host_bytes
-        self._resident = {layer: device.alloc(self.stored_bytes[layer]) for layer in sorted(placement.resident)}
+        self._resident = {layer: device.alloc(codecs[layer].computed.num_bytes) for layer in sorted(placement.resident)}
         self._memory = HostLayers(device, self.stored_bytes)
         self._homes: dict[int, torch.Tensor] = {}
         self._ring: BounceRing | None = None
@@ -55,9 +57,14 @@ class WeightStore:
         return max(self.stored_bytes)
 
     @property
+    def scratch_bytes(self) -> int:
+        """What a streamed layer is decoded into must hold: the largest that is decoded, as in `slot_bytes`."""
+        return scratch_bytes(self.codecs)
+
+    @property
     def resident(self) -> dict[int, dict[str, torch.Tensor]]:
-        """Typed views of the resident layers, used in place."""
-        return {layer: self.layouts[layer].views(buffer) for layer, buffer in self._resident.items()}
+        """The parameters of the resident layers, used in place."""
+        return {layer: self.codecs[layer].computed.views(buffer) for layer, buffer in self._resident.items()}
 
     @property
     def host_bytes(self) -> int:
@@ -77,11 +84,12 @@ class WeightStore:
         self._memory.borrow(self.placement.borrowed)
         self._settle(self.placement)
 
-    def load(self, progress: Progress | None = None) -> None:
-        """Read every layer that has a place in memory. `progress` gets bytes read."""
+    def load(self, progress: Progress | None = None, slot: torch.Tensor | None = None) -> None:
+        """Read every layer that has a place in memory. `progress` gets bytes read. Resident layers are decoded here, once. They
+        land in `slot`, [slot_bytes] of the device that nobody uses yet, or in memory that is allocated for it."""
         owned = {layer: self._homes[layer] for layer in self.placement.host_owners}
         with self._source.open() as feed:
-            self._load_resident(feed, self._memory.roomy, progress)
+            self._load_resident(feed, slot, progress)
             feed.fill(self._destinations(owned), progress)
 
     def leaving(self, placement: Placement) -> list[torch.Tensor]:
@@ -97,8 +105,7 @@ class WeightStore:
         self.start_over()
         self._memory.add(to_host)
         try:
-            for layer in to_host:
-                self._download(layer)
+            self._bring_home(to_host)
         except BaseException:  # Ctrl-C above all, as it takes a while
             self._memory.undo_add(to_host)
             raise
@@ -189,55 +196,53 @@ class WeightStore:
             assert feed is not None
             feed.fill(self._views(layer, buffer))
 
-    def _download(self, layer: int) -> None:
+    def _bring_home(self, layers: Sequence[int]) -> None:
+        """Resident layers into their host memory. Those that were decoded are read once more, as nothing encodes them."""
+        homes = self._memory.homes
+        coded = {layer: homes[layer] for layer in layers if self.codecs[layer].decode is not None}
+        for layer in layers:
+            if layer not in coded:
+                self._download(self.codecs[layer].stored, self._resident[layer], homes[layer])
+        if coded:
+            with self._source.open() as feed:
+                feed.fill(self._destinations(coded))
+
+    def _download(self, layout: LayerLayout, buffer: torch.Tensor, home: torch.Tensor) -> None:
         """Tensor by tensor: a device may need as much host memory again for what it downloads at once."""
-        places = self.layouts[layer].views(self._memory.homes[layer])
-        for name, tensor in self.layouts[layer].views(self._resident[layer]).items():
+        places = layout.views(home)
+        for name, tensor in layout.views(buffer).items():
             places[name].copy_(self._device.download(tensor))
 
     def _views(self, layer: int, buffer: torch.Tensor) -> Destinations:
-        return {f"{self._prefix}.{layer}.{name}": view for name, view in self.layouts[layer].views(buffer).items()}
+        return {f"{self._prefix}.{layer}.{name}": view for name, view in self.codecs[layer].stored.views(buffer).items()}
 
     def _destinations(self, buffers: Mapping[int, torch.Tensor]) -> Destinations:
         return {name: view for layer, buffer in buffers.items() for name, view in self._views(layer, buffer).items()}
 
-    def _load_resident(self, feed: TensorFeed, staging: list[torch.Tensor], progress: Progress | None) -> None:
+    def _load_resident(self, feed: TensorFeed, slot: torch.Tensor | None, progress: Progress | None) -> None:
+        raw = {layer: buffer for layer, buffer in self._resident.items() if self.codecs[layer].decode is None}
+        coded = {layer: buffer for layer, buffer in self._resident.items() if layer not in raw}
         if self._device.host_addressable:
-            feed.fill(self._destinations(self._resident), progress)
-            return
-        first, *copies = sorted(self._source.equal_layers.intersection(self._resident)) or [-1]
-        made = {layer: buffer for layer, buffer in self._resident.items() if layer not in copies}
-        if made:
-            buffers = [(buffer, partial(self._views, layer)) for layer, buffer in made.items()]
-            load_through_host(self._device, buffers, staging, feed, progress)
+            feed.fill(self._destinations(raw), progress)
+            raw = {}
+        first, *copies = sorted(self._source.equal_layers.intersection(raw)) or [-1]
+        uploads = [
+            Upload(memory=buffer, lay_out=partial(self._views, layer)) for layer, buffer in raw.items() if layer not in copies
+        ]
+        if coded:
+            slot = self._device.alloc(self.slot_bytes) if slot is None else slot
+            uploads += [self._decoding(layer, slot, buffer) for layer, buffer in coded.items()]
+        if uploads:
+            load_through_host(self._device, uploads, self._memory.roomy, feed, progress)
         for layer in copies:  # which takes a thousandth of making the same bytes again
             self._resident[layer].copy_(self._resident[first])
             if progress is not None:
                 progress(sum(map(self._source.num_bytes, self._views(layer, self._resident[layer]))))
 
-
-def load_through_host(
-    device: Device,
-    buffers: Sequence[tuple[torch.Tensor, Callable[[torch.Tensor], Destinations]]],
-    staging: list[torch.Tensor],
-    feed: TensorFeed,
-    progress: Progress | None,
-) -> None:
-    """Fill device `buffers`, each by the views that it lays into a host buffer, through `staging` host buffers (arena memory
-    whose own contents come later; one is made when there is none). One copy flies while the next buffer is read."""
-    if not staging:
-        with pinned(device, max(buffer.numel() for buffer, _ in buffers)) as owned:
-            load_through_host(device, buffers, [owned.tensor], feed, progress)
-        return
-    flying: list[CopyTicket] = []
-    try:
-        for number, (buffer, views) in enumerate(buffers):
-            if number >= len(staging):
-                device.drain(flying[number - len(staging)])
-            host = staging[number % len(staging)][: buffer.numel()]
-            feed.fill(views(host), progress)
-            flying.append(device.copy_async(buffer, host, device.mark()))
-    finally:
-        device.drain_copies()
-    for ticket in flying:
-        device.wait(ticket)  # an error of a copy is raised here
+    def _decoding(self, layer: int, slot: torch.Tensor, resident: torch.Tensor) -> Upload:
+        """Of a resident layer, by way of `slot`."""
+        codec = self.codecs[layer]
+        assert codec.decode is not None
+        stored = slot[: codec.stored.num_bytes]
+        decode = partial(codec.decode, codec.stored.views(stored), codec.computed.views(resident))
+        return Upload(memory=stored, lay_out=partial(self._views, layer), then=decode)
