@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import UsageError
 
@@ -127,43 +127,28 @@ class EngineSettings:
     def parse(
         cls,
         *,
-        model: str,
         draft_model: str | Sequence[str] | None = None,
-        tree: str = "auto",
-        verifier: str = "auto",
-        device: str = "auto",
-        dtype: str = "auto",
+        acceptance: str | Sequence[str] | None = None,
         gpu_memory: str | int = "auto",
         host_memory: str | int = "auto",
         resident_layers: str | int = "auto",
         slots: str | int = "auto",
         max_context: str | int = "auto",
         emulate_link: str | float | None = None,
-        acceptance: str | Sequence[str] | None = None,
-        profile: str | None = None,
-        draft_passes: str = "auto",
-        small_uploads: str = "auto",
-        fixed_plan: bool = False,
+        **fields: Any,
     ) -> "EngineSettings":
-        """From values as the command line has them: "auto", "24GiB", "200MB/s", "3". UsageError names the flag at fault."""
+        """From values as the command line has them: "auto", "24GiB", "200MB/s", "3". `fields` are those that need no reading,
+        such as `model` and `tree`. UsageError names the flag at fault."""
         return cls(
-            model=model,
             draft_models=tuple(name for name in _names(draft_model) if name != "none"),
-            tree=tree,
-            verifier=verifier,
-            device=device,
-            dtype=dtype,
+            acceptances=_names(acceptance),
             gpu_memory_bytes=None if gpu_memory == "auto" else parse_size(gpu_memory, flag="--gpu-memory"),
             host_memory_bytes=None if host_memory == "auto" else parse_size(host_memory, flag="--host-memory"),
             resident_layers=_count(resident_layers, "--resident-layers"),
             slots=_count(slots, "--slots"),
             max_context=_count(max_context, "--max-context"),
             emulate_link_bytes_per_s=None if emulate_link is None else parse_rate(emulate_link, flag="--emulate-link"),
-            acceptances=_names(acceptance),
-            profile=profile,
-            draft_passes=draft_passes,
-            small_uploads=small_uploads,
-            fixed_plan=fixed_plan,
+            **fields,
         )
 
     def __post_init__(self) -> None:
