@@ -8,7 +8,7 @@ import pytest
 from exactness import LENGTH, TREE, VOCAB_SIZE, chi_square, exact_law, run, save_pair
 from tree.sampling import SamplingParams
 
-TEXTS = 150  # docs/benchmarks/exactness.py asks the same of 2e5 rounds
+TEXTS = 150  # bench_exactness.py asks the same of 2e5 rounds
 ALPHA = 1e-5  # per case; seeds are fixed, so a green test stays green
 
 

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         from ..assemble import open_engine  # torch, after everything that can be refused without it
 
     trace = Trace() if arguments.trace else None
-    asked = _Asked(prompt, arguments)
+    asked = Asked(prompt, arguments)
     with LoadBar(enabled=not arguments.quiet) as progress:
         engine = open_engine(
             settings, seed=arguments.seed, progress=progress.update, trace=trace, expect=asked.expect, admit=asked.admit
@@ -105,8 +105,8 @@ def read_prompt(arguments: argparse.Namespace) -> str | list[int]:
     return DEMO_PROMPT
 
 
-class _Asked:
-    """The one request of this run: told to the planner before anything is planned, and admitted before anything is loaded."""
+class Asked:
+    """The one request of this run. The planner is told of it before it plans, and it is admitted before weights are read."""
 
     def __init__(self, prompt: str | list[int], arguments: argparse.Namespace) -> None:
         self._prompt, self._arguments = prompt, arguments
@@ -144,7 +144,7 @@ class _Asked:
 
 
 def _print_text(engine: "Engine", generation: "Generation", recorder: AcceptanceRecorder, *, silent: bool) -> int:
-    """Write text as it becomes final; the exit code. After Ctrl-C or SIGTERM, what there is has been written, too."""
+    """Writes text as it becomes final, and returns the exit code. What there is at Ctrl-C or SIGTERM is written, too."""
 
     def write(text: str) -> None:
         if not silent:

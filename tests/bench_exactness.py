@@ -1,6 +1,6 @@
 """Exactness of sampled text on the real engine: 2e5 rounds and more, chi-square at 1e-4 with Bonferroni.
 
-    python docs/benchmarks/exactness.py --rounds 200000 --seed 12345
+    python tests/bench_exactness.py --rounds 200000 --seed 12345
 
 A tiny random pair (vocabulary 6), streamed layers, a tree of two chains of two: every text of four tokens takes two to four
 rounds. For every verifier, temperatures 0.3, 0.6, 1 and 1.5, top-p 0.8, 0.9 and 1, the frequencies of all 1296 texts are
@@ -14,11 +14,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from exactness import run, save_pair
 from offload.report.report import environment
@@ -37,7 +35,7 @@ def main() -> None:
     torch.set_num_threads(1)
     texts = round(arguments.rounds / ROUNDS_PER_TEXT / len(CASES))
     start_s = time.monotonic()
-    results = []
+    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         pair = save_pair(Path(folder))
         for verifier, temperature, top_p in CASES:
@@ -54,10 +52,10 @@ def main() -> None:
                 }
             )
             print(results[-1], file=sys.stderr, flush=True)
-    least = min(float(result["p_value"]) for result in results)
+    least = min(result["p_value"] for result in results)
     document = {
         "environment": environment("cpu"),
-        "rounds": sum(int(result["rounds"]) for result in results),
+        "rounds": sum(result["rounds"] for result in results),
         "seconds": time.monotonic() - start_s,
         "bound": ALPHA / len(CASES),
         "least_p_value": least,

@@ -1,6 +1,6 @@
 """Streaming by the numbers, on the CPU device: is the link always busy, how much memory is held, how fast is loading?
 
-    python docs/benchmarks/streaming.py --folder /tmp/streaming_benchmark
+    python tests/bench_streaming.py --folder /tmp/streaming_benchmark
 
 Writes a random Llama of about 1.3 GB there (once), then prints one JSON object: link utilisation over 20 decode passes over
 an emulated link, plain and with a tree; host bytes held per weight byte; loading against `dd iflag=direct` on the same
@@ -12,15 +12,12 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from offload.assemble import open_engine
 from offload.config import EngineSettings
@@ -45,10 +42,10 @@ def make_model(folder: Path) -> None:
 
 
 def utilisation(folder: Path, tree: str, slots: int) -> dict[str, object]:
-    draft = str(folder / "draft") if tree != "none" else None
+    draft = (str(folder / "draft"),) if tree != "none" else ()
     settings = EngineSettings(
         model=str(folder / "target"),
-        draft_model=draft,
+        draft_models=draft,
         tree=tree,
         device="cpu",
         slots=slots,

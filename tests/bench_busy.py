@@ -1,6 +1,6 @@
 """The first run of the bundled pair while other processes burn the cores: is there a tree, and is the prediction right?
 
-    python docs/benchmarks/busy.py --burners 2 --repeats 4 --markdown
+    python tests/bench_busy.py --burners 2 --repeats 4 --markdown
 
 Every run is a process of its own that does what `run_70b.py` without flags does, with its quick look at a machine that is busy
 from before it begins. SETTLING rounds after the first, the prediction that then holds is compared with the rounds that
@@ -16,14 +16,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from offload.assemble import open_engine
 from offload.cli.flags_to_settings import engine_settings
-from offload.cli.generate import _Asked
+from offload.cli.generate import Asked
 from offload.cli.parser import DEMO_PROMPT, parse_arguments
 from offload.report.report import environment
 
@@ -37,7 +34,7 @@ def first_run(flags: list[str]) -> dict[str, Any]:
     import torch
 
     arguments = parse_arguments(["generate", "--max-new-tokens", str(TOKENS), "--ignore-eos", *flags])
-    asked = _Asked(DEMO_PROMPT, arguments)
+    asked = Asked(DEMO_PROMPT, arguments)
     rounds: list[dict[str, Any]] = []
     began_s = time.monotonic()
     settings = engine_settings(arguments, emulate_demo_link=True)

@@ -1,6 +1,6 @@
 """The bundled pair on the CPU device over its emulated link: what trees make of one and the same stream of weights.
 
-    python docs/benchmarks/demo.py > docs/benchmarks/demo_cpu.json
+    python tests/bench_demo.py > docs/benchmarks/demo_cpu.json
 
 Runs `run_70b.py --json` on the default prompt, each case in its own process, `--runs` times, and checks that greedy text is
 the same for every tree. Medians.
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 CASES = (
     ("none", 0.0),
     ("auto", 0.0),

@@ -1,6 +1,6 @@
 """The planner beside reality: predicted and measured passes and seconds per token, and the planner's tree beside a sweep.
 
-    python docs/benchmarks/prediction.py --markdown
+    python tests/bench_prediction.py --markdown
 
 The bundled pair on the CPU device over emulated links, greedy, all layers streamed. Every repeat measures the machine anew and
 quickly, as a run without --profile does, and then goes through all trees, so that a machine whose speed changes changes it for
@@ -13,13 +13,9 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from offload.assemble import open_engine
 from offload.calibrate import QUICK, Subject, measure_hardware
@@ -67,11 +63,11 @@ def settings_for(link: float, tree: str, prompt_tokens: Sequence[int]) -> Engine
 
 
 def look_at_the_machine(link: float, context_tokens: int) -> HardwareProfile:
-    models = [("target", check_source(str(TARGET), "--model", "auto", "cpu").model)]
-    models += [("draft", check_source(str(DRAFT), "--draft-model", "auto", "cpu").model)]
+    target = check_source(str(TARGET), "--model", "auto", "cpu").model
+    draft = check_source(str(DRAFT), "--draft-model", "auto", "cpu").model
     device = open_device("cpu", link)
     try:
-        subjects = [Subject(role=role, model=model) for role, model in models]
+        subjects = [Subject(role="target", model=target), Subject(role="draft", model=draft)]
         effort = replace(QUICK, contexts=(context_tokens,), sampling_kinds=("greedy",))
         return measure_hardware(device, subjects, effort, link_bytes_per_s=link)
     finally:

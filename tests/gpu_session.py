@@ -1,6 +1,6 @@
 """The steps of gpu_session.sh that are not commands of their own. Each writes what it has measured as soon as it has it.
 
-python docs/benchmarks/gpu_session.py facts|latency|light|figure --out DIR [--seconds N] [--small]
+python tests/gpu_session.py facts|latency|light|figure --out DIR [--seconds N] [--small]
 
 `--small`: the same on a CPU, with models of the same make a thousandth as large.
 """
@@ -14,11 +14,8 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from gpu_notes import GIB, SMALL, Notes, Size
 from gpu_texts import figure, light
-
 from offload.device import Device, open_device, pinned
 from offload.doctor.gather import gather_facts, time_copies
 from offload.doctor.judge import judge

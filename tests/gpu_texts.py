@@ -4,11 +4,11 @@ import json
 import statistics
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gpu_notes import Notes, Size
-
 from offload.assemble import open_engine
 from offload.bench.case_and_outcome import Case
 from offload.bench.launch import run_isolated
@@ -43,8 +43,8 @@ def light(size: Size, notes: Notes, seconds: float) -> None:
     wide = replace(scaled(size, size.light_layers), tree=size.light_tree, resident_layers=2, profile=ROUGH_PROFILE)
     for passes in ("eager", "graphs") if size.device != "cpu" else ("eager",):
         name = f"{size.light_layers} layers, {passes}"
-        notes.add(name, lambda passes=passes: decode(replace(wide, draft_passes=passes), size, end_s))
-        notes.add(f"same text, {name}", lambda name=name: same_text(notes, "demo, plain", name))
+        notes.add(name, partial(decode, replace(wide, draft_passes=passes), size, end_s))
+        notes.add(f"same text, {name}", partial(same_text, notes, "demo, plain", name))
 
 
 def figure(size: Size, notes: Notes, seconds: float) -> None:
@@ -58,7 +58,7 @@ def figure(size: Size, notes: Notes, seconds: float) -> None:
     alone = replace(ours, draft_models=(), acceptances=(), tree="none")
     plain = notes.add("plain", lambda: decode(alone, size, end_s - 0.3 * seconds, tokens=3))
     for layers in size.accelerate_layers:
-        other = notes.add(f"accelerate, {layers} layers", lambda layers=layers: accelerate(size, layers, end_s))
+        other = notes.add(f"accelerate, {layers} layers", partial(accelerate, size, layers, end_s))
         if other and other["pass_s"]:
             layer_s = other["pass_s"] / layers
             print(f"Accelerate: {layer_s:.3f} s a layer, so {layer_s * size.layers:.2f} s a token")
@@ -119,7 +119,7 @@ def figures(report: Report) -> dict[str, Any]:
     steady = [one for one in stats.passes[1:] if one.num_rows >= plan.tree.num_nodes] or stats.passes
 
     def median(name: str) -> float:
-        return statistics.median(getattr(one, name) for one in steady)
+        return float(statistics.median(getattr(one, name) for one in steady))
 
     link_s = plan.bytes_per_pass / plan.link_bytes_per_s if plan.link_bytes_per_s else 0.0
     times = {name: median(name) for name in ("round_s", "pass_s", "draft_s", "verify_s", "stall_s", "copied_s")}

@@ -1,15 +1,12 @@
 """Opens an engine, breaks an answer off and closes it, over and over: what the process holds must not grow.
 
-python docs/benchmarks/gpu_leaks.py --device cuda
+python tests/gpu_leaks.py --device cuda
 """
 
 import argparse
 import sys
-from pathlib import Path
 
 import psutil
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from offload.assemble import open_engine
 from offload.config import EngineSettings
