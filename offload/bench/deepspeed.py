@@ -1,5 +1,7 @@
-"""DeepSpeed's ZeRO-Inference, written from its documentation (stage 3, parameters on the CPU). Not run by any test: it needs
-a GPU and an installed deepspeed."""
+"""DeepSpeed's ZeRO-Inference, written from its documentation (stage 3, parameters on the CPU).
+
+It is the one baseline that prefetches weights as we do, so a comparison needs it. Tests check its configuration, and the reason
+in its row where it cannot run. Running it takes a GPU and an installed deepspeed, which no test has."""
 
 import os
 from typing import Any

@@ -1,5 +1,5 @@
-"""Run one case on one engine, in this process, and tell what happens as it happens: what was told stays valid whenever the
-run is cut off. The clock is the caller's: a pass ends when its tokens are on the host."""
+"""Run one case on one engine, in this process, and tell what happens as it happens: what was told stays valid when the run is
+cut off. A pass ends when its tokens are on the host."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -22,10 +22,10 @@ class Decoder(Protocol):
     predicted_pass_s: float | None  # None: nobody knows
 
     def decode(self, prompt: tuple[int, ...], max_new_tokens: int, seed: int) -> Iterator[tuple[int, ...]]:
-        """New tokens, pass by pass; fewer than asked for only when it is not asked on."""
+        """New tokens, pass by pass. There are fewer than asked for only when the caller asks no further."""
 
     def facts(self) -> dict[str, Any]:
-        """What to tell about it: memory and link so far."""
+        """What to tell about the engine: memory and link so far."""
 
 
 def run_case(case: Case, open_decoder: Callable[[Case], AbstractContextManager[Decoder]], emit: Emit) -> None:

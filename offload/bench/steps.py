@@ -1,5 +1,5 @@
-"""The steps of the suite. Each is a function of its size and of the time it may take, and returns what it measured as JSON;
-none knows of the others, of files, or of what is done with the result."""
+"""The steps of the suite. Each is a function of the suite's size and of the time that the step may take. It returns what it
+measured as JSON, and knows neither other steps nor files nor what is done with the result."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -82,7 +82,7 @@ def hardware(size: SuiteSize, max_seconds: float) -> Row:
 
 
 def utilisation(size: SuiteSize, max_seconds: float) -> Row:
-    """Of the link: by slots, by tree, by resident layers."""
+    """Utilisation of the link, by slots, by tree, by resident layers."""
     base = _small(size)
     variants = [replace(base, tree="none", draft_models=(), slots=slots, resident_layers=0) for slots in size.slots]
     variants += [replace(base, tree=tree, slots=3, resident_layers=0) for tree in size.trees if tree != "none"]
@@ -91,7 +91,7 @@ def utilisation(size: SuiteSize, max_seconds: float) -> Row:
 
 
 def pass_time(size: SuiteSize, max_seconds: float) -> Row:
-    """By nodes: flat while the stream hides the computing, and the knee where it no longer does."""
+    """Time of a pass by nodes: flat while the stream hides the computing, with a knee where it no longer does."""
     variants = [
         replace(_small(size), tree=f"{nodes}x24" if nodes > 1 else "none", slots=3, resident_layers=0)
         for nodes in size.pass_nodes
@@ -104,8 +104,8 @@ def pass_time(size: SuiteSize, max_seconds: float) -> Row:
 
 
 def table(size: SuiteSize, max_seconds: float) -> Row:
-    """Every budget: the planner's choice, greedy and at temperature 0.6, and plain decoding. The first holds every layer in
-    host memory if it can, the others as `_small` says."""
+    """For every budget the planner's choice, greedy and at temperature 0.6, and plain decoding. The first run holds every layer
+    in host memory if it can, the others as many as `_small` says."""
     rows: list[Row] = []
     end_s = time.monotonic() + max_seconds
     cases = [(budget, *case) for budget in size.budgets for case in (("ours", 0.0), ("ours", 0.6), ("plain", 0.0))]
@@ -217,8 +217,8 @@ def _rows(rows: list[Row], wanted: int) -> Row:
 def _run_all(
     size: SuiteSize, variants: list[EngineSettings], max_seconds: float, *, engine: str = "ours", temperature: float = 0.0
 ) -> list[Row]:
-    """Our engine in this process, one variant after another. Those for which no time is left are missing, those that were
-    refused have a reason and no figures."""
+    """Our engine in this process, one variant after another. A variant for which no time is left is missing. One that was
+    refused has a reason and no figures."""
     end_s = time.monotonic() + max_seconds
     rows = []
     for settings in variants:

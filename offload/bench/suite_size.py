@@ -11,9 +11,9 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuiteSize:
-    """`budgets` are device memory for the tables, in bytes, the first is that of all other steps. Steps other than the tables
-    hold `host_bytes` of layers only, the identical ones once: same bytes per pass, loaded in seconds. `depths` are those at
-    which baselines run; full depth is extrapolated from them."""
+    """`budgets` are bytes of device memory for the table; the first is that of all other steps, too. Those hold `host_bytes` of
+    layers only, identical layers once: the bytes per pass are the same, and loading takes seconds. Baselines run at `depths`
+    layers, from which full depth is extrapolated."""
 
     name: str
     settings: EngineSettings

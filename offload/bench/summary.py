@@ -21,7 +21,7 @@ def summarise(outcomes: Sequence[Outcome], *, greedy: bool) -> list[dict[str, An
 
 
 def _alike(other: Outcome | None, outcome: Outcome) -> Outcome | None:
-    """`other`, unless one of the two went over an emulated link: then their ratio says how slow that link was chosen."""
+    """`other`, unless only one of the two went over an emulated link: then their ratio says how slow that link was chosen."""
     if other is None or bool(other.facts.get("emulated_link")) != bool(outcome.facts.get("emulated_link")):
         return None
     return other
@@ -53,8 +53,8 @@ def _row(outcome: Outcome, plain: Outcome | None, ours: Outcome | None, referenc
 
 
 def _physics(outcome: Outcome, measured_s: float | None) -> dict[str, Any]:
-    """The floor: bytes per pass / link rate / tokens per pass; and what the planner said, at the tokens per pass that were,
-    those of the first passes left out as their time is."""
+    """The floor, which is bytes per pass / link rate / tokens per pass, and what the planner predicted. Both are at the tokens
+    per pass that were measured, without first passes, whose time is left out, too."""
     facts = outcome.facts
     bytes_per_pass, rate = facts.get("bytes_per_pass"), facts.get("link_bytes_per_s")
     later = [tokens for sample in outcome.samples for tokens in sample.pass_tokens[1:]]

@@ -29,7 +29,7 @@ class Trimmed:
         self.text, self._held = "", ""
 
     def push(self, piece: str) -> str:
-        """What of `piece`, and of the white space held back before it, is certain to belong to the text."""
+        """The part of `piece`, and of the white space held back before it, that is certain to belong to the text."""
         piece = self._held + piece if self.text else piece.lstrip()
         kept = piece.rstrip()
         self._held = piece[len(kept) :]
@@ -38,8 +38,8 @@ class Trimmed:
 
 
 class Answerer:
-    """Asks `engine` and writes its answers to stdout. A dialogue grows by an answer when it has one, be it a stopped one;
-    after an error it is as before."""
+    """Asks `engine` and writes its answers to stdout. The dialogue keeps every answer, also one that was stopped. After an
+    error it is as before."""
 
     def __init__(self, engine: "Engine", dialogue: Dialogue, arguments: "argparse.Namespace") -> None:
         self.engine, self.dialogue, self._arguments = engine, dialogue, arguments
@@ -82,7 +82,7 @@ class Answerer:
             self.remark(full_statistics(report) if self._arguments.stats == "full" else report.line())
 
     def _request(self, asked: list[Message]) -> "Request":
-        """The longest view of `asked` that leaves room for an answer. FitError when none does."""
+        """A request with the longest view of `asked` that leaves room for an answer. FitError when none does."""
         dialogue, arguments, tokenizer = self.dialogue, self._arguments, self.engine.tokenizer
         assert tokenizer is not None, "checked before the engine was loaded"
         refused: FitError | None = None

@@ -156,7 +156,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
 
 
 def _prompts(arguments: argparse.Namespace, settings: EngineSettings) -> tuple[list[Prompt], list[tuple[int, ...]]]:
-    """Of the dataset, or of the flags, or the demo's default prompt; and their token ids."""
+    """Prompts and their token ids: from the dataset, from the flags, or the demo's default prompt."""
     is_scale = settings.model.startswith(SCALE_PREFIX)
     if is_scale:
         read_preset(parse_scale_name(settings.model, "--model")[0], "--model")  # refused here, not after a process has started

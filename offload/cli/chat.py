@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_model(admission: "Admission", dialogue: Dialogue, arguments: argparse.Namespace) -> None:
-    """What a conversation needs, before the weights are read: a tokenizer, and a template that can lay out a question."""
+    """Refuses, before the weights are read, a model without a tokenizer or with a template that cannot lay out a question."""
     if admission.tokenizer is None:
         raise UsageError("the model folder has no tokenizer", where="--model", cure="a chat needs one; add its files")
     question = {"role": "user", "content": "Hello"}
@@ -64,8 +64,8 @@ def _check_model(admission: "Admission", dialogue: Dialogue, arguments: argparse
 
 
 def _converse(answerer: Answerer, model: str) -> int:
-    """Turn by turn until the input ends; the exit code. Errors are shown and the conversation goes on, but for a lost device.
-    A script is told by the exit code that an answer is missing."""
+    """Takes turns until the input ends, and returns the exit code. An error is shown and the conversation goes on, unless the
+    device is lost. A script learns from the exit code that an answer is missing."""
     read, interactive, exit_code = line_reader(), sys.stdin.isatty(), 0
     if interactive:
         answerer.remark("/help lists the commands, Ctrl-D leaves")
@@ -81,7 +81,7 @@ def _converse(answerer: Answerer, model: str) -> int:
 
 
 def _take(answerer: Answerer, turn: Turn, model: str) -> OffloadError | None:
-    """Do what a turn says; the error that kept it from being done."""
+    """Does what a turn says. Returns the error that kept it from being done."""
     try:
         if turn.is_command:
             _command(answerer, turn, model)

@@ -25,8 +25,8 @@ class AnswerSettings:
     seed: int
 
     def changed(self, name: str, value: str) -> "AnswerSettings":
-        """With `name` (as a flag or as a field) read as the command line reads it; "off" resets. UsageError for anything
-        else."""
+        """A copy in which `name`, a flag or a field, has `value`, read as the command line reads it. "off" resets it.
+        UsageError for anything else."""
         key = name.removeprefix("--").replace("-", "_")
         if key not in (names := [one.name for one in fields(self)]):
             shown = ", ".join(one.replace("_", "-") for one in names)
@@ -43,7 +43,7 @@ class AnswerSettings:
 
 @dataclass(slots=True)
 class Dialogue:
-    """Messages, a system message first if there is one. `num_left_out` of the others, the oldest, no longer fit into the
+    """Messages, a system message first if there is one. The oldest `num_left_out` of the others no longer fit into the
     context."""
 
     settings: AnswerSettings
@@ -69,8 +69,8 @@ class Dialogue:
         return self.messages[: asked[-1] + 1] if asked else []
 
     def views(self, asked: list[Message]) -> Iterator[tuple[int, list[Message]]]:
-        """Of the messages `asked`, the last a question, what an answer may go by: all but those that were left out before,
-        then always fewer of the oldest, each time from a question on. With the number left out."""
+        """(number left out, messages) for each part of `asked` that an answer may go by, the longest first. `asked` ends with a
+        question. A part has the system message and goes on from a question; what was left out before stays out."""
         system = [message for message in asked[:1] if message["role"] == "system"]
         rest = asked[len(system) :]
         starts = [0, *[number for number, message in enumerate(rest) if message["role"] == "user"][1:]]

@@ -25,8 +25,8 @@ def top_k(text: str) -> int | None:
     return None if text in ("0", "-1") else whole(1)(text)
 
 
-def number(law: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
-    """A type for argparse: a number for which `law` holds."""
+def number(rule: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """A type for argparse: a number for which `holds` is true. `rule` says that in words."""
 
     def parse(text: str) -> float:
         try:
@@ -34,7 +34,7 @@ def number(law: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"not a number: {text!r}") from None
         if not holds(value):  # NaN holds nowhere
-            raise argparse.ArgumentTypeError(f"{text} is not {law}")
+            raise argparse.ArgumentTypeError(f"{text} is not {rule}")
         return value
 
     return parse

@@ -65,8 +65,8 @@ def main(argv: list[str]) -> int:
 
 
 def _fill_closed_streams() -> None:
-    """A stream that was closed before we began is None, and its number would go to the next file that is opened: what is meant
-    for it goes nowhere, not into that file, nor (for stderr) into the text."""
+    """Opens the null device for a standard stream that was closed before we began. Such a stream is None, and the next file to
+    be opened would get its number: what is meant for the stream would land in that file."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open until the process ends)

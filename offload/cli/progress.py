@@ -27,8 +27,8 @@ def draws_on(stream: "TextIO") -> bool:
 
 
 def progress_line(progress: "PassProgress", answer_s: float) -> str:
-    """`layer 37/80 | 24.6 GB/s | 3.1 s`: the rate as soon as something was streamed in this pass, the time since the question.
-    Between two passes the draft is at work."""
+    """`layer 37/80 | 24.6 GB/s | 3.1 s`: layers done, the rate of this pass once it has streamed something, the time since the
+    question. Between two passes the draft is at work."""
     if progress.layers_done == progress.num_layers:
         return f"drafting | {answer_s:.1f} s"
     parts = [f"layer {progress.layers_done}/{progress.num_layers}"]

@@ -21,8 +21,8 @@ def raise_on_termination() -> None:
 
 @contextmanager
 def leaving_at_once() -> Iterator[None]:
-    """Around the import of torch and transformers: in there an exception may be swallowed, or come out as another one. A signal
-    ends the process where it stands, which holds nothing yet. One that is ignored stays ignored."""
+    """A signal ends the process where it stands. This is for the import of torch and transformers: an exception raised in
+    there may be swallowed, or come out as another one, and the process holds nothing yet. An ignored signal stays ignored."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     heeded = {number: handler for number, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
     for number in heeded:

@@ -104,7 +104,7 @@ def full_statistics(report: "Report") -> str:
 
 
 def say_plan(plan: "Plan", arguments: argparse.Namespace) -> None:
-    """With --verbose all of it; else why nothing is speculated, where that was nobody's wish."""
+    """Says all of the plan with --verbose. Otherwise says why nothing is speculated, where that was nobody's wish."""
     if arguments.verbose:
         say(plan_summary(plan))
     elif plan.why_no_tree is not None and not arguments.quiet:

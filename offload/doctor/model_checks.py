@@ -33,7 +33,7 @@ class Inspected:
 
 
 def inspect_model(name: str, flag: str, label: str, *, on_gpu: bool) -> Inspected:
-    """Everything about the model that `flag` names; faults are among the checks, of which the first is called `label`."""
+    """Everything about the model that `flag` names. Faults are among the checks; the first check is called `label`."""
     is_scaled = is_scale_model(name)
     try:
         config = None if is_scaled or is_preset(name) else find_config(name, flag)
@@ -104,7 +104,7 @@ def _inspect_tokenizer(folder: Path, label: str, vocab_size: int) -> tuple[Token
 
 
 def _cost_of_folder(folder: Path, flag: str, on_gpu: bool) -> ModelCost | None:
-    """None for a family that runs, and whose shape we do not know from its config alone."""
+    """None for a family that runs but whose shape cannot be told from its config alone."""
     try:
         return _cost(find_shape(str(folder), flag), on_gpu)
     except ModelError:

@@ -32,7 +32,7 @@ def open_nvml() -> Iterator[Any]:
 
 
 def find_gpu(nvml: Any, uuid: str | None) -> Any:
-    """The handle of the GPU called `uuid`, of the first one if that is None; None where there is none."""
+    """The handle of the GPU with this `uuid`, or of the first GPU if `uuid` is None. None where there is no such GPU."""
     if uuid is not None:
         return _ask(nvml, nvml.nvmlDeviceGetHandleByUUID, uuid)
     return _ask(nvml, nvml.nvmlDeviceGetHandleByIndex, 0)

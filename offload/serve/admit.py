@@ -88,7 +88,7 @@ def admit_completion(engine: "Engine", body: CompletionRequest, model_name: str)
 
 
 def _template_values(tokenizer: "Tokenizer", body: ChatRequest) -> dict[str, object]:
-    """What the model's template is told beside the messages. A template that knows no effort gives none: Problem."""
+    """What the model's template is told beside the messages. Problem for an effort when the template knows none."""
     given = body.chat_template_kwargs or {}
     effort = body.reasoning_effort
     if effort is None:
@@ -100,7 +100,8 @@ def _template_values(tokenizer: "Tokenizer", body: ChatRequest) -> dict[str, obj
 
 
 def _num_new(engine: "Engine", num_prompt: int, wanted: int) -> int:
-    """At least 1, as scoring alone takes a pass, too. -1 is all that the context has room for."""
+    """How many new tokens the engine is asked for: at least 1, as scoring alone takes a pass, too. A `wanted` of -1 means all
+    that the context has room for."""
     return max(engine.plan.text_tokens - num_prompt if wanted == -1 else wanted, 1)
 
 
@@ -112,7 +113,7 @@ def _requests(
     stop: tuple[str, ...],
     scoring: "Scoring | None",
 ) -> "tuple[Request, ...]":
-    """One request per choice; they differ by their seeds. Without a seed, every answer is another."""
+    """One request per choice; they differ by their seeds. Where the body names no seed, it is drawn."""
     seed = secrets.randbelow(2**62) if body.seed in (None, -1) else body.seed % 2**62
     with engine_errors_as_problems("prompt" if isinstance(body, CompletionRequest) else "messages"):
         return tuple(

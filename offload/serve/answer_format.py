@@ -77,7 +77,7 @@ def usage(choices: Sequence[Choice], choices_per_prompt: int) -> Json:
 
 
 def spelling(tokenizer: "Tokenizer", token_id: int, prefix: str = "") -> str:
-    """One token as OpenAI writes it: its text, and a part of a character as `prefix` and its bytes, \\xe2\\x80. So tokens
+    """One token as OpenAI writes it: its text, or, for a part of a character, `prefix` and its bytes, \\xe2\\x80. So tokens
     that differ read differently."""
     if tokenizer.is_special(token_id):
         return tokenizer.token_text(token_id)
@@ -199,7 +199,7 @@ class CompletionFormat:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
     def _logprobs(self, index: int, choice: Choice, *, echo: bool) -> Json:
-        """Parallel lists. Nothing predicts the prompt's first token: null."""
+        """Parallel lists. The prompt's first token has null, as nothing predicts it."""
         scores = [*(choice.prompt_scores if echo else ()), *(choice.scores if self._num_new else ())]
         token_ids = [*(choice.request.prompt[:1] if echo else ()), *(score.token_id for score in scores)]
         values: list[float | None] = [max(score.logprob, LEAST_LOGPROB) for score in scores]
@@ -219,7 +219,7 @@ class CompletionFormat:
         }
 
     def _top(self, score: "ScoredToken") -> dict[str, float]:
-        """A dictionary holds one value a text: of tokens that read alike, which is rare, that of the most probable."""
+        """Log-probability by spelling. Tokens that are spelt alike are rare; of those the most probable counts."""
         top: dict[str, float] = {}
         for token_id, logprob in (*score.top, (score.token_id, score.logprob)):
             top.setdefault(self._spelling(token_id), max(logprob, LEAST_LOGPROB))

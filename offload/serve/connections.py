@@ -1,4 +1,7 @@
-"""Connections that do not wait for ever: for headers that never end, or for a client that never reads."""
+"""Connections that do not wait for ever: for headers that never end, or for a client that never reads.
+
+uvicorn limits neither, so a stranger could hold all connections with a few bytes each, and it has no hook for such limits. This
+builds on its protocol class, therefore: setup.py bounds its releases, and tests/test_serve_security.py tries such clients."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,8 +13,8 @@ from uvicorn.server import ServerState
 
 
 def patient_protocol(header_s: float, send_s: float) -> type[H11Protocol]:
-    """uvicorn's HTTP/1.1, with an end to patience: `header_s` from the first moment to the end of a request's headers, and
-    `send_s` during which nothing of what was written is read. Then the connection is cut."""
+    """uvicorn's HTTP/1.1 with two limits. A connection is cut when the headers of a request are not there after `header_s`, or
+    when its client has read nothing of what was written for `send_s`."""
 
     class PatientProtocol(H11Protocol):
         def __init__(

@@ -1,6 +1,6 @@
 """Fields that would change the answer and are not supported: OpenAI's, and those of vLLM, SGLang, llama.cpp and others.
 
-With each stand the values that ask for nothing, which are taken; null always is. A field in no table has no effect and is
+Beside each stand the values that ask for nothing. They are taken, and so is null. A field in no table has no effect and is
 named in the answer's headers.
 """
 

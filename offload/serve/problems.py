@@ -61,7 +61,8 @@ def place_of(error: BaseException) -> str:
 
 @contextmanager
 def engine_errors_as_problems(prompt: str) -> Iterator[None]:
-    """`prompt` is the field that holds it: the engine names a flag of the command line."""
+    """Turns the engine's errors into Problems. `prompt` is the body's field that holds the prompt: the engine names a flag of
+    the command line."""
     try:
         yield
     except OffloadError as error:

@@ -45,7 +45,7 @@ def _unicode(text: str) -> str:
 
 
 def _in_words(words: str) -> WrapValidator:
-    """For a field of several types: what it may be, in place of an error for every type that it is not."""
+    """For a field of several types: one error that says what it may be, in place of one for each type that it is not."""
 
     def check(value: object, handler: ValidatorFunctionWrapHandler) -> object:
         try:
@@ -57,7 +57,7 @@ def _in_words(words: str) -> WrapValidator:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """As text it goes to the process that the template runs in."""
+    """Refuses values that cannot go to the template's process as JSON, and names that are taken there."""
     try:
         json.dumps(values, ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError):
@@ -92,8 +92,8 @@ class StreamOptions(Wire):
 
 
 class Sampling(Wire):
-    """What both ways of asking share; None is the default, and what other servers write for it is read so: a `top_k` of 0 or
-    -1, a `seed` or a number of tokens of -1, an empty `stop`. `top_k`, `ignore_eos`, `stop_token_ids` and
+    """The fields that both ways of asking have. None is the default. So are the values that other servers have for it: a
+    `top_k` of 0 or -1, a `seed` or a number of tokens of -1, an empty `stop`. `top_k`, `ignore_eos`, `stop_token_ids` and
     `continuous_usage_stats` are not in OpenAI's interface."""
 
     unsupported: ClassVar[Neutral]
@@ -120,7 +120,7 @@ class Sampling(Wire):
 
     @property
     def limit(self) -> tuple[str, int | None]:
-        """How many tokens at most, and the name of the field that says so: the newer one counts."""
+        """Name and value of the field that says how many tokens at most. The newer of the two fields counts."""
         name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         return name, getattr(self, name)
 

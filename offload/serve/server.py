@@ -51,7 +51,8 @@ class Server(uvicorn.Server):
         super().__init__(config)
 
     def serve_until_told(self) -> None:
-        """Until SIGTERM or Ctrl-C, whose exceptions then come, or until `stop`. Raises what the engine failed with."""
+        """Serves until SIGTERM or Ctrl-C, whose exceptions it then raises, or until `stop`. Raises what the engine failed
+        with."""
         self.worker.start()
         try:
             self.run(sockets=[self._socket])

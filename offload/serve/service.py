@@ -66,7 +66,7 @@ class Service:
     admitting: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(MAX_ADMITTING))
 
     def check_model(self, name: str | None) -> None:
-        """Problem for another model than the one. Who names none asks for that one."""
+        """Problem for a model other than ours. A request that names none asks for ours."""
         ours = self.settings.model_name
         if name is not None and name != ours:
             raise Problem(404, "model_not_found", f"no model {name[:80]!r} here: this is {ours!r}", "model")

@@ -57,7 +57,7 @@ class ServeSettings:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`. Names are not looked up: but localhost, any may lead anywhere."""
+    """Whether only this machine reaches `host`. Names are not looked up: any but localhost may lead anywhere."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -18,7 +18,7 @@ class Hangup(Exception):
 
 
 def head_only(send: Send) -> Send:
-    """Of an answer its status and headers. Hangup then ends whoever would go on."""
+    """A `send` that passes on an answer's status and headers. It then raises Hangup, so that nobody makes the body."""
 
     async def send_head(message: Message) -> None:
         await send(message)
@@ -38,7 +38,7 @@ def comment(text: str) -> str:
 
 
 async def with_comments(events: AsyncIterator[str], interval_s: float, say: Callable[[], str]) -> AsyncIterator[str]:
-    """`events`, and a comment of what `say` says after every `interval_s` of silence."""
+    """`events`, and after every `interval_s` of silence a comment with the words of `say`."""
     pending: asyncio.Task[str] | None = None
     try:
         while True:
@@ -59,7 +59,7 @@ async def with_comments(events: AsyncIterator[str], interval_s: float, say: Call
 
 
 async def or_hangup(work: Awaitable[T], receive: Receive) -> T:
-    """The result of `work`. Hangup, and `work` is cancelled, when the client goes first."""
+    """The result of `work`. When the client goes first, `work` is cancelled and Hangup is raised."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_until_gone(receive))
     try:

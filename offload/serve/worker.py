@@ -30,7 +30,7 @@ PACE_MEMORY = 0.8  # share of the pace that a new pass leaves as it was
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """One pass for the `index`-th request of a job, whose prompt needed no pass for `reused_tokens` of its tokens."""
+    """One pass for the `index`-th request of a job. The first `reused_tokens` of its prompt needed no pass."""
 
     index: int
     step: "Step"
@@ -63,8 +63,8 @@ class _ToldToEnd(Exception):
 
 
 class EngineWorker:
-    """`open_engine` runs on the worker's thread, and calls what it is given as weights are read: that ends the loading of a
-    server that is told to end. `failure` is why the engine is gone, None while it is not."""
+    """Owns the engine. `open_engine` runs on the worker's thread and calls its argument while weights are read. That call
+    raises once the server is told to end, so loading ends, too. `failure` is why the engine is gone, None until then."""
 
     def __init__(self, open_engine: "Callable[[LoadProgress], Engine]", telemetry: Telemetry, *, max_waiting: int) -> None:
         self._open_engine, self._telemetry, self._max_waiting = open_engine, telemetry, max_waiting
@@ -106,7 +106,7 @@ class EngineWorker:
             self._telemetry.queue(self._running is not None, len(self._waiting))
 
     def check_room(self) -> None:
-        """Problem as `submit` raises it: asked before a request is made, which takes time, and again after."""
+        """Raises the Problem that `submit` would raise. Making a request takes time: this is asked before, and again after."""
         self.ready()
         if len(self._waiting) + (self._running is not None) > self._max_waiting:
             message = f"one request runs and {self._max_waiting} wait: no more may"

@@ -15,7 +15,7 @@ Message = dict[str, str]  # role and content
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatPrompt:
-    """`token_ids` open an answer, which ends before any of `stop`; `templated` tells whether the model's own template made
+    """`token_ids` open an answer, which ends before any of `stop`. `templated` tells whether the model's own template made
     `text`."""
 
     text: str
@@ -53,7 +53,7 @@ def transcript(messages: Sequence[Message]) -> str:
 
 
 def check_message(message: object, number: int) -> Message:
-    """`message` number `number` of a list, when it is one. UsageError otherwise."""
+    """Role and content of `message`, which is number `number` of a list. UsageError when it has not both."""
     if not isinstance(message, Mapping):
         raise UsageError(f"{type(message).__name__}, no object", where=f"message {number}", cure="give role and content")
     role, content = message.get("role"), message.get("content")

@@ -6,8 +6,8 @@ from .tokenizer import REPLACEMENT, Tokenizer
 
 
 class TextStream:
-    """Incremental detokenisation with stop strings, of what follows `context`, the prompt: a decoder may write a token in
-    another way where a text begins.
+    """Turns an answer's tokens into text as they come, and ends at a stop string. `context` is the prompt: a decoder may write
+    a token in another way where a text begins.
 
     `push` takes one token and returns the text that has become final: characters are complete, and no suffix of what was
     given out could still turn into a stop string. When a stop string appears, `stopped` is True and the text ends before it.
@@ -16,7 +16,8 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        # `_window_text` is what of the window's text is in `text`, or in the prompt's; `_num_taken` tokens are behind it.
+        # `_window_text` is the part of the window's text that `text` or the prompt has already; the first `_num_taken` tokens
+        # made it.
         self._token_ids, self._window_text = _tail(tokenizer, context)
         self._window_start = 0  # tokens from here on are decoded together, so that the cost per token stays constant
         # The prompt's last bytes may be a part of a character, and a window may not begin inside one.
@@ -31,8 +32,8 @@ class TextStream:
         window = self._tokenizer.decode(self._token_ids[self._window_start :])
         if not window.endswith(REPLACEMENT):
             self._take(window)
-            # The next window begins with what was just taken: whole characters, as a decoder gives up a run of byte tokens
-            # that begins inside one, and some text, as it drops the space in front of the first word.
+            # The next window begins with what was just taken. That is whole characters: a decoder gives up a run of byte
+            # tokens that begins inside one. And it is some text: a decoder drops the space in front of the first word.
             taken = self._tokenizer.decode(self._token_ids[self._num_taken :])
             if taken:
                 self._window_start, window = self._num_taken, taken
@@ -65,15 +66,15 @@ class TextStream:
 
 
 def _behind(beginning: str, whole: str) -> str:
-    """What `whole` has from where they part."""
+    """The end of `whole`, from the first character in which it differs from `beginning`."""
     pairs = zip(beginning, whole, strict=False)
     same = next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(beginning), len(whole)))
     return whole[same:]
 
 
 def _tail(tokenizer: Tokenizer, context: Sequence[int]) -> tuple[list[int], str]:
-    """The last tokens of `context`, and their text: as many as it takes for what follows to be written as behind all of
-    them. They show a letter, and do not begin inside a character."""
+    """The last tokens of `context`, and their text. They are enough for a decoder to write what follows as it would behind the
+    whole of `context`: they show a letter, and do not begin inside a character."""
     num_tokens = 8
     while num_tokens < len(context):
         text = tokenizer.decode(context[-num_tokens:])
@@ -84,8 +85,8 @@ def _tail(tokenizer: Tokenizer, context: Sequence[int]) -> tuple[list[int], str]
 
 
 class StopSearch:
-    """`stop` strings are searched for in the text, and in the text with the special tokens that it does not show: what a user
-    reads must not hold one, and a model that writes `<|end|>` has ended for whoever stops there."""
+    """Searches for `stop` strings in two texts. The one that is shown must not hold any. The one with the special tokens, which
+    are not shown, ends for whoever stops at `<|end|>` where a model writes that."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(text for text in stop if text)
@@ -94,7 +95,7 @@ class StopSearch:
         self._hidden: list[tuple[int, int]] = []  # places in `_all`: from, to
 
     def add(self, piece: str, *, shown: bool) -> int | None:
-        """Where the text ends, in characters shown, when `piece` completes a stop string."""
+        """Where the text ends, in characters shown, when `piece` completes a stop string; else None."""
         from_shown, from_all = (max(0, len(text) - self._longest + 1) for text in (self._shown, self._all))
         self._all += piece
         if shown:
@@ -106,7 +107,7 @@ class StopSearch:
         return min(ends, default=None)
 
     def num_certain(self) -> int:
-        """Characters shown that no stop string can begin in any more: all but the longest suffix that one begins with."""
+        """How many characters shown no stop string can begin in any more: all but the longest suffix that one begins with."""
         begun = (self._begun(self._shown), self._place_shown(self._begun(self._all)))
         return min(begun)
 

@@ -50,8 +50,8 @@ class Tokenizer:
         return self.encode_laid_out(self.lay_out([*messages, {"role": "user", "content": text}]))
 
     def lay_out(self, messages: Sequence[Mapping[str, str]], values: Mapping[str, object] | None = None) -> str:
-        """Messages as text that opens an answer, by the model's own chat template, which may use `values` by their names.
-        Raises as `apply_template` does."""
+        """`messages` as text that opens an answer, laid out by the model's own chat template. The template may use `values` by
+        their names. Raises as `apply_template` does."""
         if not self.has_chat_template:
             raise UsageError(
                 "the model has no chat template", where="--chat or --system-prompt", cure="use --raw, or leave them out"
@@ -111,8 +111,8 @@ class Tokenizer:
 
     @property
     def num_tokens(self) -> int:
-        """One more than the largest token id of the vocabulary proper. Tokens added to it, as padding is, may lie beyond a
-        model's embedding: no text has one unless it spells it out."""
+        """One more than the largest token id of the vocabulary proper. Tokens added to it, such as padding, do not count: they
+        may lie beyond a model's embedding, and no text has one unless it spells it out."""
         return max(set(self.vocabulary().values()) - self._tokenizer.added_tokens_decoder.keys(), default=-1) + 1
 
     def vocabulary(self) -> dict[str, int]:
