@@ -1,6 +1,7 @@
 """Memory as planned is memory as used: the ledger fills the budget, and a run's measured peak is what the ledger says."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,17 @@ import pytest
 from torch.profiler import ProfilerActivity, profile
 
 from conftest import VOCAB_SIZE
-from fakes import RecordingDevice
+from fakes import RecordingDevice, RefusingDevice
+from layered import FORMS, open_placed, save_layers
 from offload.assemble import open_engine
 from offload.config import EngineSettings
-from offload.planner.cost import activation_bytes
+from offload.device.cpu import CpuDevice
+from offload.planner.cost import LayerCost, activation_bytes, stored_bytes
+from offload.planner.memory import host_ledger, layers_ledger
 from offload.source import check_source
-from planning import L40
+from offload.weights.codec import LayerCodec
+from offload.weights.placement import Placement
+from planning import L40, LLAMA_2_70B
 
 Models = Callable[..., Path]
 CONTEXT = 256
@@ -92,3 +98,34 @@ def test_a_pass_that_is_recorded_works_in_the_memory_planned_for_it(models: Mode
             parts = activation_bytes(cost, passes.max_rows, num_attended), passes.max_rows * cost.vocab_size * 4
             assert 0.85 < most / max(parts) <= 1
         assert 2 * sum(parts) < engine.plan.device_ledger["draft recordings"]
+
+
+@pytest.mark.parametrize("device_of", [CpuDevice, RefusingDevice])
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_of_several_sizes_take_what_the_ledgers_say(tmp_path: Path, form: str, device_of: type[CpuDevice]) -> None:
+    """To the byte, wherever they lie: on a device with memory of its own and on one without, with a ring and without one."""
+    layers = save_layers(tmp_path, 6, form)
+    target = replace(LLAMA_2_70B, layers=tuple(map(layer_cost, layers.codecs)))
+    for resident, disk in [(set(), set()), ({1, 2}, set()), ({0}, {3, 4}), ({0, 2, 3, 4, 5}, {1}), (set(range(6)), set())]:
+        placement, device = Placement(num_layers=6, resident=frozenset(resident), disk=frozenset(disk)), device_of()
+        num_slots = 2 if placement.streamed else 0
+        with open_placed(device, layers, placement, num_slots) as (stream, store):
+            on_device = layers_ledger(target, placement.resident, num_slots)
+            assert on_device.get("decoded layer", 0) == stream.scratch_bytes
+            # Resident layers are decoded from a slot; where there is none, from memory that is free again once they are loaded.
+            landing_bytes = target.slot_bytes if target.scratch_bytes and not placement.streamed else 0
+            assert sum(on_device.values()) + landing_bytes == device.peak_bytes()
+            on_host = host_ledger(target, placement, shared=device.host_addressable)
+            assert sum(on_host.values()) == store.host_bytes
+            assert stream.bytes_per_pass == stored_bytes(target, placement.streamed)
+        device.close()
+
+
+def layer_cost(codec: LayerCodec) -> LayerCost:
+    return LayerCost(
+        stored_bytes=codec.stored.num_bytes,
+        computed_bytes=codec.computed.num_bytes,
+        num_parameters=codec.computed.num_elements,
+        kv_bytes_per_row=2,
+        scratch_bytes=codec.scratch_bytes,
+    )

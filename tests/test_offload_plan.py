@@ -68,17 +68,19 @@ def test_layers_of_two_kinds_are_counted_one_by_one(device_gib: float, host_gib:
     assert sum(device.values()) <= device_gib * GIB and sum(host.values()) <= host_gib * GIB
     resident = [TWO_KINDS.layers[layer].computed_bytes for layer in sorted(placement.resident)]
     assert device[f"{len(resident)} resident layers"] == sum(resident)
+    slot_bytes = TWO_KINDS.layers[0].stored_bytes
     if placement.streamed:
-        assert (
-            device[f"{slots} slots"] == slots * TWO_KINDS.layers[0].stored_bytes
-            and device["decoded layer"] == TWO_KINDS.layers[2].scratch_bytes
-        )
+        assert device[f"{slots} slots"] == slots * slot_bytes
+        assert device["decoded layer"] == TWO_KINDS.layers[2].scratch_bytes
     streamed = [TWO_KINDS.layers[layer] for layer in placement.streamed]
     assert made.bytes_per_pass == sum(layer.stored_bytes for layer in streamed)
     assert made.raw_bytes_per_pass == sum(layer.computed_bytes for layer in streamed)
     assert made.disk_bytes_per_pass == sum(TWO_KINDS.layers[layer].stored_bytes for layer in placement.disk)
-    assert host["pinned layers"] == sum(TWO_KINDS.layers[layer].stored_bytes for layer in placement.host)
-    assert host.get("bounce ring", 0) == (RING_BUFFERS * TWO_KINDS.layers[0].stored_bytes if placement.disk else 0)
+    in_memory = sorted(TWO_KINDS.layers[layer].stored_bytes for layer in placement.host)
+    assert host["pinned layers"] == sum(in_memory)
+    to_spare = [slot_bytes - size for size in in_memory[-RING_BUFFERS:]] if not placement.disk else []
+    assert host.get("spare for a ring", 0) == sum(to_spare)
+    assert host.get("bounce ring", 0) == (RING_BUFFERS * slot_bytes if placement.disk else 0)
     assert device["key/value cache"] == 9000 * made.context_rows
 
 

@@ -177,7 +177,7 @@ class Fallbacks:
             context_rows=plan.context_rows,
             pass_rows=plan.pass_rows,
             device_ledger={**on_device, **layers_ledger(target, placement.resident, plan.num_slots)},
-            host_ledger=host_ledger(target, placement),
+            host_ledger=host_ledger(target, placement, shared=self.budgets.shared),
         )
         prediction = predict_tree(self.workload, memory, plan.tree, draft)
         if not math.isclose(prediction.s_per_token, old.prediction.s_per_token, rel_tol=1e-3):

@@ -86,7 +86,7 @@ def plan_memory(
     host_bytes = budgets.host_bytes
     if host_bytes is not None and budgets.shared:
         host_bytes = max(host_bytes - sum(ledger.values()), 0)
-    placement = _place(target, resident, host_bytes)
+    placement = _place(target, resident, host_bytes, shared=budgets.shared)
     return MemoryPlan(
         placement=placement,
         num_slots=num_slots,
@@ -94,7 +94,7 @@ def plan_memory(
         context_rows=context_rows,
         pass_rows=pass_rows,
         device_ledger=ledger,
-        host_ledger=host_ledger(target, placement),
+        host_ledger=host_ledger(target, placement, shared=budgets.shared),
     )
 
 
@@ -137,14 +137,19 @@ def layers_ledger(target: ModelCost, resident: Collection[int], num_slots: int) 
     return ledger
 
 
-def host_ledger(target: ModelCost, placement: Placement) -> dict[str, int]:
-    """Bytes of the target's layers on the host."""
+def host_ledger(target: ModelCost, placement: Placement, *, shared: bool) -> dict[str, int]:
+    """Bytes of the target's layers on the host; `shared` as in Budgets. A device with memory of its own may pin less than there
+    is. Until that is known, the memory of the two largest host layers is such that a ring could take it over."""
     pinned = [layer for layer in placement.host if layer not in placement.pageable]
     ledger = {"pinned layers": stored_bytes(target, pinned)}
     if placement.pageable:
         ledger["pageable layers"] = stored_bytes(target, placement.pageable)
     if placement.through_ring:
         ledger["bounce ring"] = ring_bytes(target)
+    elif not shared:
+        largest = sorted([target.layers[layer].stored_bytes for layer in placement.host])[-RING_BUFFERS:]
+        if (spare_bytes := len(largest) * target.slot_bytes - sum(largest)) > 0:
+            ledger["spare for a ring"] = spare_bytes
     return ledger
 
 
@@ -215,11 +220,11 @@ def _check_device(ledger: Mapping[str, int], budget: int | None) -> None:
         )
 
 
-def _place(target: ModelCost, resident: frozenset[int], budget: int | None) -> Placement:
+def _place(target: ModelCost, resident: frozenset[int], budget: int | None, *, shared: bool) -> Placement:
     """Host layers as the budget allows; the others on disk, spread evenly so that reading never pauses."""
     placement = Placement(num_layers=target.num_layers, resident=resident)
     streamed = placement.streamed
-    if budget is None or stored_bytes(target, streamed) <= budget:
+    if budget is None or sum(host_ledger(target, placement, shared=shared).values()) <= budget:
         return placement
     room = budget - ring_bytes(target)
     if room < 0:
