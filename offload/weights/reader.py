@@ -5,7 +5,7 @@ is then an exception of the call that read from it, not a signal. A tensor is re
 
     file          |---------|---------|---------|---------|   blocks of 4096 bytes
     piece              [begin ......... end)                   at most `piece_bytes`
-    direct        |==================== scratch ==========|   whole blocks, then the piece is copied to its place
+    direct        |================= block buffer =========|   whole blocks, then the piece is copied to its place
     buffered           [=== in place ==)
 """
 
@@ -56,9 +56,9 @@ class TensorReader:
         if num_threads < 1 or piece_bytes < 1 or piece_bytes % BLOCK_BYTES:
             raise ValueError(f"num_threads {num_threads} or piece_bytes {piece_bytes} is out of range")
         self._piece_bytes = piece_bytes
-        self._scratches: SimpleQueue[_Scratch] = SimpleQueue()
+        self._block_buffers: SimpleQueue[_BlockBuffer] = SimpleQueue()
         for _ in range(num_threads):
-            self._scratches.put(_Scratch(piece_bytes + 2 * BLOCK_BYTES))
+            self._block_buffers.put(_BlockBuffer(piece_bytes + 2 * BLOCK_BYTES))
         self._files = _open_files(checkpoint.files, direct)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tensor-reader")
 
@@ -111,17 +111,17 @@ class TensorReader:
         if not piece.file.is_direct and not piece.converts:
             _fill(piece.file, _view_memory(piece.address, piece.num_bytes), piece.offset_bytes, piece.num_bytes)
             return piece.num_bytes
-        scratch = self._scratches.get()
+        blocks = self._block_buffers.get()
         try:
             lead = piece.offset_bytes % piece.file.block_bytes
-            _fill(piece.file, scratch.view, piece.offset_bytes - lead, lead + piece.num_bytes)
+            _fill(piece.file, blocks.view, piece.offset_bytes - lead, lead + piece.num_bytes)
             if piece.converts:
-                _convert(scratch, lead, piece)
+                _convert(blocks, lead, piece)
             else:
                 # ctypes lets go of the GIL for this, a memoryview assignment does not.
-                ctypes.memmove(piece.address, scratch.address + lead, piece.num_bytes)
+                ctypes.memmove(piece.address, blocks.address + lead, piece.num_bytes)
         finally:
-            self._scratches.put(scratch)
+            self._block_buffers.put(blocks)
         return piece.num_bytes
 
 
@@ -158,7 +158,7 @@ class _Piece:
         return self.job.destination.data_ptr() + self.begin
 
 
-class _Scratch:
+class _BlockBuffer:
     """Page-aligned memory of one thread. The pages exist from their first use on."""
 
     def __init__(self, num_bytes: int) -> None:
@@ -236,13 +236,13 @@ def _fill(file: _File, view: memoryview, offset: int, num_bytes: int) -> None:
         done = begin + count
 
 
-def _convert(scratch: _Scratch, lead: int, piece: _Piece) -> None:
-    """Writes the piece, which begins at byte `lead` of the scratch, to its place in the destination's dtype."""
+def _convert(blocks: _BlockBuffer, lead: int, piece: _Piece) -> None:
+    """Writes the piece, which begins at byte `lead` of the buffer, to its place in the destination's dtype."""
     if lead:
         # A header may leave tensors at odd offsets, and torch reads from aligned addresses only.
-        ctypes.memmove(scratch.address, scratch.address + lead, piece.num_bytes)
+        ctypes.memmove(blocks.address, blocks.address + lead, piece.num_bytes)
     dtype = piece.job.tensor.dtype
-    source = torch.frombuffer(scratch.memory, dtype=dtype, count=piece.num_bytes // dtype.itemsize)
+    source = torch.frombuffer(blocks.memory, dtype=dtype, count=piece.num_bytes // dtype.itemsize)
     # A thread starts without the caller's inference mode, outside of which inference tensors refuse to be written.
     with torch.inference_mode():
         piece.job.destination.view(-1).narrow(0, piece.begin // dtype.itemsize, source.numel()).copy_(source)

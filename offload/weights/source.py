@@ -17,8 +17,8 @@ class TensorFeed(Protocol):
     """An open source. One feed serves one thread."""
 
     def fill(self, destinations: Destinations, progress: Callable[[int], None] | None = None) -> None:
-        """Write the tensors named into memory: contiguous, on the CPU, of their shapes, of any float dtype. `progress` gets
-        the source's bytes since its last call."""
+        """Write the tensors named into memory: contiguous, on the CPU, of their shapes, of their dtype or of another if both
+        are float. `progress` gets the source's bytes since its last call."""
 
     def __enter__(self) -> "TensorFeed": ...
 
@@ -28,7 +28,7 @@ class TensorFeed(Protocol):
 class TensorSource(Protocol):
     @property
     def equal_layers(self) -> frozenset[int]:
-        """Layers that all have the same bytes. Host memory that is too small may hold them once; no disk holds them."""
+        """Layers that all have the same bytes. In host memory that is too small, some borrow another's; no disk holds them."""
 
     def num_bytes(self, name: str) -> int:
         """Size of a tensor where it comes from."""

@@ -26,8 +26,8 @@ Progress = Callable[[int], None]
 
 class WeightStore:
     """Owns the memory of all decoder layers and fills it: the device's is taken at once, the host's by `take_host_memory`, and
-    `load` fills both. Host memory held: the host layers, exactly, plus a ring when some layers are on disk or could not be
-    pinned; peak while loading is that plus the reader's scratch (see TensorReader).
+    `load` fills both. Host memory held: what is stored of the host layers, plus a ring when some layers are on disk or could
+    not be pinned (see HostLayers); peak while loading is that plus the reader's buffers (see TensorReader).
 
     `codecs` has one for each layer. `placement` says where layers came to lie: which are pageable, and which went to disk as a
     ring for those would have taken more than `most_host_bytes`. Layers are asked for in the order of passes.
