@@ -125,14 +125,14 @@ def _span(value: int | list[int]) -> str:
 
 
 def acceptance(document: Document) -> str:
-    """Tokens per pass by tree and law, with standard errors."""
+    """Tokens per pass by tree, temperature and top-p, with standard errors."""
     cells: dict[str, list[str]] = {}
-    laws: dict[str, None] = {}
+    columns: dict[str, None] = {}
     for row in document["summary"]:
-        laws[f"T = {row['temperature']:g}" + (f", top-p {row['top_p']:g}" if row["top_p"] < 1 else "")] = None
+        columns[f"T = {row['temperature']:g}" + (f", top-p {row['top_p']:g}" if row["top_p"] < 1 else "")] = None
         name = f"{row['tree']} ({row['nodes']} nodes)"
         cells.setdefault(name, [name]).append(f"{row['tokens_per_pass']:.2f} +- {row['tokens_per_pass_error']:.2f}")
-    return table(("tree", *laws), list(cells.values()))
+    return table(("tree", *columns), list(cells.values()))
 
 
 RENDERERS: dict[str, Callable[[Document], str]] = {

@@ -53,7 +53,7 @@ def save_pair(folder: Path) -> tuple[Path, Path]:
     return folder / "target", folder / "draft"
 
 
-def exact_law(target: Path, params: SamplingParams) -> dict[tuple[int, ...], float]:
+def exact_probabilities(target: Path, params: SamplingParams) -> dict[tuple[int, ...], float]:
     """Probability of each continuation of PROMPT by LENGTH tokens, by the chain rule over transformers' own logits."""
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float64).eval()
     texts = torch.tensor(list(itertools.product(range(VOCAB_SIZE), repeat=LENGTH)))
@@ -83,16 +83,16 @@ def run(target: Path, draft: Path, verifier: str, params: SamplingParams, texts:
             )
             counts[report.token_ids] += 1
             rounds += len(report.stats.passes)
-    p_value, degrees = chi_square(counts, exact_law(target, params), texts)
+    p_value, degrees = chi_square(counts, exact_probabilities(target, params), texts)
     return Outcome(p_value, degrees, texts, rounds)
 
 
-def chi_square(counts: Counter[tuple[int, ...]], expected_law: dict[tuple[int, ...], float], total: int) -> tuple[float, int]:
+def chi_square(counts: Counter[tuple[int, ...]], exact: dict[tuple[int, ...], float], total: int) -> tuple[float, int]:
     """(p-value, degrees of freedom). Rare outcomes are pooled until 5 are expected; an impossible one has p-value 0."""
-    if any(expected_law[text] == 0 for text in counts):
+    if any(exact[text] == 0 for text in counts):
         return 0.0, 0
     statistic, cells, pooled_count, pooled = 0.0, 0, 0, 0.0
-    for text, probability in sorted(expected_law.items(), key=lambda item: item[1]):
+    for text, probability in sorted(exact.items(), key=lambda item: item[1]):
         pooled, pooled_count = pooled + probability * total, pooled_count + counts[text]
         if pooled >= 5:
             statistic += (pooled_count - pooled) ** 2 / pooled

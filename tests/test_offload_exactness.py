@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from exactness import LENGTH, TREE, VOCAB_SIZE, chi_square, exact_law, run, save_pair
+from exactness import LENGTH, TREE, VOCAB_SIZE, chi_square, exact_probabilities, run, save_pair
 from tree.sampling import SamplingParams
 
 TEXTS = 150  # bench_exactness.py asks the same of 2e5 rounds
@@ -33,9 +33,9 @@ def test_sampled_text_has_the_law_of_the_target(
 def test_the_chi_square_test_can_fail(pair: tuple[Path, Path]) -> None:
     """Negative control: text of the draft is told from the target's, and so is text of another temperature."""
     target, draft = pair
-    target_law = exact_law(target, SamplingParams(temperature=1.0))
+    target_law = exact_probabilities(target, SamplingParams(temperature=1.0))
     assert len(target_law) == VOCAB_SIZE**LENGTH
     for model, temperature in [(draft, 1.0), (target, 0.6)]:
-        drawn_from = exact_law(model, SamplingParams(temperature=temperature))
+        drawn_from = exact_probabilities(model, SamplingParams(temperature=temperature))
         drawn = Counter({text: round(probability * TEXTS) for text, probability in drawn_from.items()})
         assert chi_square(drawn, target_law, sum(drawn.values()))[0] < ALPHA

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from command_line import DOES_NOT_FIT, assert_error, run_command
-from exactness import LENGTH, TREE, chi_square, exact_law, save_pair
+from exactness import LENGTH, TREE, chi_square, exact_probabilities, save_pair
 from exactness import PROMPT as PAIR_PROMPT
 from fakes import REFUSING, AllocationFault, EagerDevice, FullHostDevice, LateDevice, layer_fault
 from offload.assemble import open_engine
@@ -243,7 +243,7 @@ def test_text_of_passes_that_failed_and_ran_again_with_a_smaller_tree_has_the_la
                 request: Request = {"max_new_tokens": LENGTH, "temperature": 1.0, "seed": seed, "ignore_eos": True}
                 counts[engine.generate(PAIR_PROMPT, **request).token_ids] += 1
     assert len(failed) == num_texts
-    assert chi_square(counts, exact_law(target, params), num_texts)[0] > 1e-5
+    assert chi_square(counts, exact_probabilities(target, params), num_texts)[0] > 1e-5
 
 
 def test_what_cannot_be_remedied_is_an_error_of_three_lines_after_a_bounded_number_of_tries(

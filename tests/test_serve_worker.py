@@ -107,6 +107,16 @@ class Client:
         return last if isinstance(last, Finished) else None
 
 
+def answered(worker: EngineWorker, engine: ScriptedEngine, error: BaseException | None) -> Finished:
+    """How a request for one token ends, whose pass raises `error`."""
+    engine.fail, client = error, Client(1)
+    worker.submit(client.job)
+    engine.allow.release()
+    until(lambda: client.finished is not None)
+    assert client.finished is not None
+    return client.finished
+
+
 Start = Callable[..., tuple[EngineWorker, ScriptedEngine]]
 
 
@@ -219,11 +229,7 @@ def test_an_engine_that_fails_every_request_is_given_up_without_quoting_one(star
     worker, engine = start()
     for number, error in enumerate([RuntimeError("x"), None, *[RuntimeError("the prompt")] * 3]):
         assert worker.state == "ok", number
-        engine.fail = error
-        client = Client(1)
-        worker.submit(client.job)
-        engine.allow.release()
-        until(lambda client=client: client.finished is not None)  # type: ignore[misc]
+        answered(worker, engine, error)
     until(lambda: worker.state == "failed")
     assert "3 requests in a row" in str(worker.failure) and "the prompt" not in str(worker.failure)
 
@@ -233,12 +239,7 @@ def test_memory_that_does_not_come_back_ends_the_worker_and_memory_that_does_is_
     full = DeviceMemoryError("out of memory", where="x", cure="y")
     for number, error in enumerate([*[full] * (MAX_OUT_OF_MEMORY - 1), None, *[full] * MAX_OUT_OF_MEMORY]):
         assert worker.state == "ok", number
-        engine.fail = error
-        client = Client(1)
-        worker.submit(client.job)
-        engine.allow.release()
-        until(lambda client=client: client.finished is not None)  # type: ignore[misc]
-        problem = client.finished.problem if client.finished is not None else None
+        problem = answered(worker, engine, error).problem
         assert (problem is None) == (error is None) and (problem is None or problem.status == 503)
     until(lambda: worker.state == "failed")
     assert worker.failure is full

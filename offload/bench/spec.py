@@ -39,7 +39,7 @@ class SpecRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Law:
+class _Sampling:
     temperature: float
     top_p: float
 
@@ -64,12 +64,13 @@ def measure_acceptance(request: SpecRequest, say: Callable[[str], None]) -> dict
     for tree in request.trees:
         with open_engine(replace(request.settings, tree=tree), seed=request.seed) as engine:
             device = engine.device_name
-            for law in _laws(request):
-                row = _measure(engine, request, law, end_s)
+            for sampling in _samplings(request):
+                row = _measure(engine, request, sampling, end_s)
                 complete = complete and row.pop("complete")
                 if row["passes"]:
                     rows.append({"tree": tree, "nodes": engine.plan.tree.num_nodes, **row})
-                    say(f"{tree}, temperature {law.temperature:g}, top-p {law.top_p:g}: {row['tokens_per_pass']:.2f} tokens")
+                    way = f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
+                    say(f"{tree}, {way}: {row['tokens_per_pass']:.2f} tokens")
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "spec",
@@ -84,25 +85,25 @@ def measure_acceptance(request: SpecRequest, say: Callable[[str], None]) -> dict
     }
 
 
-def _laws(request: SpecRequest) -> Iterator[_Law]:
+def _samplings(request: SpecRequest) -> Iterator[_Sampling]:
     """Top-p changes nothing at temperature 0."""
     for temperature, top_p in product(request.temperatures, request.top_ps):
         if temperature > 0 or top_p == request.top_ps[0]:
-            yield _Law(temperature=temperature, top_p=top_p if temperature > 0 else 1.0)
+            yield _Sampling(temperature=temperature, top_p=top_p if temperature > 0 else 1.0)
 
 
-def _measure(engine: Engine, request: SpecRequest, law: _Law, end_s: float) -> dict[str, Any]:
+def _measure(engine: Engine, request: SpecRequest, sampling: _Sampling, end_s: float) -> dict[str, Any]:
     counter = AcceptanceCounter()
     texts: list[list[int]] = []  # tokens of each pass
     expected: list[float] = []
     by_category: dict[str, list[int]] = defaultdict(list)
     complete = True
-    for run, number in product(range(request.runs if law.temperature > 0 else 1), range(len(request.prompts))):
+    for run, number in product(range(request.runs if sampling.temperature > 0 else 1), range(len(request.prompts))):
         generation = engine.stream(
             request.prompt_ids[number],
             max_new_tokens=request.max_new_tokens,
-            temperature=law.temperature,
-            top_p=law.top_p,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
             seed=request.seed + run * len(request.prompts) + number,
             ignore_eos=True,
         )
@@ -119,9 +120,9 @@ def _measure(engine: Engine, request: SpecRequest, law: _Law, end_s: float) -> d
             break
     tokens = [count for text in texts for count in text]
     return {
-        "temperature": law.temperature,
-        "top_p": law.top_p,
-        "verifier": "greedy" if law.temperature == 0 else engine.method,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "verifier": "greedy" if sampling.temperature == 0 else engine.method,
         "passes": len(tokens),
         "tokens_per_pass": _mean(tokens),
         "tokens_per_pass_error": error_by_text(texts),

@@ -1,5 +1,8 @@
 """Run the steps one by one, keep a record of each, go on where an earlier run stopped, and write the report.
 
+`bench latency` answers how engines compare on a prompt. The suite is for a machine that is there for half an hour: it finds out
+with one command what explains that figure, and what was measured stays when the machine goes.
+
 DIR/manifest.json     what was run on what, and how each step ended
 DIR/<step>.json       what it measured
 DIR/report.md, *.png  made anew from the records at every run

@@ -76,7 +76,7 @@ def given_key(authorization: str) -> str:
 
 
 def is_key(given: str, key: str) -> bool:
-    """In a time that does not tell how much of it was right."""
+    """Whether `given` is the key. The time that this takes does not tell how much of it was right."""
     return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), key.encode())
 
 
