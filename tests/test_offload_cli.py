@@ -36,7 +36,7 @@ KEYS = {
     "speculation": {"tree_nodes", "tree_levels", "verifier", "passes", "tokens_per_pass", "accepted_per_pass"},
     "streaming": {
         *("streamed_layers", "resident_layers", "disk_layers", "slots", "bytes_per_pass", "link_bytes_per_s"),
-        *("link_peak_bytes_per_s", "link_utilisation", "stall_s", "emulated_link"),
+        *("raw_bytes_per_pass", "link_peak_bytes_per_s", "link_utilisation", "stall_s", "emulated_link"),
     },
     "memory": {
         *("device_peak_bytes", "host_weights_bytes", "host_pinned_bytes", "host_sessions_bytes", "host_shared_layers"),
@@ -166,7 +166,7 @@ def test_json_numbers_agree_with_each_other(run: Run, draft: Path, tokenizer: To
     assert timing["tokens_per_s"] == pytest.approx(1 / timing["s_per_token"])
     assert (streaming["streamed_layers"], streaming["resident_layers"], streaming["slots"]) == (2, 1, 2)
     assert streaming["bytes_per_pass"] > 0 and streaming["link_utilisation"] > 0 and not streaming["emulated_link"]
-    assert document["memory"]["host_weights_bytes"] == streaming["bytes_per_pass"]
+    assert document["memory"]["host_weights_bytes"] == streaming["bytes_per_pass"] == streaming["raw_bytes_per_pass"]
 
 
 def test_an_emulated_link_is_said_in_every_output(run: Run) -> None:

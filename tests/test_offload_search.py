@@ -90,7 +90,6 @@ def test_memory_that_is_not_pinned_is_a_disk_of_its_own_rate() -> None:
 def test_a_round_takes_at_least_its_longest_part_and_at_most_their_sum(
     resident: int, slots: int, disk: int, times: tuple[float, float, float, float]
 ) -> None:
-    """The search sets aside what its longest part alone makes too slow."""
     copy_s, before_s, layer_s, after_s = times
     found = one_round(resident, slots, copy_s=copy_s, before_s=before_s, layer_s=layer_s, after_s=after_s, disk=disk)
     copies_s, computes_s, reads_s = (8 - resident) * copy_s, before_s + 8 * layer_s + after_s, min(disk, 8 - resident) * 1.0

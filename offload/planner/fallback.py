@@ -74,7 +74,8 @@ class Fallbacks:
 
     def fewer_resident(self, plan: Plan) -> Plan | None:
         """One layer less on the device; where all were, as many as free more than the slots take that streaming needs. They go
-        to the host, or to disk where a run reads from it already, as the host has no room left."""
+        to the host, or to disk where a run reads from it already, as the host has no room left. Nothing else
+        is left to give up where the tree is the root alone and the prompt has been read."""
         placement, resident = plan.placement, sorted(plan.placement.resident)
         leaving, num_slots = self._leaving(plan)
         if not leaving or (not placement.disk and not self._host_has_room(plan, leaving)):

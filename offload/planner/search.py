@@ -2,8 +2,8 @@
 
 They compete for the same memory and hide under the same stream, so they are chosen together: minimise E[round] / E[tokens]
 over all of them (a ratio of expectations, as renewal-reward has it). For an acceptance and a bound on the width of levels the
-best trees of all sizes and numbers of levels are known at once (tree.optimizer.growth). A lower bound of the round leaves few
-to be timed, and those that lie in memory alike are timed together.
+best trees of all sizes and numbers of levels are known at once (tree.optimizer.growth). Trees beside which the layers lie alike
+are timed together.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,20 +18,16 @@ from tree.optimizer import Growth, growth
 
 from ..errors import FitError
 from ..weights.placement import Placement
-from .cost import stored_bytes
 from .memory import MemoryPlan
 from .prediction import DraftOption, Workload, predict, rounds
 
-Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 MAX_NODES, MAX_LEVELS = 4096, 32
 # All sizes up to 16, then four per doubling, as tokens per pass grow with the logarithm of the nodes; at the end as many as
 # BETWEEN around the best.
 NODES = (*range(1, 17), *(round(2 ** (quarter / 4)) for quarter in range(17, 49)))
 BETWEEN = 32
-TIE = 1e-9  # of seconds per token: rounding
 WIDTHS = (4, 8, 16, 32, 64, 128, 256)  # tried as bounds on a level's nodes, where a wider level takes a draft longer
 
 
@@ -48,15 +44,6 @@ class Choice:
     s_per_token: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Sizes:
-    """Numbers of nodes, ascending, the memory of each, and the place of the first whose layers lie as its own do."""
-
-    nodes: Ints
-    plans: tuple[MemoryPlan, ...]
-    alike: Ints
-
-
 def best_choice(
     workload: Workload,
     drafts: Sequence[DraftOption | None],
@@ -65,32 +52,25 @@ def best_choice(
     max_nodes: int = MAX_NODES,
     max_levels: int = MAX_LEVELS,
     sizes: Sequence[int] = NODES,
-    known: Choice | None = None,
 ) -> Choice | None:
-    """The point with the least predicted seconds per token, `known` among them; of equals the one with fewer nodes, then fewer
-    levels. Without a draft there is only the root. None when nothing fits."""
-    best = known
+    """The point with the least predicted seconds per token; of equals the one with fewer nodes, then fewer levels. Without a
+    draft there is only the root. None when nothing fits."""
     grid = [size for size in sizes if size <= max_nodes]
     trees: dict[Acceptance, _Trees] = {}
+    found: list[Choice | None] = []
     for draft in drafts:
-        if draft is not None and draft.acceptance not in trees:
-            trees[draft.acceptance] = _Trees(draft.acceptance, grid, max_levels, workload.target.vocab_size)
+        if draft is None:
+            found += [_plain(workload, num_slots) for num_slots in slots]
+            continue
+        if draft.acceptance not in trees:
+            trees[draft.acceptance] = _Trees(draft.acceptance, grid[-1], max_levels, workload.target.vocab_size)
         for num_slots in slots:
-            if draft is None:
-                found = _plain(workload, num_slots)
-            else:
-                search = _Search(workload, draft, trees[draft.acceptance], num_slots)
-                found = search.run(best.s_per_token if best else np.inf)
-            best = _better(best, found) if best else found
-    return best
+            found.append(_Search(workload, draft, trees[draft.acceptance], num_slots).run(grid))
+    return min((choice for choice in found if choice is not None), key=_order, default=None)
 
 
-def _better(best: Choice, found: Choice | None) -> Choice:
-    """`found` if it is quicker by more than rounding; of equals the smaller."""
-    if found is None or found.s_per_token > best.s_per_token * (1 + TIE):
-        return best
-    smaller = (found.num_nodes, found.num_levels) < (best.num_nodes, best.num_levels)
-    return found if smaller or found.s_per_token < best.s_per_token * (1 - TIE) else best
+def _order(choice: Choice) -> tuple[float, int, int]:
+    return choice.s_per_token, choice.num_nodes, choice.num_levels
 
 
 def _plain(workload: Workload, num_slots: int) -> Choice | None:
@@ -104,23 +84,22 @@ def _plain(workload: Workload, num_slots: int) -> Choice | None:
 
 
 class _Trees:
-    """The best trees of all sizes for one acceptance, by number of levels and bound on their width: grown once, as memory does
-    not change them."""
+    """The best trees of at most `num_nodes` nodes for one acceptance, by number of levels and bound on their width. They are
+    grown once: memory does not change them."""
 
-    def __init__(self, acceptance: Acceptance, grid: Sequence[int], max_levels: int, max_branching: int) -> None:
-        self._grow = partial(growth, acceptance, grid[-1], max_branching=max_branching)
-        self._growths: dict[tuple[int, int | None], Growth] = {}
+    def __init__(self, acceptance: Acceptance, num_nodes: int, max_levels: int, max_branching: int) -> None:
+        self._grow = partial(growth, acceptance, num_nodes, max_branching=max_branching)
         unbounded = self._grow(max_levels)
-        for num_levels in range(1, max_levels + 1):
-            self._growths[num_levels, None] = unbounded.within(num_levels)
-        self.grid, self.max_levels = grid, max_levels
-        self.tokens = np.stack([grown.expected_tokens(np.array(grid)) for grown in self._growths.values()], axis=1)
+        self.max_levels = max_levels
+        self._grown: dict[tuple[int, int | None], Growth] = {
+            (num_levels, None): unbounded.within(num_levels) for num_levels in range(1, max_levels + 1)
+        }
 
     def within(self, num_levels: int, max_level_width: int | None) -> Growth:
         key = num_levels, max_level_width
-        if key not in self._growths:
-            self._growths[key] = self._grow(num_levels, max_level_width=max_level_width).within(num_levels)
-        return self._growths[key]
+        if key not in self._grown:
+            self._grown[key] = self._grow(num_levels, max_level_width=max_level_width).within(num_levels)
+        return self._grown[key]
 
 
 class _Search:
@@ -129,63 +108,29 @@ class _Search:
     def __init__(self, workload: Workload, draft: DraftOption, trees: _Trees, num_slots: int) -> None:
         self._workload, self._draft, self._trees, self._num_slots = workload, draft, trees, num_slots
 
-    def run(self, bound_s: float) -> Choice | None:
-        """The best choice, None if none is better than `bound_s` seconds per token. First the number of levels that promises
-        most, then all others that may still win; then a bound on their width; then the sizes between those of the grid."""
-        grid = self._trees.grid
-        sizes = self._fitting(grid)
-        if not sizes.plans:
+    def run(self, grid: Sequence[int]) -> Choice | None:
+        """The best choice, None where nothing fits. First over all sizes and numbers of levels, then with bounds on
+        the width of levels, then over the sizes between those of the grid."""
+        plans = self._fitting(grid)
+        if not plans:
             return None
-        least_s = self._lower_bound(sizes, bound_s * (1 + TIE))
-        levels, first = np.arange(least_s.shape[1]), least_s.min(axis=0).argmin()
-        best: Choice | None = None
-        for some in (levels == first, levels != first):
-            limit_s = min(bound_s, best.s_per_token if best else np.inf) * (1 + TIE)
-            found = self._best(sizes, [(int(level) + 1, None) for level in levels], some & (least_s <= limit_s))
-            best = _better(best, found) if best else found
-        if best is None:
-            return None
-        widths, num_levels = self._widths(int(sizes.nodes[-1])), best.num_levels
-        holds = sizes.nodes[:, None] <= 1 + np.array(widths, dtype=np.int64) * (num_levels - 1)
-        may_win = least_s[:, num_levels - 1 : num_levels] <= best.s_per_token
-        best = _better(best, self._best(sizes, [(num_levels, width) for width in widths], holds & may_win))
-        first_size = max((size for size in grid if size < best.num_nodes), default=best.num_nodes)
-        last_size = min((size for size in grid if size > best.num_nodes), default=best.num_nodes)
-        between = self._fitting(range(first_size, last_size + 1, max((last_size - first_size) // BETWEEN, 1)))
-        every = np.ones((len(between.plans), 1), dtype=np.bool_)
-        return _better(best, self._best(between, [(num_levels, best.max_level_width)], every))
+        best = self._best(plans, [(num_levels, None) for num_levels in range(1, self._trees.max_levels + 1)])
+        bounds = [(best.num_levels, width) for width in (None, *self._widths(max(plans)))]
+        best = self._best(plans, bounds)
+        first = max((size for size in plans if size < best.num_nodes), default=best.num_nodes)
+        last = min((size for size in grid if size > best.num_nodes), default=best.num_nodes)
+        between = self._fitting([*range(first, last + 1, max((last - first) // BETWEEN, 1))])
+        return min(best, self._best(between, [(best.num_levels, best.max_level_width)]), key=_order)
 
-    def _fitting(self, grid: Iterable[int]) -> _Sizes:
+    def _fitting(self, grid: Iterable[int]) -> dict[int, MemoryPlan]:
+        """The memory of each size that fits."""
         plans: dict[int, MemoryPlan] = {}
         for size in grid:
             try:
                 plans[size] = self._workload.memory(self._draft, size, self._num_slots)
             except FitError:
                 break  # a larger tree takes no less
-        firsts: dict[tuple[Placement, int], int] = {}
-        alike = [firsts.setdefault((memory.placement, memory.num_slots), place) for place, memory in enumerate(plans.values())]
-        return _Sizes(np.array(list(plans), dtype=np.int64), tuple(plans.values()), np.array(alike, dtype=np.int64))
-
-    def _lower_bound(self, sizes: _Sizes, limit_s: float) -> Floats:
-        """[sizes, levels]: seconds per token that no tree of that size and just so many levels beats: its round when every
-        level takes the draft as little as any does, or its longest part, where that is already more than `limit_s`."""
-        tokens = self._trees.tokens[: len(sizes.plans)]
-        deeper = np.diff(tokens, prepend=0.0) > 0  # a tree that does not use the last level is one of fewer
-        least_s = np.where(deeper, self._longest_part_s(sizes)[:, None] / tokens, np.inf)
-        rows, levels = np.nonzero(least_s <= limit_s)
-        level_s = float(self._draft.level_s(np.array(self._draft.times.rows)).min())
-        draft_s = level_s * np.arange(tokens.shape[1], dtype=np.float64)
-        least_s[rows, levels] = self._round_s(sizes, rows, draft_s[levels]) / tokens[rows, levels]
-        return least_s
-
-    def _longest_part_s(self, sizes: _Sizes) -> Floats:
-        """[sizes]: seconds of all copies, all reads or all computing, which no round is shorter than."""
-        work, target = self._workload, self._workload.target
-        copied = np.array([stored_bytes(target, memory.placement.streamed) for memory in sizes.plans])
-        read = np.array([stored_bytes(target, memory.placement.disk) for memory in sizes.plans])
-        moved_s = np.maximum(copied / work.link_bytes_per_s, read / work.disk_bytes_per_s)
-        computed_s = target.equivalent_layers * work.times.layer(sizes.nodes) + work.after_s(sizes.nodes)
-        return np.asarray(np.maximum(moved_s, computed_s))
+        return plans
 
     def _widths(self, num_nodes: int) -> tuple[int, ...]:
         """Bounds on a level's nodes that are worth trying: those at which a level is at least a tenth quicker than the
@@ -193,36 +138,28 @@ class _Search:
         widest_s = float(self._draft.level_s(num_nodes))
         return tuple(width for width in WIDTHS if float(self._draft.level_s(width)) < 0.9 * widest_s)
 
-    def _best(self, sizes: _Sizes, bounds: Sequence[tuple[int, int | None]], tried: Bools) -> Choice | None:
-        """The best of the trees within `bounds` on levels and width, None if there is none; `tried` [sizes, bounds] says which
-        are looked at. Of equals the one with fewer nodes, then the one of the earlier bound."""
-        tokens, draft_s = np.zeros((2, *tried.shape))
-        for place in np.flatnonzero(tried.any(axis=0)).tolist():
-            grown = self._trees.within(*bounds[place])
-            rows = np.flatnonzero(tried[:, place] & (sizes.nodes <= len(grown.values)))
-            tokens[rows, place] = grown.expected_tokens(sizes.nodes[rows])
-            draft_s[rows, place] = self._draft.draft_s(grown.expanded(sizes.nodes[rows]))
-        rows, places = np.nonzero(tokens)
-        if not len(rows):
-            return None
-        s_per_token = self._round_s(sizes, rows, draft_s[rows, places]) / tokens[rows, places]
-        best = int(np.flatnonzero(s_per_token <= s_per_token.min() * (1 + TIE))[0])
-        num_levels, width = bounds[int(places[best])]
+    def _best(self, plans: dict[int, MemoryPlan], bounds: Sequence[tuple[int, int | None]]) -> Choice:
+        """The best of the trees of each size within each of `bounds` on levels and width."""
+        sizes, memories = np.array(list(plans), dtype=np.int64), list(plans.values())
+        after_s = self._workload.after_s(sizes)
+        grown = [self._trees.within(*bound) for bound in bounds]
+        tokens = np.stack([one.expected_tokens(sizes) for one in grown], axis=1)  # [S, B]
+        draft_s = np.stack([self._draft.draft_s(one.expanded(sizes)) for one in grown], axis=1)  # [S, B]
+        held = np.stack([sizes <= len(one.values) for one in grown], axis=1)  # [S, B]: there are trees of so many nodes
+        round_s = np.full(tokens.shape, np.inf)
+        alike: dict[tuple[Placement, int], list[int]] = {}
+        for row, memory in enumerate(memories):
+            alike.setdefault((memory.placement, memory.num_slots), []).append(row)
+        for rows in alike.values():
+            times = rounds(self._workload, memories[rows[0]], sizes[rows, None], draft_s[rows], after_s[rows, None])
+            round_s[rows] = np.where(held[rows], times.round_s, np.inf)
+        s_per_token = round_s / tokens
+        row, place = divmod(int(s_per_token.argmin()), len(bounds))
         return Choice(
             draft=self._draft,
-            memory=sizes.plans[rows[best]],
-            num_nodes=int(sizes.nodes[rows[best]]),
-            num_levels=num_levels,
-            max_level_width=width,
-            s_per_token=float(s_per_token[best]),
+            memory=memories[row],
+            num_nodes=int(sizes[row]),
+            num_levels=bounds[place][0],
+            max_level_width=bounds[place][1],
+            s_per_token=float(s_per_token[row, place]),
         )
-
-    def _round_s(self, sizes: _Sizes, rows: Ints, draft_s: Floats) -> Floats:
-        """Seconds of a round of each; one timeline for each placement of the layers."""
-        alike, round_s = sizes.alike[rows], np.empty(len(rows))
-        for first in np.flatnonzero(np.bincount(alike)):
-            places = np.flatnonzero(alike == first)
-            nodes = sizes.nodes[rows[places]]
-            times = rounds(self._workload, sizes.plans[first], nodes, draft_s[places], self._workload.after_s(nodes))
-            round_s[places] = times.round_s
-        return round_s

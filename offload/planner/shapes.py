@@ -1,5 +1,8 @@
 """What planning needs to know of a model, from its config.json alone: no weights, no torch, no network.
 
+model/architecture.py reads the same off the model that transformers builds, and takes seconds to import: `plan` answers in half
+of one. A test holds both to the same sizes, family by family.
+
 The facts of well-known models are in profiles/models, so that a plan for one needs nothing of it on this machine.
 """
 

@@ -82,6 +82,7 @@ class Report:
                 "disk_layers": len(plan.placement.disk),
                 "slots": plan.num_slots,
                 "bytes_per_pass": plan.bytes_per_pass,
+                "raw_bytes_per_pass": plan.raw_bytes_per_pass,
                 "link_bytes_per_s": stats.link_bytes_per_s,
                 "link_peak_bytes_per_s": plan.link_bytes_per_s,
                 "link_utilisation": self.link_utilisation,
