@@ -16,8 +16,8 @@ from .engine.decode import DecodeLoop
 from .engine.engine import Engine
 from .engine.loading import HOST_RESERVE_BYTES, Loaded, LoadProgress, ReadCounter, bytes_to_read, lend_memory, take_memory
 from .engine.replanning import Replanner
+from .engine.sessions import Sessions, host_limit_bytes
 from .errors import DeviceError, FitError, reason
-from .model.architecture import check_window
 from .model.generation_config import read_generation_defaults
 from .planner.fallback import Fallbacks
 from .planner.hardware import HardwareProfile
@@ -80,7 +80,7 @@ def open_engine(
         link_bytes_per_s = settings.emulate_link_bytes_per_s or loaded.stream.measure_link()
         plan = replace(plan, link_bytes_per_s=link_bytes_per_s, small_uploads=device.small_uploads)
         method = resolve_method(settings.verifier)
-        parts = loaded.target, loaded.stream, loaded.drafter, loaded.masks
+        parts = loaded.target, loaded.stream, loaded.drafter, loaded.masks, _sessions(loaded, plan)
         loop = DecodeLoop(device, *parts, plan, method=method, trace=trace, fallbacks=fallbacks)
         close = partial(_close, device, stack.pop_all())
     return Engine(
@@ -97,9 +97,13 @@ def open_engine(
     )
 
 
+def _sessions(loaded: Loaded, plan: Plan) -> Sessions:
+    caches = [loaded.target.cache, *([loaded.drafter.cache] if loaded.drafter is not None else [])]
+    return Sessions(caches, max_bytes=host_limit_bytes(plan))
+
+
 def _admitted(target: ModelSource, plan: Plan, seed: int, admit: Callable[[Admission], None] | None) -> Admission:
     """What a model so planned will take, once whoever has a request has asked it."""
-    check_window(target.architecture, plan.text_tokens, str(target.folder / "config.json"))
     admission = Admission(plan=plan, tokenizer=target.tokenizer, vocab_size=target.architecture.vocab_size, seed=seed)
     if admit is not None:
         admit(admission)

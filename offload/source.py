@@ -41,26 +41,27 @@ class TypedModel:
     @property
     def cost(self) -> ModelCost:
         architecture, config, itemsize = self.architecture, self.architecture.config, self.dtype.itemsize
-        kv_bytes = kv_bytes_per_row(architecture.num_kv_heads, architecture.head_dim, itemsize)
+        kinds = list(zip(self.codecs, architecture.kv_shapes, strict=True))
         costs = {
-            codec: LayerCost(
+            (codec, kv_shape): LayerCost(
                 stored_bytes=codec.stored.num_bytes,
                 computed_bytes=codec.computed.num_bytes,
                 num_parameters=codec.computed.num_elements,
-                kv_bytes_per_row=kv_bytes,
+                kv_bytes_per_row=kv_bytes_per_row(*kv_shape, itemsize),
                 scratch_bytes=codec.scratch_bytes,
             )
-            for codec in set(self.codecs)
+            for codec, kv_shape in set(kinds)
         }
         return ModelCost(
-            layers=tuple(costs[codec] for codec in self.codecs),
+            layers=tuple(costs[kind] for kind in kinds),
             outside_bytes=self.outside_layout.num_bytes,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             num_heads=config.num_attention_heads,
-            head_dim=architecture.head_dim,
+            head_dim=max(head_dim for _, head_dim in architecture.kv_shapes),
             vocab_size=architecture.vocab_size,
             dtype_bytes=itemsize,
+            num_masks=len(set(architecture.windows)),
         )
 
 

@@ -11,11 +11,15 @@ from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.device import Device
 from offload.engine.engine import Engine
-from offload.model.drafter import ModelDrafter
+from offload.model.drafter import PROMPT_CHUNK_TOKENS, ModelContext, ModelDrafter
+from offload.model.masks import TreeMasks
+from offload.source import check_source
 from planning import L40
+from small_models import causal_lm
 from tree.shape import TreeShape
 
 PROMPT = [5, 9, 33, 2, 71]
+WIDE = TreeShape.from_widths((64, 4))  # of whose nodes as many as MAX_ROWS may be in a level
 
 
 def open_tiny(
@@ -35,34 +39,54 @@ def open_tiny(
 
 @contextmanager
 def open_drafters(
-    devices: Sequence[Callable[[], Device]], folder: Path, max_context: int = 128, tree: str = "3x3:kary"
+    devices: Sequence[Callable[[], Device]],
+    folder: Path,
+    rows: int = 140,
+    shape: TreeShape = WIDE,
+    *,
+    num_texts: int = 1,
+    chunk_tokens: int = PROMPT_CHUNK_TOKENS,
+    vocab_size: int = VOCAB_SIZE,
 ) -> Iterator[list[ModelDrafter]]:
-    """One on each device; each knows PROMPT. They have the memory that they need for `tree`."""
-    engines = [open_tiny(folder, device(), max_context=max_context, tree=tree) for device in devices]
+    """One on each device, in float32, for texts of at most `rows` rows. They have the memory that they need for `shape`."""
+    opened = [device() for device in devices]
+    drafters = []
+    for device in opened:
+        model = check_source(str(folder), "--model", "float32", device.torch_device.type)
+        lm = causal_lm(model, device, num_segments=num_texts, segment_rows=rows)
+        drafters.append(
+            ModelDrafter(lm, device, vocab_size, TreeMasks(device, shape), shape, chunk_tokens, max_nodes=shape.num_nodes)
+        )
     try:
-        drafters = [engine.loop._drafter for engine in engines if engine.loop._drafter is not None]
-        assert len(drafters) == len(devices)
-        for drafter in drafters:
-            drafter.restart(PROMPT, len(PROMPT))
         yield drafters
     finally:
-        for engine in engines:
-            engine.close()
+        for drafter, device in zip(drafters, opened, strict=True):
+            drafter.close()
+            device.close()
 
 
-def run_round(drafters: list[ModelDrafter], shape: TreeShape, generator: torch.Generator, tolerance: float = 1e-5) -> None:
+def start_all(drafters: Sequence[ModelDrafter], text: Sequence[int] = PROMPT, place: int = 0) -> list[ModelContext]:
+    return [drafter.start(place, text, len(text)) for drafter in drafters]
+
+
+def run_round(contexts: list[ModelContext], shape: TreeShape, generator: torch.Generator, tolerance: float = 1e-5) -> None:
     """Every level's logits agree, for random tokens; then the path to a random node is accepted. What is not recorded by then
     is."""
-    for drafter in drafters:
-        drafter.prepare(shape)
-    assert_same([drafter.begin(shape) for drafter in drafters], tolerance)
+    for context in contexts:
+        context._drafter.prepare(shape)
+    assert_same([context.begin(shape) for context in contexts], tolerance)
     tokens = torch.randint(VOCAB_SIZE, (shape.num_nodes,), generator=generator)
     for nodes in shape.expanded[1:-1]:
-        assert_same([drafter.expand(nodes, tokens[list(nodes)]) for drafter in drafters], tolerance)
+        assert_same([context.expand(nodes, tokens[list(nodes)]) for context in contexts], tolerance)
     path = shape.path(int(torch.randint(shape.num_nodes, (), generator=generator)))
-    for drafter in drafters:
-        drafter.commit(path)
-        drafter.extend_context([*tokens[list(path[1:])].tolist(), 7])
+    for context in contexts:
+        context.follow(path, (*tokens[list(path[1:])].tolist(), 7), None)
+
+
+def extend(contexts: Sequence[ModelContext], token_ids: Sequence[int]) -> None:
+    """As if these had been committed without a tree."""
+    for context in contexts:
+        context.follow((0,), tuple(token_ids), None)
 
 
 def assert_same(logits: list[torch.Tensor], tolerance: float) -> None:

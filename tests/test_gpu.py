@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conftest import FAMILIES, reference_model
-from drafters import open_drafters, run_round
+from drafters import extend, open_drafters, run_round, start_all
 from fakes import layer_fault
 from offload.assemble import open_engine
 from offload.config import EngineSettings
@@ -23,8 +23,10 @@ from offload.device.base import CopyTicket, Ticket
 from offload.device.cuda import CudaDevice, RegisteredBuffer
 from offload.doctor.gather import gather_facts
 from offload.doctor.judge import judge
-from offload.engine.engine import Engine, Step
-from offload.model.attention import tree_attention
+from offload.engine.engine import Engine
+from offload.engine.generation import Step
+from offload.model.attention import Block, tree_attention
+from offload.model.transformers_api import carry
 from planning import L40
 from tree.logprobs import Scoring
 from tree.shape import TreeShape
@@ -143,10 +145,11 @@ def test_attention_is_the_kernel_that_takes_masks_and_needs_no_building() -> Non
     query = torch.randn(1, heads, rows, 128, dtype=torch.bfloat16, device="cuda")
     key = torch.randn(1, 8, columns, 128, dtype=torch.bfloat16, device="cuda")
     mask = torch.rand(1, 1, rows, columns, device="cuda") < 0.5
+    carrier = carry({None: (Block(slice(rows), slice(columns), mask),)}, mask.device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         torch.cuda.reset_peak_memory_stats()
         before_bytes = torch.cuda.memory_allocated()
-        tree_attention(torch.nn.Module(), query, key, key, mask)
+        tree_attention(torch.nn.Module(), query, key, key, carrier)
         used_bytes = torch.cuda.max_memory_allocated() - before_bytes
     assert "aten::_scaled_dot_product_efficient_attention" in {event.key for event in profile.key_averages()}
     repeated_bytes, mask_bytes = 2 * heads * columns * 128 * 2, rows * columns * 2
@@ -341,13 +344,15 @@ def test_the_peak_is_within_5_percent_of_the_ledger_and_a_layer_given_up_is_free
 def test_replayed_drafts_have_the_logits_of_eager_ones(models: Models, family: str) -> None:
     """Captured ahead and replayed in any order, over commits and a growing cache."""
     generator = torch.Generator().manual_seed(1)
-    with open_drafters((EagerCudaDevice, CudaDevice), models(family), max_context=1500, tree="64x4:kary") as drafters:
+    with open_drafters((EagerCudaDevice, CudaDevice), models(family), rows=1500, num_texts=2) as drafters:
+        texts = [start_all(drafters, PROMPT, place) for place in range(2)]
         for width in (1, 2, 3, 4, 64, 65, 9, 3, 128, 1, 200, 5):
-            run_round(drafters, TreeShape.from_widths((width, 1, 1)), generator, tolerance=1e-4)
-        for drafter in drafters:
-            drafter.extend_context([11] * 500)  # into the next bucket of cached rows
+            for contexts in texts:
+                run_round(contexts, TreeShape.from_widths((width, 1, 1)), generator, tolerance=1e-4)
+        extend(texts[1], [11] * 500)  # into the next bucket of attended rows
         for width in (5, 64, 2):
-            run_round(drafters, TreeShape.from_widths((width, 2, 1)), generator, tolerance=1e-4)
+            for contexts in texts:
+                run_round(contexts, TreeShape.from_widths((width, 2, 1)), generator, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("disk", [0, 3])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "tests/gpu_session.sh"
+SCRIPT = Path(__file__).resolve().parents[1] / "docs/benchmarks/gpu_session.sh"
 CALL_S = {"first": 360, "second": 300}
 STEPS = ["facts", "latency", "tests", "light", "figure", "sanitizer"]
 

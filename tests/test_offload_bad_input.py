@@ -23,7 +23,7 @@ from command_line import (
     assert_usage_error,
     run_command,
 )
-from conftest import VOCAB_SIZE, save_tiny_model
+from conftest import VOCAB_SIZE
 from text_models import byte_level_tokenizer, change_json, change_tensors, copy_model, save_text_model, save_tokenizer
 
 Models = Callable[..., Path]
@@ -282,13 +282,6 @@ def test_an_architecture_that_we_would_not_compute_exactly_is_refused(
     common |= {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 160}
     AutoConfig.for_model(family, **{**common, **changes}).save_pretrained(model)
     assert_error(run(model), INVALID, expected, "config.json")
-
-
-def test_a_text_longer_than_a_sliding_window_is_refused_and_a_shorter_one_written(run: Run, model: Path) -> None:
-    sliding = save_tiny_model(model, "mistral", sliding_window=16)
-    message = "sliding attention window of 16 tokens is shorter than the context of 160"
-    assert_error(run(sliding, "--max-context", 160), INVALID, message, "config.json")
-    assert run(sliding).code == 0
 
 
 @pytest.mark.parametrize("content", ["", "[", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [1, null]}', "[" * 100_000])

@@ -26,7 +26,7 @@ from offload.config import EngineSettings
 from offload.errors import DeviceError, ModelError, NumericError
 from offload.streaming.stream import PassProgress
 from offload.text.conversation import render
-from test_offload_cli import interrupt_in_round
+from test_offload_cli import interrupt_in_pass
 from text_models import CHAT_TEMPLATE, save_text_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -332,7 +332,7 @@ def test_an_error_in_a_pass_takes_the_question_back_or_ends_the_chat(
         raise error("gone", where="here", cure="none")
 
     path = tmp_path / "a.json"
-    interrupt_in_round(monkeypatch, 11, fail)  # the third pass of the second answer
+    interrupt_in_pass(monkeypatch, 11, fail)  # the third pass of the second answer
     finished = chat("one", "two", f"/save {path}", "three")
     assert finished.code == code
     assert_holds(finished.stderr, "error: gone")
@@ -347,18 +347,18 @@ def test_ctrl_c_keeps_what_was_accepted_and_the_conversation_goes_on(
 ) -> None:
     whole = contents(saved(chat, tmp_path, "one"))[1]
     with monkeypatch.context() as patch:
-        interrupt_in_round(patch, 4, lambda: signal.raise_signal(signal.SIGINT))
+        interrupt_in_pass(patch, 4, lambda: signal.raise_signal(signal.SIGINT))
         document = saved(chat, tmp_path, "one", "two")
     stopped = contents(document)[1]
     assert whole.startswith(stopped) and 0 < len(stopped) < len(whole) and len(contents(document)) == 4
     with monkeypatch.context() as patch:
-        interrupt_in_round(patch, 1, lambda: signal.raise_signal(signal.SIGINT))
+        interrupt_in_pass(patch, 1, lambda: signal.raise_signal(signal.SIGINT))
         assert contents(saved(chat, tmp_path, "one", "two"))[::2] == ["two"]
 
 
 def test_sigterm_and_a_ctrl_c_at_the_prompt_leave(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        interrupt_in_round(patch, 4, lambda: signal.raise_signal(signal.SIGTERM))
+        interrupt_in_pass(patch, 4, lambda: signal.raise_signal(signal.SIGTERM))
         finished = chat("one", "two")
         assert finished.code == 143 and finished.stdout.count("\n") == 1
 

@@ -17,7 +17,7 @@ import pytest
 from command_line import DOES_NOT_FIT, LOST, Finished, assert_error, assert_holds, assert_usage_error, run_command
 from offload.cli.main import main
 from offload.cli.signals import leaving_at_once
-from offload.engine.decode import DecodeLoop, StepResult
+from offload.engine.decode import DecodeLoop, Outcome
 from offload.text.tokenizer import Tokenizer
 from text_models import BOS, CHAT_TEMPLATE, EOS, VOCAB_SIZE, change_json, copy_model, save_text_model
 
@@ -304,17 +304,17 @@ def test_a_stop_string_ends_the_text_before_it(run: Run) -> None:
 # -- interruptions -----------------------------------------------------------------------------------------------------
 
 
-def interrupt_in_round(monkeypatch: pytest.MonkeyPatch, number: int, interrupt: Callable[[], None]) -> None:
-    """Let `interrupt` happen when round `number` (from 1) is about to be computed."""
-    rounds = iter(range(1, 1000))
-    run_round = DecodeLoop.run_round
+def interrupt_in_pass(monkeypatch: pytest.MonkeyPatch, number: int, interrupt: Callable[[], None]) -> None:
+    """Let `interrupt` happen when pass `number` (from 1) is about to be computed."""
+    passes = iter(range(1, 1000))
+    run_pass = DecodeLoop.run_pass
 
-    def interrupted(loop: DecodeLoop, max_tokens: int) -> StepResult:
-        if next(rounds) == number:
+    def interrupted(loop: DecodeLoop, sequences: Any) -> tuple[Outcome, ...]:
+        if next(passes) == number:
             interrupt()
-        return run_round(loop, max_tokens)
+        return run_pass(loop, sequences)
 
-    monkeypatch.setattr(DecodeLoop, "run_round", interrupted)
+    monkeypatch.setattr(DecodeLoop, "run_pass", interrupted)
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
@@ -364,19 +364,19 @@ def test_an_interruption_prints_what_there_is(
 ) -> None:
     whole = json_of(run("--prompt", PROMPT, "--json"))
     with monkeypatch.context() as patch:
-        interrupt_in_round(patch, 4, lambda: signal.raise_signal(signal_number))
+        interrupt_in_pass(patch, 4, lambda: signal.raise_signal(signal_number))
         document = json_of(run("--prompt", PROMPT, "--json"), code)
     assert document["finish_reason"] == "interrupted"
     assert document["token_ids"] == whole["token_ids"][:3]
     assert set(document) == KEYS[""]
-    interrupt_in_round(monkeypatch, 4, lambda: signal.raise_signal(signal_number))
+    interrupt_in_pass(monkeypatch, 4, lambda: signal.raise_signal(signal_number))
     finished = run("--prompt", PROMPT)
     assert (finished.code, finished.stdout) == (code, document["text"])
     assert_holds(finished.stderr, "3 tokens in ")
 
 
 def test_an_interruption_before_the_first_token_has_an_answer_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt_in_round(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGINT))
+    interrupt_in_pass(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGINT))
     document = json_of(run("--prompt", PROMPT, "--json"), 130)
     assert (document["text"], document["token_ids"], document["finish_reason"]) == ("", [], "interrupted")
     assert document["timing"]["s_per_token"] is None

@@ -24,7 +24,8 @@ from offload.device.chunks import register_chunks
 from offload.device.cuda import CudaDevice, RegisteredBuffer
 from offload.device.host import HostMapping
 from offload.errors import DeviceError, DeviceMemoryError
-from offload.model.attention import tree_attention
+from offload.model.attention import Block, tree_attention
+from offload.model.transformers_api import carry
 from offload.weights.placement import RING_BUFFERS
 from planning import L40
 
@@ -325,7 +326,8 @@ def test_attention_leaves_the_process_its_kernels(runtime: Runtime, monkeypatch:
         return compute(*args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
-    rows, mask = torch.ones(1, 2, 3, 8), torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    rows, all_rows = torch.ones(1, 2, 3, 8), slice(3)
+    mask = carry({None: (Block(all_rows, all_rows, torch.ones(1, 1, 3, 3, dtype=torch.bool)),)}, torch.device("cpu"))
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         for enabled in (True, False):
@@ -433,10 +435,10 @@ def test_a_pass_for_which_a_library_has_no_memory_is_run_with_less(runtime: Runt
         with open_engine(settings, device=open_device(), hardware=L40) as engine:
             forward, nodes = engine.loop._target.forward, engine.plan.tree.num_nodes
 
-            def full(ids: torch.Tensor, *rest: Any, fails: bool = fails, nodes: int = nodes, forward: Any = forward) -> Any:
-                if fails and len(ids) >= nodes:
+            def full(parts: Any, *, fails: bool = fails, nodes: int = nodes, forward: Any = forward, **others: Any) -> Any:
+                if fails and parts[0].num_rows >= nodes:
                     raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-                return forward(ids, *rest)
+                return forward(parts, **others)
 
             engine.loop._target.forward = full  # type: ignore[method-assign]
             texts.append(engine.generate([5], max_new_tokens=16, ignore_eos=True).token_ids)
@@ -453,7 +455,7 @@ def test_a_gpu_lost_while_loading_or_in_a_pass_is_exit_7_however_it_is_closed(
     settings = EngineSettings(model=str(models()), device="cpu", tree="none", slots=2)
     with pytest.raises(DeviceError), open_engine(settings, device=open_device(), hardware=L40) as engine:
         monkeypatch.setattr(torch.cuda, "synchronize", lost)
-        monkeypatch.setattr(engine.loop._target, "forward", lambda *_: lost())
+        monkeypatch.setattr(engine.loop._target, "forward", lambda *_, **__: lost())
         engine.generate(PROMPT, max_new_tokens=3)
     device = open_device()
     monkeypatch.setattr(device, "copy_async", lambda *_: lost())

@@ -20,6 +20,8 @@ import tree.verify
 from conftest import FAMILIES, VOCAB_SIZE
 from offload.device.base import CopyTicket, Interval, Ticket
 from offload.engine.decode import DecodeLoop
+from offload.engine.sequence import Sequence as Text
+from offload.engine.sessions import Sessions
 from offload.model.attention import register
 from offload.model.causal_lm import CausalLM
 from offload.model.drafter import ModelDrafter
@@ -183,10 +185,15 @@ def open_loop(
     target, stream = streamed(device, model)
     masks = TreeMasks(device, TREE)
     draft = check_source(str(folder), "--model", "bfloat16", "cuda").model
-    drafter = ModelDrafter(resident(device, draft), device, VOCAB_SIZE, masks)
+    drafter = ModelDrafter(resident(device, draft), device, VOCAB_SIZE, masks, TREE, 1024, max_nodes=TREE.num_nodes)
     drafter.prepare(TREE)
-    plan: Any = SimpleNamespace(tree=TREE, pass_rows=1024, host_budget_bytes=0, host_ledger={})
-    return DecodeLoop(device, target, stream, drafter, masks, plan, method=method), waits
+    plan: Any = SimpleNamespace(tree=TREE, pass_rows=1024)
+    sessions = Sessions([target.cache, drafter.cache], max_bytes=0)
+    return DecodeLoop(device, target, stream, drafter, masks, sessions, plan, method=method), waits
+
+
+def begin(loop: DecodeLoop, prompt: Sequence[int], params: SamplingParams, scoring: Scoring | None = None) -> Text:
+    return loop.join(prompt, len(prompt), params, loop.seeded(0), scoring, tokens_left=1000)
 
 
 def streamed(device: Any, model: TypedModel) -> tuple[CausalLM, LayerStream]:
@@ -218,22 +225,22 @@ def causal_lm(device: Any, model: TypedModel, weights: Any) -> CausalLM:
     architecture = model.architecture
     cache = KVCache(
         device,
-        num_layers=architecture.num_layers,
-        num_kv_heads=architecture.num_kv_heads,
-        head_dim=architecture.head_dim,
-        capacity=2048,
+        layer_shapes=architecture.kv_shapes,
+        num_segments=1,
+        segment_rows=2048,
         dtype=model.dtype,
+        rope=architecture.rope,
     )
     outside = model.outside_layout.views(device.alloc(model.outside_layout.num_bytes))
     return CausalLM(architecture, device, model.dtype, outside, weights, cache)
 
 
-def assert_a_later_round_only_waits(loop: DecodeLoop, waits: list[int], *, times: int) -> None:
+def assert_a_later_pass_only_waits(loop: DecodeLoop, waits: list[int], text: Text, *, times: int) -> None:
     """`times`, and asks the device for nothing else."""
-    loop.run_round(100)
+    loop.run_pass([text])
     waits.clear()
     with Audit() as audit:
-        loop.run_round(100)
+        loop.run_pass([text])
     assert audit.found == [] and len(waits) == times
 
 
@@ -241,8 +248,7 @@ def assert_a_later_round_only_waits(loop: DecodeLoop, waits: list[int], *, times
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(0.6), SamplingParams(0.8, top_k=40, top_p=0.9)])
 def test_a_round_waits_once(monkeypatch: pytest.MonkeyPatch, models: Models, params: SamplingParams, method: Method) -> None:
     loop, waits = open_loop(monkeypatch, models(), method=method)
-    loop.start(PROMPT, len(PROMPT), params, loop.seeded(0), None)
-    assert_a_later_round_only_waits(loop, waits, times=1)
+    assert_a_later_pass_only_waits(loop, waits, begin(loop, PROMPT, params), times=1)
 
 
 @pytest.mark.parametrize(("family", "replays"), [*((family, True) for family in FAMILIES), ("llama", False)])
@@ -250,8 +256,7 @@ def test_a_round_of_every_family_waits_once(
     monkeypatch: pytest.MonkeyPatch, models: Models, family: str, replays: bool
 ) -> None:
     loop, waits = open_loop(monkeypatch, models(family), replays=replays)
-    loop.start(PROMPT, len(PROMPT), SamplingParams(0.6), loop.seeded(0), None)
-    assert_a_later_round_only_waits(loop, waits, times=1)
+    assert_a_later_pass_only_waits(loop, waits, begin(loop, PROMPT, SamplingParams(0.6)), times=1)
 
 
 def test_trees_that_are_cut_at_the_end_of_an_answer_bring_no_masks_of_their_own(
@@ -260,25 +265,24 @@ def test_trees_that_are_cut_at_the_end_of_an_answer_bring_no_masks_of_their_own(
     """Once each of their shapes was uploaded, behind the layers under way: once for the target, once for the draft."""
     loop, _ = open_loop(monkeypatch, models())
     for _ in range(2):
-        loop.start(PROMPT, len(PROMPT), SamplingParams(0.6), loop.seeded(0), None)
+        text = begin(loop, PROMPT, SamplingParams(0.6))
         with Audit() as audit:
-            for max_tokens in (100, 3, 2, 1):
-                loop.run_round(max_tokens)
+            for text.tokens_left in (100, 3, 2, 1):
+                loop.run_pass([text])
         assert audit.found == []
 
 
 def test_scores_take_one_more_wait(monkeypatch: pytest.MonkeyPatch, models: Models) -> None:
     loop, waits = open_loop(monkeypatch, models())
-    loop.start(PROMPT, len(PROMPT), SamplingParams(), loop.seeded(0), Scoring(num_top=3))
-    assert_a_later_round_only_waits(loop, waits, times=2)
+    assert_a_later_pass_only_waits(loop, waits, begin(loop, PROMPT, SamplingParams(), Scoring(num_top=3)), times=2)
 
 
 def test_a_long_prompt_is_read_without_a_wait(monkeypatch: pytest.MonkeyPatch, models: Models) -> None:
     loop, waits = open_loop(monkeypatch, models())
-    loop.start([7] * 1500, 1500, SamplingParams(), loop.seeded(0), None)
+    text = begin(loop, [7] * 1500, SamplingParams())
     with Audit() as audit:
-        loop.run_round(100)
-    assert audit.found == [] and len(waits) == 1
+        outcomes = [loop.run_pass([text])[0] for _ in range(2)]
+    assert audit.found == [] and len(waits) == 1 and outcomes[0] is None and outcomes[1] is not None
 
 
 def test_the_audit_sees_what_would_wait() -> None:

@@ -21,6 +21,7 @@ from offload.demo import DRAFT, TARGET
 from offload.device import Device
 from offload.engine.decode import DecodeLoop
 from offload.engine.engine import Engine
+from offload.engine.sessions import Sessions
 from offload.errors import UsageError
 from offload.model.drafter import ModelDrafter
 from offload.planner.hardware import Role
@@ -89,20 +90,27 @@ def test_any_number_of_layers_streams(models: Models, num_layers: int) -> None:
                 assert list(engine.generate(PROMPT, max_new_tokens=12).token_ids) == expected
 
 
+def logits_of_a_run(engine: Engine) -> list[torch.Tensor]:
+    rows, forward = list[torch.Tensor](), engine.loop._target.forward
+
+    def kept(*arguments: Any, **others: Any) -> Any:
+        outputs = forward(*arguments, **others)
+        rows.extend(output.logits for output in outputs)
+        return outputs
+
+    engine.loop._target.forward = kept  # type: ignore[method-assign]
+    engine.generate(PROMPT, max_new_tokens=20, ignore_eos=True)
+    assert len(rows) > 2
+    return rows
+
+
 @pytest.mark.parametrize("kind", sorted(DEVICES))
 def test_streamed_logits_are_bit_equal_to_resident_ones(models: Models, kind: str) -> None:
     folder = models(num_layers=5)
     logits = {}
     for resident, slots in [(5, 2), *((resident, slots) for resident in range(5) for slots in (2, 3))]:
         with open_tiny(folder, folder, DEVICES[kind](), tree="3x2:kary", resident_layers=resident, slots=slots) as engine:
-            engine.loop.start(PROMPT, len(PROMPT), engine.stream(PROMPT)._request.params, engine.loop.seeded(0), None)
-            rows = []
-            for _ in range(2):
-                draft = engine.loop._grow(engine.plan.tree)
-                tree_logits, cached = engine.loop._run_target(draft)
-                rows.append(tree_logits)
-                engine.loop._commit(engine.loop._verify(draft, tree_logits), cached)
-            logits[resident, slots] = torch.cat(rows)
+            logits[resident, slots] = torch.cat(logits_of_a_run(engine))
     for key, rows_of_run in logits.items():
         assert torch.equal(rows_of_run, logits[5, 2]), key
 
@@ -140,11 +148,13 @@ def test_a_draft_with_a_padded_vocabulary_is_cut_or_filled(models: Models) -> No
     for vocab_size in (90, 104):
         draft = models(num_layers=1, seed=1, vocab_size=vocab_size)
         with open_tiny(folder, folder) as engine, open_tiny(draft, None, tree="none", max_context=150) as other:
-            loop = engine.loop
-            drafter = ModelDrafter(other.loop._target, loop._device, VOCAB_SIZE, loop._masks)
+            loop, plan = engine.loop, engine.plan
+            parts = other.loop._target, loop._device, VOCAB_SIZE, loop._masks, plan.tree, plan.pass_rows
+            drafter = ModelDrafter(*parts, max_nodes=plan.room_nodes)
+            sessions = Sessions([loop._target.cache, drafter.cache], max_bytes=0)
             for verifier in ("traversal", "rejection", "sample"):
-                parts = loop._device, loop._target, loop._stream, drafter, loop._masks, engine.plan
-                engine.loop = DecodeLoop(*parts, method=resolve_method(verifier))
+                others = loop._device, loop._target, loop._stream, drafter, loop._masks, sessions, plan
+                engine.loop = DecodeLoop(*others, method=resolve_method(verifier))
                 engine.forget()
                 assert list(engine.generate(PROMPT, max_new_tokens=12).token_ids) == expected
                 tokens = engine.generate(PROMPT, max_new_tokens=12, temperature=1.0, ignore_eos=True).token_ids

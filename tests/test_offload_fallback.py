@@ -224,7 +224,7 @@ def test_a_long_prompt_is_read_in_smaller_pieces_before_the_tree_shrinks(
             report = engine.generate(LONG_PROMPT, **request_)
         assert failed == [failing_rows]
         assert report.token_ids == expected and report.plan.tree == planned.tree
-        assert report.plan.pass_rows == smaller == engine.loop._drafter._chunk_tokens  # type: ignore[union-attr]
+        assert report.plan.pass_rows == smaller == engine.loop._drafter.chunk_tokens  # type: ignore[union-attr]
         assert engine.generate(LONG_PROMPT, **request_).token_ids == expected
 
 

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from conftest import FAMILIES, VOCAB_SIZE
-from drafters import PROMPT, open_drafters, open_tiny, run_round
+from drafters import PROMPT, WIDE, extend, open_drafters, open_tiny, run_round, start_all
 from fakes import CountingDevice, RecordingDevice
 from offload.device.cpu import CpuDevice
 from offload.errors import DeviceError, FitError, UsageError
 from offload.model.buckets import LEAST_CACHED_ROWS, MAX_ROWS, rows_bucket, widest_pass, width_bucket
-from tree.draft import grow
 from tree.sampling import SamplingParams
 from tree.shape import TreeShape
 
@@ -35,8 +34,9 @@ class OrderedDevice(RecordingDevice):
         self.num_replays = 0
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        mask = inspect.getclosurevars(work).nonlocals["mask"]
-        self.recorded.append(tuple(mask.shape[2:]))
+        inputs = inspect.getclosurevars(work).nonlocals["inputs"]
+        ((block,),) = inputs.masks.values()
+        self.recorded.append(tuple(block.mask.shape[2:]))
         replay = super().record(work)
 
         def counted() -> None:
@@ -56,7 +56,6 @@ class BrokenDevice(RecordingDevice):
 
 
 DEVICES = (CpuDevice, FixedDevice, RecordingDevice)
-LARGE = "64x4:kary"  # of whose nodes as many as MAX_ROWS may be in a level
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -64,54 +63,68 @@ def test_levels_of_every_width_have_the_logits_of_plain_passes(models: Models, f
     """Widths at, below and above every edge of a bucket; several rounds and commits, the cache longer each time."""
     generator = torch.Generator().manual_seed(1)
     widths = (1, 2, 3, 4, 5, 8, 9, 16, 17, 33) if family != "llama" else (1, 63, 64, 65, 127, 128, 129, 192, 193)
-    with open_drafters(DEVICES, models(family, num_layers=2), max_context=1500, tree=LARGE) as drafters:
+    with open_drafters(DEVICES, models(family, num_layers=2), rows=1500) as drafters:
+        contexts = start_all(drafters)
         for width in widths:
-            run_round(drafters, TreeShape.from_widths((width, 1, 1)), generator)
-        run_round(drafters, TreeShape.from_widths((2, 3, 1, 2)), generator)
+            run_round(contexts, TreeShape.from_widths((width, 1, 1)), generator)
+        run_round(contexts, TreeShape.from_widths((2, 3, 1, 2)), generator)
 
 
 @pytest.mark.parametrize("width", [MAX_ROWS - 1, MAX_ROWS, MAX_ROWS + 1])
 def test_the_widest_levels_are_computed_either_way(models: Models, width: int) -> None:
-    with open_drafters(DEVICES, models(num_layers=1), max_context=2400, tree=LARGE) as drafters:
+    with open_drafters(DEVICES, models(num_layers=1), rows=2400) as drafters:
+        contexts = start_all(drafters)
         for _ in range(2):
-            run_round(drafters, TreeShape.from_widths((width, 1, 1)), torch.Generator().manual_seed(2))
+            run_round(contexts, TreeShape.from_widths((width, 1, 1)), torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("max_context", [900, 1024, 2000])
-def test_the_cache_grows_through_its_buckets(models: Models, max_context: int) -> None:
-    """Committed rows cross 512 and go on to the last row of a cache whose size is no bucket."""
+@pytest.mark.parametrize("rows", [939, 1063, 2039])
+def test_the_cache_grows_through_its_buckets(models: Models, rows: int) -> None:
+    """Committed rows cross 512 and go on to the last row of a segment whose size is no bucket."""
     generator = torch.Generator().manual_seed(3)
-    with open_drafters(DEVICES, models(num_layers=1), max_context) as drafters:
-        cache = drafters[0]._model.cache
-        shape = TreeShape.chains(5, 3)
-        for length in (490, 496, 500, 505, 511, 512, 513, cache.capacity - 40, cache.capacity - 11):
-            for drafter in drafters:
-                drafter.extend_context([11] * (length - len(drafter._context)))
-            run_round(drafters, shape, generator)
+    with open_drafters(DEVICES, models(num_layers=1), rows) as drafters:
+        contexts, shape = start_all(drafters), TreeShape.chains(5, 3)
+        for length in (490, 496, 500, 505, 511, 512, 513, rows - 40, rows - 11):
+            extend(contexts, [11] * (length - len(contexts[0]._token_ids)))
+            run_round(contexts, shape, generator)
         with pytest.raises(FitError, match="cached rows"):
             for _ in range(5):
-                run_round(drafters[::-1], shape, generator)
+                run_round(contexts[::-1], shape, generator)
+
+
+def test_texts_in_segments_of_their_own_are_recorded_in_turns(models: Models) -> None:
+    """Each grows through its buckets, beside others whose tails are no numbers."""
+    generator, shape = torch.Generator().manual_seed(8), TreeShape.chains(5, 3)
+    with open_drafters(DEVICES, models(num_layers=2), rows=700, num_texts=3) as drafters:
+        texts = [start_all(drafters, [*PROMPT, *[number] * 200 * number], number) for number in range(3)]
+        for _ in range(2):
+            for contexts in texts:
+                run_round(contexts, shape, generator)
+        for drafter in drafters:  # the text in the middle ends; what comes after it has no rows yet
+            drafter.cache.segments[1].truncate(0)
+            drafter.cache.segments[1].poison_tail()
+        texts[1] = start_all(drafters, PROMPT, 1)
+        for _ in range(2):
+            for contexts in (texts[1], texts[0], texts[2]):
+                run_round(contexts, shape, generator)
 
 
 @pytest.mark.parametrize("sampled", [True, False])
 def test_trees_are_identical_over_rounds_and_commits(models: Models, sampled: bool) -> None:
     shapes = [TreeShape.chains(4, 5), TreeShape.from_widths((9, 2, 2)), TreeShape.chain(6), TreeShape.chains(17, 2)]
     with open_drafters(DEVICES, models()) as drafters:
+        contexts = start_all(drafters)
         for seed, shape in enumerate(shapes * 2):
-            for drafter in drafters:
-                drafter.prepare(shape)
-            params = SamplingParams(0.8, top_p=0.9) if sampled else SamplingParams()
-            generators = [torch.Generator().manual_seed(seed) for _ in drafters]
-            drafts = [
-                grow(drafter, drafter._context[-1], shape, params, generator, sampled=sampled)
-                for drafter, generator in zip(drafters, generators, strict=True)
-            ]
+            drafts = []
+            for drafter, context in zip(drafters, contexts, strict=True):
+                drafter.aim(shape, 1024)
+                params = SamplingParams(0.8, top_p=0.9) if sampled else SamplingParams()
+                drafts.append(context.grow(100, 100, params, torch.Generator().manual_seed(seed), sampled=sampled))
             for draft in drafts[1:]:
-                assert draft.token_ids.tolist() == drafts[0].token_ids.tolist()
+                assert draft.shape == shape and draft.token_ids.tolist() == drafts[0].token_ids.tolist()
             path = shape.path(shape.num_nodes - 1 - seed % 3)
-            for drafter in drafters:
-                drafter.commit(path)
-                drafter.extend_context([int(drafts[0].token_ids[node]) for node in path[1:]] + [seed])
+            for context in contexts:
+                context.follow(path, (*(int(drafts[0].token_ids[node]) for node in path[1:]), seed), None)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -145,7 +158,7 @@ def test_passes_of_the_planned_tree_are_replayed_and_not_computed_again(models: 
         assert drafter is not None
         computed: list[int] = []
         forward = drafter._model.forward
-        drafter._model.forward = lambda ids, *rest: (computed.append(len(ids)), forward(ids, *rest))[1]  # type: ignore[method-assign]
+        drafter._model.forward = lambda parts: (computed.append(parts[0].num_rows), forward(parts))[1]  # type: ignore[method-assign]
         engine.generate(PROMPT, max_new_tokens=40, ignore_eos=True)
         assert computed == [len(PROMPT)] and device.num_replays > 10
 
@@ -192,19 +205,24 @@ def test_recordings_keep_the_memory_of_the_widest_however_many_there_are(models:
         for length in (5, 600, 1100):
             engine.generate([3] * length, max_new_tokens=30, ignore_eos=True)
         assert device.num_recordings >= 9 and device.held_bytes == kept_bytes + least_bytes
-        assert kept_bytes == rows * (3 * 8 + 1400 + VOCAB_SIZE * 4) < engine.plan.device_ledger["draft recordings"]
+        assert kept_bytes == rows * (4 * 8 + 1400 + VOCAB_SIZE * 4) < engine.plan.device_ledger["draft recordings"]
 
 
 def test_a_drafter_that_takes_less_memory_has_the_same_logits(models: Models) -> None:
     """As when a tree has become smaller for want of memory. Wider levels are computed as they come."""
     device = CountingDevice()
-    with open_drafters((CpuDevice, lambda: device), models(), max_context=600, tree=LARGE) as drafters:
-        before_bytes, generator = device.held_bytes, torch.Generator().manual_seed(6)
-        run_round(drafters, TreeShape.from_widths((70, 1)), generator)
+    with open_drafters((CpuDevice, lambda: device), models(), rows=600) as drafters:
+        contexts, generator = start_all(drafters), torch.Generator().manual_seed(6)
+        before_bytes = device.held_bytes
+        run_round(contexts, TreeShape.from_widths((70, 1)), generator)
         for drafter in drafters:
-            drafter.limit(1024, TreeShape.from_widths((7,)))
+            drafter.aim(TreeShape.from_widths((7,)), 1024)
         assert device.held_bytes < before_bytes
-        run_round(drafters, TreeShape.from_widths((70, 2, 1)), generator)
+        run_round(contexts, TreeShape.from_widths((70, 2, 1)), generator)
+        after_bytes = device.held_bytes
+        for drafter in drafters:
+            drafter.aim(WIDE, 1024)
+        assert device.held_bytes - WIDE.num_nodes**2 == after_bytes - 8**2  # no more, but for the trees' masks
 
 
 def test_prompts_are_not_recorded(models: Models) -> None:
@@ -225,11 +243,10 @@ def test_what_an_earlier_text_left_behind_is_not_read(models: Models) -> None:
     generator = torch.Generator().manual_seed(5)
     with open_drafters(DEVICES, models()) as drafters:
         for drafter in drafters:
-            drafter._model.cache.truncate(0)
-            drafter._model.cache.poison_tail()
-            drafter.restart(PROMPT, len(PROMPT))
-        run_round(drafters, TreeShape.chains(3, 3), generator)
-        assert all(drafter.begin(TreeShape.chain(2)).isfinite().all() for drafter in drafters)
+            drafter.cache.segments[0].poison_tail()
+        contexts = start_all(drafters)
+        run_round(contexts, TreeShape.chains(3, 3), generator)
+        assert all(context.begin(TreeShape.chain(2)).isfinite().all() for context in contexts)
 
 
 def test_buckets_are_few_and_near() -> None:

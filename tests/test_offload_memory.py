@@ -94,7 +94,7 @@ def test_a_pass_that_is_recorded_works_in_the_memory_planned_for_it(models: Mode
         assert engine.loop._drafter is not None and engine.loop._drafter._fixed is not None
         passes = engine.loop._drafter._fixed
         for num_attended in (512, 600):
-            most = working_bytes(passes._work(passes.max_rows, num_attended))
+            most = working_bytes(passes._work(passes.max_rows, num_attended, 0))
             parts = activation_bytes(cost, passes.max_rows, num_attended), passes.max_rows * cost.vocab_size * 4
             assert 0.85 < most / max(parts) <= 1
         assert 2 * sum(parts) < engine.plan.device_ledger["draft recordings"]

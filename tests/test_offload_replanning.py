@@ -368,4 +368,4 @@ def test_a_room_is_memory_that_is_there(models: Models) -> None:
     with open_pair(models) as engine:
         made = engine.plan
         assert made.room_nodes >= made.tree.num_nodes and sum(made.device_ledger.values()) < GIB
-        assert engine.loop._target.cache.capacity == made.context_rows >= made.text_tokens + made.room_nodes - 1
+        assert engine.loop._target.cache.segments[0].capacity == made.context_rows >= made.text_tokens + made.room_nodes - 1

@@ -14,16 +14,20 @@ from packaging.version import Version
 from transformers import AutoConfig
 
 from conftest import reference_model
+from drafters import open_drafters, run_round, start_all
 from fakes import RecordingDevice
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.device import Device
+from offload.device.cpu import CpuDevice
 from offload.engine.engine import Engine
 from offload.errors import ModelError
 from offload.model.architecture import architecture_of
 from offload.model.rope import Kind, Rope, read_rope
 from planning import L40
+from small_models import open_model, text_part
 from tree.logprobs import Scoring
+from tree.shape import TreeShape
 
 Models = Callable[..., Path]
 NATIVE = 24
@@ -180,6 +184,34 @@ def test_texts_that_take_turns_across_the_native_length_are_each_that_of_transfo
         while [stream for stream in streams if next(stream, None) is not None]:
             pass
         assert [stream.token_ids for stream in streams] == [greedy(folder, prompt, 20) for prompt in prompts]
+
+
+def test_texts_of_several_lengths_share_passes_with_the_frequencies_of_each(folder: Path) -> None:
+    prompts = [prompt_of(SHORT), prompt_of(SHORT - 4), prompt_of(LONG)]
+    with open_model(folder, num_segments=len(prompts), segment_rows=80) as model:
+        texts = dict(zip(model.cache.segments, map(list, prompts), strict=True))
+        for segment, text in texts.items():
+            segment.begin_text(len(text), len(text))
+        for _ in range(20):
+            parts = [text_part(segment, text[segment.length :], 1) for segment, text in texts.items()]
+            for part, output in zip(parts, model.forward(parts), strict=True):
+                text = texts[part.segment]
+                part.segment.commit(range(part.num_rows))
+                text.append(int(output.logits[0].argmax()))
+                part.segment.grown(len(text))
+        found = [text[len(prompt) :] for text, prompt in zip(texts.values(), prompts, strict=True)]
+        assert found == [greedy(folder, prompt, 20) for prompt in prompts]
+
+
+def test_a_draft_of_several_texts_is_recorded_with_the_frequencies_of_each(folder: Path) -> None:
+    """Recorded once, replayed for each in turn, against passes that are computed as they come."""
+    generator, shape = torch.Generator().manual_seed(1), TreeShape.from_widths((3, 2, 1))
+    with open_drafters((CpuDevice, RecordingDevice), folder, rows=120, num_texts=2) as drafters:
+        texts = [start_all(drafters, prompt_of(num_tokens), place) for place, num_tokens in enumerate((SHORT, LONG))]
+        for _ in range(4):
+            for contexts in texts:
+                run_round(contexts, shape, generator)
+        assert all(len(contexts[0]._token_ids) > NATIVE for contexts in texts)
 
 
 def test_a_prompt_that_is_read_again_is_scored_once(folder: Path) -> None:

@@ -8,7 +8,8 @@ import torch
 
 from conftest import reference_model
 from offload.engine import decode
-from offload.engine.engine import Engine, Step
+from offload.engine.engine import Engine
+from offload.engine.generation import Step
 from test_offload_engine import open_tiny
 from tree.logprobs import Scoring
 

@@ -15,21 +15,22 @@ import torch
 
 import offload
 from conftest import EOS
-from fakes import DEVICES, WatchedDevice
+from fakes import DEVICES
 from offload.demo import DRAFT, TARGET
 from offload.device import Device
 from offload.device.cpu import CpuDevice
 from offload.engine import sessions
 from offload.engine.engine import Engine
-from offload.engine.sessions import MIN_KEPT_ROWS, Sessions, host_limit_bytes, num_common
+from offload.engine.sessions import MIN_KEPT_ROWS, Place, Sessions, host_limit_bytes, num_common
 from offload.errors import HostMemoryError
-from offload.model.kv_cache import KVCache
+from offload.model.kv_cache import KVCache, Segment
 from offload.model.rope import Rope
 from offload.report.report import Report
 from test_offload_engine import open_tiny
 
 Models = Callable[..., Path]
 ANSWER, TREE = 8, "3x3:kary"
+ROPE = Rope(kind="fixed", native_tokens=200, max_positions=200)
 REQUESTS: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": {"temperature": 1.0, "top_k": 40, "seed": 3}}
 
 
@@ -42,6 +43,11 @@ def cold(engine: Engine, prompt: Sequence[int], **request: Any) -> Report:
     report = engine.generate(prompt, **request)
     assert report.stats.reused_tokens == 0
     return report
+
+
+def segments_of(engine: Engine) -> tuple[Segment, ...]:
+    """Of the one place."""
+    return engine.loop.sessions._places[0].segments
 
 
 def converse(engine: Engine, first: list[int], num_turns: int, **request: Any) -> list[Report]:
@@ -136,14 +142,14 @@ def test_conversations_go_to_the_host_and_come_back(models: Models, kind: str) -
                 report = engine.generate(texts[number], max_new_tokens=ANSWER, ignore_eos=True)
                 assert report.stats.reused_tokens == (len(texts[number]) - 2 if turn else 0)
                 texts[number] = [*texts[number], *report.token_ids, 11]
-                for cache in engine.loop.sessions._caches:
-                    cache.poison_tail()
-        row_bytes = [cache.bytes_per_row for cache in engine.loop.sessions._caches]
+                for segment in segments_of(engine):
+                    segment.poison_tail()
+        row_bytes = [segment.bytes_per_row for segment in segments_of(engine)]
         kept = engine.loop.sessions._kept
         # The two others, and the live one as it was when it came back.
         assert len(kept) == 3 and report.memory.host_sessions_bytes == engine.loop.sessions.host_bytes
         assert report.memory.host_sessions_bytes == sum(
-            rows.shape[1] * size for one in kept for rows, size in zip(one.rows, row_bytes, strict=True)
+            rows.nbytes // size * size for one in kept for rows, size in zip(one.rows, row_bytes, strict=True)
         )
         for start, text in zip(starts, texts, strict=True):
             prompt = start
@@ -170,7 +176,7 @@ def test_an_answer_that_was_closed_is_gone_on_from(models: Models) -> None:
 class InterruptAtLine:
     """Ctrl-C when line number `fail_at` of the files that keep the state of a sequence is about to run."""
 
-    FILES = ("decode.py", "sessions.py", "kv_cache.py", "drafter.py")
+    FILES = ("engine.py", "generation.py", "decode.py", "turn.py", "sequence.py", "sessions.py", "kv_cache.py", "drafter.py")
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.num_lines, self._fail_at = 0, fail_at
@@ -232,17 +238,18 @@ def test_an_interruption_anywhere_leaves_a_state_to_go_on_from(models: Models) -
 
 
 class Rig:
-    """Sessions over a cache whose rows tell the token that they belong to."""
+    """Sessions over caches whose rows tell the token that they belong to."""
 
-    def __init__(self, device: Device, **bounds: int) -> None:
-        sizes: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 3, "head_dim": 4, "capacity": 200, "dtype": torch.float32}
-        self.caches = [KVCache(device, **sizes), KVCache(device, **{**sizes, "num_layers": 1})]
-        ropes = [Rope(kind="fixed", native_tokens=200, max_positions=200)] * 2
-        self.sessions = Sessions(self.caches, ropes, **{"max_bytes": 2**30, **bounds})
-        self.live: list[int] = []
+    def __init__(self, device: Device, num_places: int = 1, **bounds: int) -> None:
+        sizes: dict[str, Any] = {"num_segments": num_places, "segment_rows": 200, "dtype": torch.float32, "rope": ROPE}
+        self.caches = [KVCache(device, layer_shapes=[(3, 4)] * num_layers, **sizes) for num_layers in (2, 1)]
+        self.sessions = Sessions(self.caches, **{"max_bytes": 2**30, **bounds})
+        self.place = self.sessions._places[0]
 
-    def ask(self, prompt: list[int]) -> int:
-        reused = self.sessions.resume(self.live, prompt, len(prompt))
+    def ask(self, prompt: list[int], *busy: Place) -> int:
+        """Rows of the target that are taken over."""
+        self.place = self.sessions.take(prompt, len(prompt), busy)
+        reused = self.place.segments[0].length
         self.fill()
         return reused
 
@@ -250,21 +257,25 @@ class Rig:
         """Rows for all tokens but the last one, or the last three."""
         self.check()
         for cache, lag in zip(self.caches, (1, 3), strict=True):
-            new = torch.tensor(self.live[cache.length : len(self.live) - lag]).float()
-            for layer in range(len(cache._kv) if len(new) else 0):
+            segment = cache.segments[self.place.number]
+            positions = range(segment.length, len(self.place.token_ids) - lag)
+            new = torch.tensor(self.place.token_ids[positions.start : positions.stop]).float()
+            appending = cache.appending([(segment, len(new))])
+            for layer in range(len(appending.layers) if len(new) else 0):
                 rows = (new + layer)[None, None, :, None].expand(1, 3, len(new), 4)
-                cache.update(rows, -rows, layer)
-            cache.appended(len(new))
-            cache.commit(range(len(new)))
+                appending.update(rows, -rows, layer)
+            segment.appended(positions[: len(new)])
+            segment.commit(range(len(new)))
 
     def check(self) -> None:
-        """Every committed row is that of the live sequence's token, in each layer, keys and values."""
-        for cache in self.caches:
-            cache.poison_tail()
-            tokens = torch.tensor(self.live[: cache.length]).float()
-            for layer in range(len(cache._kv)):
-                keys, values = cache._kv[layer, :, 0, :, : cache.length]
-                assert torch.equal(keys, (tokens + layer)[None, :, None].expand_as(keys)) and torch.equal(values, -keys)
+        """Every committed row is that of its place's token, in each layer, keys and values."""
+        for place in self.sessions._places:
+            for cache, segment in zip(self.caches, place.segments, strict=True):
+                segment.poison_tail()
+                tokens = torch.tensor(place.token_ids[: segment.length]).float()
+                for layer, both in enumerate(cache.appending([]).layers):
+                    keys, values = both[:, 0, :, segment.start : segment.start + segment.length]
+                    assert torch.equal(keys, (tokens + layer)[None, :, None].expand_as(keys)) and torch.equal(values, -keys)
 
 
 def text(seed: int, length: int = 50) -> list[int]:
@@ -279,7 +290,7 @@ def test_an_interruption_at_any_line_files_no_row_under_another_token() -> None:
         rig = Rig(device, max_kept=2)
         with InterruptAtLine(fail_at) as counter, suppress(KeyboardInterrupt):
             for prompt in script:
-                rig.sessions.resume(rig.live, prompt, len(prompt))
+                rig.place = rig.sessions.take(prompt, len(prompt))
                 counter.pause(rig.fill)
         return rig, counter.num_lines
 
@@ -316,7 +327,7 @@ def test_bytes_are_bounded_and_counted(device: Device) -> None:
     rig.ask(text(7))  # nor does the beginning of what has grown beyond the bound: it serves the next turn
     assert rig.ask(text(4, 150)) == 49
     rig.sessions.forget()
-    assert rig.sessions.host_bytes == 0 and [cache.length for cache in rig.caches] == [0, 0]
+    assert rig.sessions.host_bytes == 0 and [one.length for one in rig.place.segments] == [0, 0]
 
 
 @pytest.mark.parametrize("bounds", [{"max_kept": 0}, {"max_bytes": 0}, {"max_kept": 1}])
@@ -363,46 +374,26 @@ def test_the_limit_is_what_the_host_budget_leaves(models: Models) -> None:
         assert host_limit_bytes(replace(engine.plan, host_budget_bytes=None)) == sessions.MAX_KEPT_BYTES
 
 
-def test_rows_go_out_and_come_back_bit_for_bit_beside_what_is_there(device: Device) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        sizes: dict[str, Any] = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 5, "capacity": 20, "dtype": dtype}
-        source, target = KVCache(device, **sizes), KVCache(device, **sizes)
-        source._kv.copy_(torch.randn(source._kv.shape))
-        source.length = 14
-        saved = source.save_rows(12)
-        assert saved.nbytes == 12 * source.bytes_per_row
-        target._kv.zero_()
-        target.length = 4
-        target.load_rows(saved, 9)
-        assert target.length == 9 and not target._kv[..., :4, :].any() and not target._kv[..., 9:, :].any()
-        assert torch.equal(target._kv[..., 4:9, :], source._kv[..., 4:9, :])
-        target.load_rows(saved, 99)
-        assert target.length == 12
-        target.load_rows(saved, 5)
-        assert target.length == 12
+def test_a_text_takes_the_place_that_knows_most_of_it_and_leaves_the_busy_ones_alone(device: Device) -> None:
+    rig = Rig(device, num_places=3, max_kept=0)
+    places = []
+    for seed in (1, 2, 3):
+        assert rig.ask(text(seed), *places) == 0
+        places.append(rig.place)
+    assert len({place.number for place in places}) == 3
+    assert rig.ask(text(2, 60)) == 49 and rig.place is places[1]
+    assert rig.ask(text(2, 40), places[1]) == 0 and rig.place is places[0]  # not taken for longest, as the best is busy
+    assert rig.ask(text(3, 60)) == 49 and rig.place is places[2]
+    rig.check()
+    assert [place.token_ids[0] for place in places] == [2000, 2000, 3000]
 
 
-def test_rows_come_back_in_one_copy_a_layer_and_none_is_under_way_when_it_is_broken_off() -> None:
-    """Not one for the keys and one for the values of each head."""
-    sizes: dict[str, Any] = {"num_layers": 3, "num_kv_heads": 4, "head_dim": 5, "capacity": 20, "dtype": torch.float32}
-    device = WatchedDevice()
-    cache = KVCache(device, **sizes)
-    cache._kv.copy_(torch.randn(cache._kv.shape))
-    cache.length = 12
-    saved, rows = cache.save_rows(12), cache._kv[..., :12, :].clone()
-    cache._kv.zero_()
-    for interrupt_at in range(1, 7):
-        broken = WatchedDevice(interrupt_at)
-        cache._device, cache.length = broken, 0
-        with pytest.raises(KeyboardInterrupt):
-            cache.load_rows(saved, 12)
-        assert broken.num_under_way == 0 and cache.length == 0
-        broken.close()
-    cache._device = device
-    device.calls.clear()
-    cache.load_rows(saved, 12)
-    assert device.calls == ["copy", "copied"] * 3 and torch.equal(cache._kv[..., :12, :], rows)
-    device.close()
+def test_a_text_that_lost_its_place_comes_back_from_the_host_to_another(device: Device) -> None:
+    rig = Rig(device, num_places=2)
+    assert [rig.ask(text(1)), rig.ask(text(2), rig.place)] == [0, 0]
+    busy = rig.place
+    assert [rig.ask(text(3), busy), rig.ask(text(1, 60), busy)] == [0, 49]
+    rig.check()
 
 
 def test_common_prefix_is_counted_token_by_token() -> None:

@@ -20,6 +20,8 @@ from offload.model.transformers_api import (
     PlainForward,
     build_on_meta,
     cache_argument,
+    carried,
+    carry,
     keeps_float32,
     make_config,
     register_attention,
@@ -57,23 +59,36 @@ def test_a_model_takes_our_cache_under_the_name_that_it_has_here() -> None:
     assert cache_argument(model) == ("cache" if release >= (5, 24) else "past_key_values"), HERE
 
 
-def test_a_pass_gives_each_layer_rows_to_us_and_the_mask_to_attention_as_it_is() -> None:
-    """The mask has four dimensions and transformers makes none of its own beside it."""
-    seen: list[torch.Tensor | None] = []
+@pytest.mark.parametrize(
+    ("family", "windows"), [("llama", [None, None]), ("mistral", [16, 16]), ("qwen2", [None, 16]), ("qwen3", [None, 16])]
+)
+def test_a_pass_gives_each_layer_rows_to_us_and_our_masks_to_attention(family: str, windows: list[int | None]) -> None:
+    """Where a family has masks by kind, each kind is ours; transformers makes none of its own beside them. Attention is told
+    the window of its layer."""
+    seen: list[object] = []
+    asked: list[int | None] = []
 
     def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **others: Any) -> Any:
-        seen.append(mask)
+        seen.append(carried(mask))
+        asked.append(others.get("sliding_window"))
         assert query.shape[1] == 4 and key.shape[1] == 2 and others["scaling"] == 8**-0.5, HERE
         return query.transpose(1, 2), None
 
     register_attention("treestream-test", attention)
-    model = build_on_meta(make_config({"model_type": "llama", **SIZES}), "treestream-test").eval()
-    rows, kept = torch.zeros(3, dtype=torch.int64, device="meta"), Kept()
-    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool, device="meta")
-    logits = Forward(model, 2)(rows, rows, mask, 2, kept)
-    assert logits.shape == (2, VOCAB_SIZE), HERE
-    assert kept.calls == [(0, (1, 2, 3, 8)), (1, (1, 2, 3, 8))], HERE
-    assert [one is mask for one in seen] == [True, True], HERE
+    sliding = {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1} if family != "llama" else {}
+    model = build_on_meta(make_config({"model_type": family, **SIZES, **sliding}), "treestream-test").eval()
+    rows, masks = torch.zeros(3, dtype=torch.int64, device="meta"), object()
+    for logit_rows in (2, torch.tensor([0, 2], device="meta")):
+        kept = Kept()
+        assert Forward(model, 2)(rows, rows, masks, logit_rows, kept).shape == (2, VOCAB_SIZE), HERE
+        assert kept.calls == [(0, (1, 2, 3, 8)), (1, (1, 2, 3, 8))], HERE
+    assert [one is masks for one in seen] == [True] * 4 and asked == windows * 2, HERE
+
+
+def test_what_a_mask_carries_is_lost_with_it() -> None:
+    mask = carry("ours", torch.device("cpu"))
+    assert isinstance(mask, torch.Tensor) and mask.ndim == 4 and carried(mask) == "ours"
+    assert carried(mask[..., :1]) is None and carried(mask.float()) is None and carried(None) is None
 
 
 def test_our_cache_is_one_of_theirs_that_answers_no_question_it_does_not_know() -> None:

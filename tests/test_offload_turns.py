@@ -12,7 +12,8 @@ import pytest
 
 from offload.assemble import open_engine
 from offload.config import EngineSettings
-from offload.engine.engine import Engine, Generation
+from offload.engine.engine import Engine
+from offload.engine.generation import Generation
 from offload.errors import UsageError
 from planning import L40
 from tree.logprobs import Scoring

@@ -34,6 +34,6 @@ def test_a_stream_that_has_begun_ends_with_the_error_in_it(tmp_path: Path) -> No
     with running(lambda _: tiny_engine(tmp_path)) as server, client(server) as http:
         engine = server.worker.engine
         assert engine is not None
-        with layer_fault(engine, 1, lambda: engine.loop._target.cache.length > 12):
+        with layer_fault(engine, 1, lambda: engine.loop.sessions._places[0].segments[0].length > 12):
             lines = http.post("/v1/completions", json=completion(stream=True, max_tokens=64, ignore_eos=True)).text
         assert '"code":"out_of_memory"' in lines.replace('": "', '":"') and MODEL in lines

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from offload.engine.admission import Request
-from offload.engine.engine import Step
+from offload.engine.generation import Step
 from offload.engine.loading import LoadProgress
 from offload.errors import DeviceError, DeviceMemoryError, NumericError
 from offload.report.stats import PassStats

@@ -10,11 +10,12 @@ from tree.shape import TreeShape
 from ..config import SamplingKind
 from ..device import Device, Ticket
 from ..model.architecture import shortened
-from ..model.attention import pass_mask
+from ..model.buckets import MAX_ROWS
 from ..model.causal_lm import CausalLM
-from ..model.drafter import ModelDrafter
+from ..model.drafter import PROMPT_CHUNK_TOKENS, ModelContext, ModelDrafter
 from ..model.kv_cache import KVCache
 from ..model.masks import TreeMasks
+from ..model.pass_inputs import Part
 from ..planner.hardware import Role
 from ..source import TypedModel
 from ..weights.layout import lay_out, views_of_each
@@ -51,8 +52,11 @@ class ShortModel:
 
     def __init__(self, device: Device, role: Role, model: CausalLM, weights: _Repeated) -> None:
         self._device, self._model, self._weights = device, model, weights
-        is_draft, vocab_size = role == "draft", model.architecture.vocab_size
-        self._drafter = ModelDrafter(model, device, vocab_size, TreeMasks(device)) if is_draft else None
+        self._segment, self._drafter = model.cache.segments[0], None
+        if role == "draft":
+            vocab_size, widest = model.architecture.vocab_size, TreeShape.chains(MAX_ROWS, 1)
+            masks, max_nodes = TreeMasks(device), widest.num_nodes
+            self._drafter = ModelDrafter(model, device, vocab_size, masks, widest, PROMPT_CHUNK_TOKENS, max_nodes=max_nodes)
 
     def close(self) -> None:
         if self._drafter is not None:
@@ -65,10 +69,12 @@ class ShortModel:
         self._look_back_on(context_rows)
         if self._drafter is None:
             return Work(self._pass(rows, context_rows))
-        self._drafter.restart([0] * (context_rows + 1), context_rows + 1)
+        context = self._drafter.start(0, [0] * (context_rows + 1), context_rows + 1)
         vocab_size = self._model.architecture.vocab_size
-        self._drafter.prepare(tree_of_levels(rows, vocab_size))
-        model = _AlwaysTheSame(self._drafter, context_rows, peaked_logits(self._device, rows, vocab_size))
+        shape = tree_of_levels(rows, vocab_size)
+        self._drafter.masks.hold(shape)
+        self._drafter.prepare(shape)
+        model = _AlwaysTheSame(context, context_rows, peaked_logits(self._device, rows, vocab_size))
         return growing_levels(self._device, model, rows, vocab_size, sampling)
 
     def waiting(self, rows: int, context_rows: int, late_s: float) -> Work:
@@ -85,35 +91,39 @@ class ShortModel:
 
     def _look_back_on(self, context_rows: int) -> None:
         self._weights.late_s = 0.0
-        self._model.cache.truncate(0)
-        self._model.cache.length = context_rows
+        self._segment.truncate(0)
+        self._segment.length = context_rows
 
     def _pass(self, rows: int, context_rows: int) -> Callable[[], None]:
-        token_ids = self._device.upload(torch.zeros(rows, dtype=torch.int64))
-        positions = self._device.upload(torch.full((rows,), context_rows))
-        tree_mask = self._device.upload(torch.ones(rows, rows, dtype=torch.bool).tril())
-        mask = pass_mask(context_rows, 0, tree_mask)
+        part = Part(
+            segment=self._segment,
+            prefix=(),
+            node_ids=self._device.upload(torch.zeros(rows, dtype=torch.int64)),
+            depths=[0] * rows,
+            tree_mask=self._device.upload(torch.ones(rows, rows, dtype=torch.bool).tril()),
+            num_logits=rows,
+        )
 
         def forward() -> None:
-            self._model.forward(token_ids, positions, mask, rows)
-            self._model.cache.truncate(context_rows)
+            self._model.forward((part,))
+            self._segment.truncate(context_rows)
 
         return forward
 
 
 class _AlwaysTheSame:
-    """A drafter that has never read more than `context_rows` tokens when a tree begins, and whose logits are those of a model
+    """The context of a text of which `context_rows` tokens have been read when a tree begins, whose logits are those of a model
     that knows something: noise multiplied with noise would make all tokens equally probable."""
 
-    def __init__(self, drafter: ModelDrafter, context_rows: int, logits: torch.Tensor) -> None:
-        self._drafter, self._context_rows, self._logits = drafter, context_rows, logits
+    def __init__(self, context: ModelContext, context_rows: int, logits: torch.Tensor) -> None:
+        self._context, self._context_rows, self._logits = context, context_rows, logits
 
     def begin(self, shape: TreeShape) -> torch.Tensor:
-        self._drafter.cache.truncate(self._context_rows)
-        return self._logits[: len(self._drafter.begin(shape))]
+        self._context.segment.truncate(self._context_rows)
+        return self._logits[: len(self._context.begin(shape))]
 
     def expand(self, nodes: tuple[int, ...], token_ids: torch.Tensor) -> torch.Tensor:
-        return self._logits[: len(self._drafter.expand(nodes, token_ids))]
+        return self._logits[: len(self._context.expand(nodes, token_ids))]
 
 
 def short_models(device: Device, model: TypedModel, role: Role, effort: Effort) -> tuple[ShortModel, ShortModel]:
@@ -130,11 +140,11 @@ def short_models(device: Device, model: TypedModel, role: Role, effort: Effort) 
         architecture = architectures[num_layers]
         cache = KVCache(
             device,
-            num_layers=num_layers,
-            num_kv_heads=architecture.num_kv_heads,
-            head_dim=architecture.head_dim,
-            capacity=max(effort.contexts) + 1 + new_rows,
+            layer_shapes=architecture.kv_shapes,
+            num_segments=1,
+            segment_rows=max(effort.contexts) + 1 + new_rows,
             dtype=model.dtype,
+            rope=architecture.rope,
         )
         weights = _Repeated(device, buffers, num_layers)
         return ShortModel(device, role, CausalLM(architecture, device, model.dtype, outside_views, weights, cache), weights)

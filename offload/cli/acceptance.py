@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..report.report import git_commit
 
 if TYPE_CHECKING:
-    from ..engine.engine import Step
+    from ..engine.generation import Step
 
 
 class AcceptanceRecorder:

@@ -19,7 +19,8 @@ from .terminal import LoadBar, full_statistics, plan_summary, say
 
 if TYPE_CHECKING:
     from ..engine.admission import Admission, Request
-    from ..engine.engine import Engine, Generation
+    from ..engine.engine import Engine
+    from ..engine.generation import Generation
     from ..report.report import Report
     from ..text.tokenizer import Tokenizer
 

@@ -1,163 +1,19 @@
-"""A loaded model pair that answers requests, a pass at a time: prompts in, text and numbers out."""
+"""A loaded model pair that answers requests, some of them side by side: prompts in, text and numbers out."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from threading import RLock
-from time import monotonic
 from types import TracebackType
-
-from tree.logprobs import ScoredToken
-from tree.shape import TreeShape
-from tree.verify import Verdict
 
 from ..errors import UsageError
 from ..planner.plan import Plan
 from ..report.report import Memory, Report
-from ..report.stats import PassStats, RunStats
 from ..streaming.stream import PassProgress
-from ..text.incremental import TextStream
+from . import sequence
 from .admission import Admission, Request
 from .decode import DecodeLoop, StepResult
+from .generation import Generation
 from .replanning import Replanner
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """What one pass over the tree `shape` added: tokens, and the text that has become final with them. `finish_reason` is
-    None but at the end. Scores as in StepResult, of these tokens only."""
-
-    shape: TreeShape
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: str | None
-    verdict: Verdict
-    stats: PassStats
-    scores: tuple[ScoredToken, ...]
-    prompt_scores: tuple[ScoredToken, ...]
-
-
-class Generation:
-    """One request being answered: an iterator of Steps, one per pass. `result` may be asked for at any time.
-
-    The engine is held for a pass and not between passes: other requests may be answered there, and this one goes on from the
-    tokens that it has, with its own randomness. Any thread may ask for the next step.
-    """
-
-    def __init__(self, engine: "Engine", request: Request) -> None:
-        self._engine, self._request = engine, request
-        self._text = TextStream(engine.tokenizer, request.stop, request.prompt) if engine.tokenizer is not None else None
-        self.token_ids: list[int] = []
-        self.finish_reason = "interrupted"
-        self.stats = RunStats(load_s=engine.load_s)
-        self._generator = engine.loop.seeded(request.seed)
-        self._steps = self._run()
-
-    def __iter__(self) -> Iterator[Step]:
-        return self
-
-    def __next__(self) -> Step:
-        with self._engine.turn:
-            return next(self._steps)
-
-    @property
-    def text(self) -> str | None:
-        """The text so far; None when the model has no tokenizer."""
-        return self._text.text if self._text is not None else None
-
-    def stop(self) -> str:
-        """End here, as after an interruption; the text that was held back for want of certainty."""
-        with self._engine.turn:
-            self._steps.close()
-            return self._text.finish() if self._text is not None else ""
-
-    def result(self) -> Report:
-        return Report(
-            text=self.text,
-            prompt_token_ids=self._request.prompt,
-            token_ids=tuple(self.token_ids),
-            finish_reason=self.finish_reason,
-            stats=self.stats,
-            plan=self._engine.plan,
-            verifier="greedy" if self._request.params.greedy else self._engine.method,
-            memory=self._engine.memory(),
-            emulated_link=self._engine.emulated_link,
-            device_name=self._engine.device_name,
-        )
-
-    def _run(self) -> Generator[Step, None, None]:
-        loop, request, stats = self._engine.loop, self._request, self.stats
-        start_s = previous_s = monotonic()
-        while True:
-            self._take_turn()
-            replanner = self._engine.replanner
-            if replanner is not None and not request.keeps_plan and replanner.consider(loop):
-                stats.passes_before_plan = len(stats.passes)
-            result = loop.run_round(request.max_new_tokens - len(self.token_ids))
-            if replanner is not None:
-                replanner.saw(loop.plan, result.stats)
-            token_ids, text, reason = self._accept(result)
-            now_s = monotonic()
-            if not stats.passes:
-                stats.first_token_s, stats.first_tokens = now_s - start_s, len(token_ids)
-            else:
-                stats.decode_s += now_s - previous_s
-            previous_s = now_s
-            stats.num_tokens += len(token_ids)
-            stats.passes.append(result.stats)
-            if reason is not None:
-                self.finish_reason = reason
-                yield self._step(result, token_ids, text + (self._text.finish() if self._text else ""), reason)
-                return
-            yield self._step(result, token_ids, text, None)
-
-    def _take_turn(self) -> None:
-        """Make this text the one that the engine holds, unless it is. UsageError when the engine has been closed."""
-        engine, request, begun = self._engine, self._request, bool(self.stats.passes)
-        engine.check_open()
-        if engine.answering is self:
-            return
-        engine.answering = None  # until all is in place
-        scoring = replace(request.scoring, prompt=False) if request.scoring and begun else request.scoring
-        text = (*request.prompt, *self.token_ids)
-        num_reused = engine.loop.start(text, len(request.prompt), request.params, self._generator, scoring)
-        if not begun:
-            self.stats.reused_tokens = num_reused
-        engine.answering = self
-
-    def _accept(self, result: StepResult) -> tuple[tuple[int, ...], str, str | None]:
-        """Take tokens one by one until something ends the text, be it in the middle of the accepted path."""
-        request, text, taken = self._request, "", 0
-        reason = None
-        for token_id in result.token_ids:
-            self.token_ids.append(token_id)
-            taken += 1
-            if token_id in request.stop_token_ids:
-                reason = "stop"
-                break
-            if self._text is not None:
-                text += self._text.push(token_id)
-                if self._text.stopped:
-                    reason = "stop"
-                    break
-            if token_id in self._engine.eos_token_ids and not request.ignore_eos:
-                reason = "eos"
-                break
-            if len(self.token_ids) == request.max_new_tokens:
-                reason = "length"
-                break
-        return result.token_ids[:taken], text, reason
-
-    def _step(self, result: StepResult, token_ids: tuple[int, ...], text: str, reason: str | None) -> Step:
-        return Step(
-            shape=result.shape,
-            token_ids=token_ids,
-            text=text,
-            finish_reason=reason,
-            verdict=result.verdict,
-            stats=result.stats,
-            scores=result.scores[: len(token_ids)],
-            prompt_scores=result.prompt_scores,
-        )
 
 
 class Engine:
@@ -165,8 +21,10 @@ class Engine:
     that begins as an earlier request did is read from where they part. Close it, or use it as a context manager: it holds
     threads, device memory and pinned host memory.
 
-    `turn` is held by whoever uses loop and memory, and never while a caller's own code runs, so nobody waits for ever. The
-    loop holds one text at a time, that of `answering`.
+    `turn` is held by whoever uses loop and memory, and never while a caller's own code runs, so nobody waits for ever. Whoever
+    asks for the next step of an answer runs the pass that it takes. All texts that have a place take part, but those whose last
+    outcome has not been asked for yet: a reader who is slow or gone is not run ahead of. Of more texts than the plan has places
+    for, the one whose step was not asked for longest gives its place up, and comes back when it is asked for.
     """
 
     def __init__(
@@ -188,7 +46,7 @@ class Engine:
         self.method, self.emulated_link, self.device_name = method, emulated_link, device_name
         self._memory, self._close, self.replanner = memory, close, replanner
         self.turn = RLock()
-        self.answering: Generation | None = None
+        self._live: dict[Generation, sequence.Sequence] = {}  # not asked for longest first
         self._closed = False
 
     def __enter__(self) -> "Engine":
@@ -217,7 +75,7 @@ class Engine:
     def forget(self) -> None:
         """Drop the keys and values of all earlier requests: the next starts cold, which is what a benchmark measures."""
         with self.turn:
-            self.answering = None
+            self._live.clear()
             self.loop.sessions.forget()
 
     def progress(self) -> PassProgress:
@@ -260,7 +118,61 @@ class Engine:
     def run(self, request: Request) -> Generation:
         """Start answering a request that `admission` has made. UsageError when the engine is closed."""
         self.check_open()
-        return Generation(self, request)
+        return Generation(self, request, self.loop.seeded(request.seed))
+
+    def advance(self, generation: Generation) -> None:
+        """Run passes until there is an outcome for `generation`. UsageError when the engine is closed; errors of the loop."""
+        while generation.outcome is None:
+            self.check_open()
+            self._join(generation)
+            self._run_pass()
+
+    def leave(self, generation: Generation) -> None:
+        """Its text takes part in no more passes. What its place holds may be gone on from."""
+        self._live.pop(generation, None)
+
+    def _join(self, generation: Generation) -> None:
+        """Give its text a place, unless it has one."""
+        if generation in self._live:
+            self._live[generation] = self._live.pop(generation)
+            return
+        while len(self._live) >= self.plan.max_sequences:
+            self.leave(next(iter(self._live)))
+        request = generation.request
+        joined = self.loop.join(
+            generation.text_ids,
+            len(request.prompt),
+            request.params,
+            generation.generator,
+            generation.scoring,
+            tokens_left=generation.tokens_left,
+            beside=self._live.values(),
+        )
+        if not generation.has_joined:
+            generation.has_joined, generation.stats.reused_tokens = True, joined.segment.length
+        self._live[generation] = joined
+
+    def _run_pass(self) -> None:
+        """One pass for all who have a place and wait for an outcome."""
+        waiting = {generation: joined for generation, joined in self._live.items() if generation.outcome is None}
+        alone = next(iter(waiting)) if len(waiting) == 1 else None  # plans predict rounds of one text
+        if alone is not None and self._changes_plan(alone):
+            alone.stats.passes_before_plan = len(alone.stats.passes)
+        try:
+            outcomes = self.loop.run_pass(tuple(waiting.values()))
+            for generation, outcome in zip(waiting, outcomes, strict=True):
+                generation.outcome = outcome
+        except BaseException:
+            self._live.clear()  # each goes on from the tokens that it has
+            raise
+        if self.replanner is not None and alone is not None and isinstance(alone.outcome, StepResult):
+            self.replanner.saw(self.plan, alone.outcome.stats)
+
+    def _changes_plan(self, generation: Generation) -> bool:
+        """Whether another tree is taken from here on, between two rounds of the only text."""
+        if self.replanner is None or generation.request.keeps_plan or self._live[generation].start_s is not None:
+            return False
+        return self.replanner.consider(self.loop)
 
     def generate(
         self,

@@ -15,7 +15,7 @@ from ..device import Device
 from ..device.host import available_bytes
 from ..errors import FitError, HostMemoryError
 from ..model.causal_lm import CausalLM, WeightSource
-from ..model.drafter import PROMPT_CHUNK_TOKENS, ModelDrafter
+from ..model.drafter import ModelDrafter
 from ..model.kv_cache import KVCache
 from ..model.masks import TreeMasks
 from ..planner.cost import ledger_lines, size_text, stored_bytes
@@ -144,13 +144,13 @@ def _take_memory(
     with ExitStack() as own:
         masks = TreeMasks(device, plan.tree)
         own.callback(masks.close)
-        main = _Memory(device, target, plan.placement, plan.context_rows, own, plan.host_budget_bytes)
+        main = _Memory(device, target, plan.placement, plan, own)
         stream = LayerStream(device, main.store, plan.num_slots)
         own.callback(stream.close)
         model = main.model(stream, own)
         parts, drafter = [main], None
         if draft is not None:
-            aside = _Memory(device, draft, _resident(draft), plan.context_rows, own)
+            aside = _Memory(device, draft, _resident(draft), plan, own)
             parts.append(aside)
             drafter = _drafter(device, aside, plan, target.architecture.vocab_size, masks, own)
         for part in parts:
@@ -160,30 +160,29 @@ def _take_memory(
 
 
 class _Memory:
-    """Of a model on the device: its layers as `placement` has them, its cache, and one buffer for what lies outside the layers.
-    Taken here, filled by `fill`; `stack` is given what ends its use."""
+    """Of a model on the device: its layers as `placement` has them, its cache for the texts of `plan`, and one buffer for what
+    lies outside the layers. Taken here, filled by `fill`; `stack` is given what ends its use."""
 
     def __init__(
         self,
         device: Device,
         source: ModelSource,
         placement: Placement,
-        context_rows: int,
+        plan: Plan,
         stack: ExitStack,
-        most_host_bytes: int | None = None,
     ) -> None:
         self._device, self._source, architecture = device, source, source.architecture
         self._outside = device.alloc(source.model.outside_layout.num_bytes)
         self._cache = KVCache(
             device,
-            num_layers=architecture.num_layers,
-            num_kv_heads=architecture.num_kv_heads,
-            head_dim=architecture.head_dim,
-            capacity=context_rows,
+            layer_shapes=architecture.kv_shapes,
+            num_segments=plan.max_sequences,
+            segment_rows=plan.context_rows,
             dtype=source.model.dtype,
+            rope=architecture.rope,
         )
         codecs, prefix = source.model.codecs, architecture.prefix
-        self.store = WeightStore(device, source.tensors, codecs, prefix, placement, most_host_bytes)
+        self.store = WeightStore(device, source.tensors, codecs, prefix, placement, plan.host_budget_bytes)
         stack.callback(self.store.close)
 
     def model(self, weights: WeightSource, stack: ExitStack) -> CausalLM:
@@ -214,7 +213,6 @@ def _drafter(device: Device, memory: _Memory, plan: Plan, vocab_size: int, masks
     weights = ResidentWeights(list(memory.store.resident.values()))
     stack.callback(weights.close)
     model = memory.model(weights, stack)
-    chunk_tokens = min(PROMPT_CHUNK_TOKENS, plan.pass_rows)
-    drafter = ModelDrafter(model, device, vocab_size, masks, chunk_tokens=chunk_tokens, max_nodes=plan.room_nodes)
+    drafter = ModelDrafter(model, device, vocab_size, masks, plan.tree, plan.pass_rows, max_nodes=plan.room_nodes)
     stack.callback(drafter.close)
     return drafter

@@ -15,7 +15,7 @@ import torch
 from ..errors import ModelError
 from ..weights.checkpoint import Checkpoint, check_tensors, have_same_bytes
 from .attention import ATTENTION, register
-from .probe import cached_shape
+from .probe import probe_layers
 from .rope import Rope, read_rope
 from .transformers_api import PreTrainedModel, build_on_meta, keeps_float32, read_config, tied_parameters
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 Shapes = dict[str, tuple[int, ...]]
 
 MAX_LAYERS = 2048  # building them takes seconds; a config that lies must not take hours
-_LAYER_KINDS = {"full_attention", "sliding_attention"}  # the latter within its window, see check_window
+_LAYER_KINDS = {"full_attention", "sliding_attention"}  # chunked attention sees no token of an earlier chunk, however near
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 
 
@@ -34,6 +34,8 @@ class Architecture:
 
     `layer_shapes` are the parameters of each decoder layer, named without `prefix` and number; equal layers share one object.
     `outside_shapes` are the parameters outside the layers (embedding, final norm, head), full names, tied ones once.
+    `kv_shapes` are (key/value heads, head dimension) of every layer; `windows` how many tokens the attention of each sees,
+    its own included, or None.
     """
 
     config: Any
@@ -41,8 +43,8 @@ class Architecture:
     rope: Rope
     prefix: str
     num_layers: int
-    num_kv_heads: int
-    head_dim: int
+    kv_shapes: tuple[tuple[int, int], ...]
+    windows: tuple[int | None, ...]
     layer_shapes: tuple[Shapes, ...]
     outside_shapes: Shapes
 
@@ -92,7 +94,7 @@ def architecture_of(config: Any, where: str) -> Architecture:
     model.eval()
     try:
         rope = read_rope(config.to_dict())
-        num_kv_heads, head_dim = cached_shape(model, rope, config.num_hidden_layers)
+        kv_shapes, windows = probe_layers(model, rope, config.num_hidden_layers)
     except ValueError as error:
         raise _unsupported(str(error), config, where) from error
     prefix = "model.layers"
@@ -105,8 +107,8 @@ def architecture_of(config: Any, where: str) -> Architecture:
         rope=rope,
         prefix=prefix,
         num_layers=len(layers),
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
+        kv_shapes=kv_shapes,
+        windows=windows,
         layer_shapes=tuple(kinds.setdefault(tuple(shape.items()), shape) for shape in shapes),
         outside_shapes={name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith(f"{prefix}.")},
     )
@@ -150,19 +152,6 @@ def _untied(architecture: Architecture, where: str) -> Architecture:
     config = copy.deepcopy(architecture.config)
     config.tie_word_embeddings = False
     return architecture_of(config, where)
-
-
-def check_window(architecture: Architecture, max_positions: int, where: str) -> None:
-    """ModelError when a sliding attention window is shorter than the context in use: our mask would be wrong there."""
-    config = architecture.config
-    window = getattr(config, "sliding_window", None)
-    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    if window is not None and sliding and getattr(config, "use_sliding_window", True) and window < max_positions:
-        raise ModelError(
-            f"a sliding attention window of {window} tokens is shorter than the context of {max_positions}",
-            where=where,
-            cure=f"use --max-context {window} or less: within the window the model is exact",
-        )
 
 
 def _check_sizes(config: Any) -> None:

@@ -4,7 +4,9 @@ The model is transformers' own code; only the memory behind its parameters is ou
 asks the source for that layer's weights and points the layer's parameters at them; a hook behind the last one ends its use.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,6 +16,8 @@ from ..device import Device
 from ..streaming.stream import ResidentWeights, Weights
 from .architecture import Architecture
 from .kv_cache import KVCache
+from .pass_inputs import Part, PassInputs, pass_inputs
+from .rope import Rope
 from .rotary import rebuild_rotary
 from .transformers_api import Forward, Rows
 
@@ -23,14 +27,25 @@ class WeightSource(Protocol):
         """The weights of every decoder layer, in order; each is valid until the next is asked for."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PartOutput:
+    """Of the rows of a part that have logits, in their order."""
+
+    logits: torch.Tensor  # [num_logits, V], in the model's dtype
+    features: torch.Tensor | None  # [num_logits, layers * D]: what the layers asked for put out, side by side
+
+
 class _Pass:
     """The pass under way, as the hooks on the layers know it. They do not know the CausalLM, which holds them: in a circle its
     memory would wait for the garbage collector, which knows nothing of GiB on a device."""
 
     def __init__(self) -> None:
         self.layers: Iterator[Weights] = iter(())
+        self.before_layer: Callable[[], None] | None = None
 
     def bind(self, parameters: dict[str, nn.Parameter]) -> None:
+        if self.before_layer is not None:
+            self.before_layer()
         weights = next(self.layers)
         for name, parameter in parameters.items():
             parameter.data = weights[name]
@@ -42,74 +57,99 @@ class _Pass:
 
 
 class CausalLM:
-    """`shared` holds the tensors outside the decoder layers (device, `dtype`), by their full names."""
+    """`outside` holds the tensors outside the decoder layers (device, `dtype`), by their full names."""
 
     def __init__(
         self,
         architecture: Architecture,
         device: Device,
         dtype: torch.dtype,
-        shared: Weights,
+        outside: Weights,
         weights: WeightSource,
         cache: KVCache,
     ) -> None:
         self.architecture, self.dtype, self.cache = architecture, dtype, cache
+        self._device = device
         self._weights: WeightSource = weights
         self._pass = under_way = _Pass()
         self._model = architecture.model
-        _materialise(self._model, device.torch_device, dtype, shared)
-        self.rope = architecture.rope
-        self._row_rotary = rebuild_rotary(self._model, self.rope, device.torch_device)
-        self._prompt_tokens = 0
-        layers = list(self._model.get_submodule(architecture.prefix).children())
-        self._forward = Forward(self._model, len(layers))
-        self._parameters = [dict(layer.named_parameters()) for layer in layers]
+        _materialise(self._model, device.torch_device, dtype, outside)
+        self._row_rotary = rebuild_rotary(self._model, architecture.rope, device.torch_device)
+        self._layers = list(self._model.get_submodule(architecture.prefix).children())
+        self._forward = Forward(self._model, len(self._layers))
+        self._parameters = [dict(layer.named_parameters()) for layer in self._layers]
         self._hooks = [
             layer.register_forward_pre_hook(lambda _module, _args, parameters=parameters: under_way.bind(parameters))
-            for layer, parameters in zip(layers, self._parameters, strict=True)
+            for layer, parameters in zip(self._layers, self._parameters, strict=True)
         ]
-        self._hooks.append(layers[-1].register_forward_hook(lambda _module, _args, _output: under_way.end()))
+        self._hooks.append(self._layers[-1].register_forward_hook(lambda _module, _args, _output: under_way.end()))
 
-    def begin_text(self, prompt_tokens: int, num_tokens: int) -> None:
-        """The passes to come belong to a text of `num_tokens` tokens so far, of which `prompt_tokens` are its prompt."""
-        self._prompt_tokens = self.rope.counted_prompt(prompt_tokens, num_tokens)
-        for rotary in self._row_rotary:
-            rotary.begin_text(self._prompt_tokens)
+    @property
+    def rope(self) -> Rope:
+        return self.architecture.rope
 
-    def start_over_if_outgrown(self, num_tokens: int) -> None:
-        """The text has grown to `num_tokens`. Where its family computes all rows anew at that length, none are left."""
-        if self.rope.counted_prompt(self._prompt_tokens, num_tokens) != self._prompt_tokens:
-            self.cache.truncate(0)
-            self.begin_text(self._prompt_tokens, num_tokens)
-
-    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, num_logits: int) -> torch.Tensor:
-        """One pass over rows `token_ids` [N] int64 at `positions` [N] int64 under `mask` [1, 1, N, cached + N] bool.
-
-        Appends N pending rows to the cache and returns the logits of the last `num_logits` (>= 1) rows, [num_logits, V] in
-        the model's dtype. On any error the cache and the weight source are as before the pass.
-        """
-        self.cache.check_room(len(token_ids))
-        logits = self.compute(token_ids, positions, mask, num_logits, self.cache)
-        self.cache.appended(len(token_ids))
-        return logits
-
-    def compute(
+    def forward(
         self,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
-        mask: torch.Tensor,
-        num_logits: int,
-        rows: Rows,
-    ) -> torch.Tensor:
-        """The pass alone: keys and values go where `rows` says, and the cache's counts stay as they are."""
+        parts: Sequence[Part],
+        *,
+        before_layer: Callable[[], None] | None = None,
+        feature_layers: Sequence[int] = (),
+    ) -> tuple[PartOutput, ...]:
+        """One pass over `parts`, at least one, each of at least one row and of another segment of the cache.
+
+        Appends the rows of each part to its segment, as pending ones. `before_layer` is called before each decoder layer asks
+        for its weights. FitError when a segment has no room. On any error the segments and the weight source are as before.
+        """
+        for part in parts:
+            part.segment.check_room(part.num_rows)
+        rows = self.cache.appending([(part.segment, part.num_rows) for part in parts])
+        inputs, sizes = self.inputs(parts), [part.num_logits for part in parts]
+        with self._taking(feature_layers, inputs.logit_rows) as taken:
+            logits = self.compute(inputs, rows, before_layer).split(sizes)  # [num_logits, V] of each part
+        features: Sequence[torch.Tensor | None] = [None] * len(parts)
+        if feature_layers:
+            features = torch.cat([taken[layer] for layer in feature_layers], dim=1).split(sizes)  # [num_logits, layers * D]
+        for part in parts:
+            part.segment.appended(part.positions)
+        return tuple(map(PartOutput, logits, features))
+
+    def inputs(self, parts: Sequence[Part]) -> PassInputs:
+        return pass_inputs(self._device, parts, set(self.architecture.windows))
+
+    def compute(self, inputs: PassInputs, rows: Rows, before_layer: Callable[[], None] | None = None) -> torch.Tensor:
+        """The pass alone: logits [n, V]. Keys and values go where `rows` says, and the counts of segments stay as they are."""
+        for rotary in self._row_rotary:
+            rotary.counted_prompts = inputs.counted_prompts
         layers = self._weights.one_pass()
-        self._pass.layers = layers
+        self._pass.layers, self._pass.before_layer = layers, before_layer
         try:
-            return self._forward(token_ids, positions, mask, num_logits, rows)
+            return self._forward(inputs.token_ids, inputs.positions, inputs.masks, inputs.logit_rows, rows)
         finally:
-            self._pass.layers = iter(())
+            self._pass.layers, self._pass.before_layer = iter(()), None
             if isinstance(layers, Generator):
                 layers.close()
+
+    @contextmanager
+    def _taking(self, feature_layers: Sequence[int], logit_rows: int | torch.Tensor) -> Iterator[Mapping[int, torch.Tensor]]:
+        """Inside, passes leave what these layers put out for `logit_rows`, [n, D] by layer."""
+        taken: dict[int, torch.Tensor] = {}
+
+        def take(layer: int, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output  # [1, N, D]
+            if isinstance(logit_rows, int):
+                taken[layer] = hidden[0, -logit_rows:].clone()
+            else:
+                taken[layer] = hidden[0].index_select(0, logit_rows)
+
+        hooks = [
+            self._layers[layer].register_forward_hook(lambda _module, _args, output, layer=layer: take(layer, output))
+            for layer in feature_layers
+        ]
+        try:
+            yield taken
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def let_go(self) -> None:
         """Hold no layer's weights until the next pass, so that their memory may go."""
@@ -128,8 +168,8 @@ class CausalLM:
         self._weights = ResidentWeights([])
 
 
-def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, shared: Weights) -> None:
-    """Replace every meta parameter: shared ones by their tensors, the layers' by empty ones that a pass points
+def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, outside: Weights) -> None:
+    """Replace every meta parameter: those outside the layers by their tensors, the layers' by empty ones that a pass points
     at its weights. A tied parameter stays one object."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     made: dict[int, nn.Parameter] = {}
@@ -137,6 +177,6 @@ def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, sha
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = names[id(parameter)]
             if id(parameter) not in made:
-                tensor = shared[name] if name in shared else torch.empty(0, device=device, dtype=dtype)
+                tensor = outside[name] if name in outside else torch.empty(0, device=device, dtype=dtype)
                 made[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
             setattr(module, key, made[id(parameter)])

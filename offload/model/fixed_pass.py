@@ -1,11 +1,11 @@
-"""Passes of a few fixed shapes, which a device records once, ahead, and replays: a level of a small draft takes the GPU less
-time than Python takes to launch its kernels. Recording stops the device, so no round does it: what was not foreseen is
-computed as it comes.
+"""Passes of a few fixed shapes, which a device records as CUDA graphs, once and ahead, and replays: a level of a small draft
+takes the GPU less time than Python takes to launch its kernels. Recording stops the device, so no round does it: what was not
+foreseen is computed as it comes.
 
-A pass of n rows over a cache of m is padded to the next bucket of both. Padding repeats the last row, its position, mask and
-slot included: it writes what that row writes anyway, is seen by nobody, and needs no rows of its own. All that varies between
-passes of one shape lies in buffers which stay where they are, and those of all shapes are the beginnings of the same ones: what
-recordings keep does not grow with their number.
+A pass of n rows over m rows of a segment is padded to the next bucket of both. Padding repeats the last row, its position,
+masks and slot included: it writes what that row writes anyway, is seen by nobody, and needs no rows of its own. All that varies
+between passes of one shape lies in buffers which stay where they are. Those of all shapes are the beginnings of the same ones:
+what recordings keep does not grow with their number.
 """
 
 import itertools
@@ -14,77 +14,107 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ..device import Device
+from .attention import Block
 from .buckets import rows_bucket, rows_buckets, width_bucket
 from .causal_lm import CausalLM
+from .kv_cache import Segment
+from .pass_inputs import Part, PassInputs
 
 
 class FixedPasses:
-    """The passes of `model`, whose layers are resident, of at most `max_rows` rows: what `prepare` has recorded is replayed.
-    Keeps the bytes of `planner.cost.recording_bytes`."""
+    """The passes of `model`, whose layers are resident, of one part of at most `max_rows` rows: what `prepare` has recorded is
+    replayed. Keeps the bytes of `planner.cost.recording_bytes`, and one more mask for each further window of the layers."""
 
     def __init__(self, model: CausalLM, device: Device, max_rows: int) -> None:
         self._model, self._device, self.max_rows = model, device, max_rows
-        self._token_ids, self._positions, self._slots = device.alloc(3 * max_rows * 8).view(torch.int64).view(3, max_rows)
-        self._mask = device.alloc(max_rows * model.cache.capacity).view(torch.bool)
+        self._segments, capacity = model.cache.segments, model.cache.segments[0].capacity
+        numbers = device.alloc(4 * max_rows * 8).view(torch.int64).view(4, max_rows)
+        self._token_ids, self._positions, self._counted_prompts, self._slots = numbers  # [max_rows] each
+        windows = set(model.architecture.windows)
+        self._masks = {window: device.alloc(max_rows * capacity).view(torch.bool) for window in windows}
         vocab_size = model.architecture.vocab_size
-        self._logits = device.alloc(max_rows * vocab_size * model.dtype.itemsize).view(model.dtype).view(max_rows, vocab_size)
-        self._replays: dict[tuple[int, int], Callable[[], None]] = {}  # by new rows and attended rows
-        self.restart()
+        logits = device.alloc(max_rows * vocab_size * model.dtype.itemsize).view(model.dtype)
+        self._logits = logits.view(max_rows, vocab_size)
+        self._replays: dict[tuple[int, int, int], Callable[[], None]] = {}  # by new rows, attended rows, start of the segment
+        for segment in self._segments:
+            self.restart(segment)
 
-    def restart(self) -> None:
+    def restart(self, segment: Segment) -> None:
         """Another sequence. Rows that are masked take part in a pass with weight 0, so they must not hold NaN."""
-        self._model.cache.clear_tail()
+        segment.clear_tail()
 
     def prepare(self, widths: Iterable[int]) -> None:
-        """Record passes of these numbers of rows, at every length of the cache, unless they are. The largest come first: the
-        others find room where those lay. Recording computes, from inputs that mean nothing: it takes a row of the cache that
-        holds nothing. What parameters hold does not matter, only where they lie."""
-        cache = self._model.cache
-        cache.check_room(1)
-        for buffer, value in ((self._token_ids, 0), (self._positions, 0), (self._slots, cache.rows), (self._mask, 1)):
-            buffer.fill_(value)
-        shapes = itertools.product(
-            {width_bucket(rows) for rows in widths if rows <= self.max_rows}, rows_buckets(cache.capacity)
-        )
-        for width, num_attended in sorted(set(shapes) - set(self._replays), reverse=True):
-            self._replays[width, num_attended] = self._device.record(self._work(width, num_attended))
-        cache.clear_tail()
+        """Record passes of these numbers of rows, at every length of every segment, unless they are. The largest come first:
+        the others find room where those lay. Recording computes, from inputs that mean nothing: it takes a row of the segment
+        that holds nothing. What parameters hold does not matter, only where they lie."""
+        capacity = self._segments[0].capacity
+        lengths = itertools.product({width_bucket(rows) for rows in widths if rows <= self.max_rows}, rows_buckets(capacity))
+        for width, num_attended in sorted(lengths, reverse=True):
+            for segment in self._segments:
+                shape = width, num_attended, segment.start
+                if shape not in self._replays:
+                    self._fill(segment)
+                    self._replays[shape] = self._device.record(self._work(*shape))
+                    segment.clear_tail()
 
-    def has(self, num_rows: int) -> bool:
-        """Whether the next pass, over `num_rows` rows, is recorded."""
-        return self._shape_of(num_rows) in self._replays
+    def has(self, part: Part) -> bool:
+        """Whether a pass over `part` is recorded."""
+        return self._shape_of(part) in self._replays
 
-    def run(self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """As CausalLM.forward, but float32 logits of all rows; those of later passes do not overwrite them."""
-        cache, num_rows = self._model.cache, len(token_ids)
-        cache.check_room(num_rows)
-        width, num_attended = self._shape_of(num_rows)
-        slots = torch.arange(cache.rows, cache.rows + num_rows, device=self._slots.device)
-        for buffer, values in ((self._token_ids, token_ids), (self._positions, positions), (self._slots, slots)):
+    def run(self, part: Part) -> torch.Tensor:
+        """As CausalLM.forward, but float32 logits of all rows of the part, [n, V]; later passes do not overwrite them."""
+        segment, num_rows, shape = part.segment, part.num_rows, self._shape_of(part)
+        segment.check_room(num_rows)
+        inputs, (width, num_attended, _) = self._model.inputs((part,)), shape
+        first = segment.start + segment.rows
+        slots = torch.arange(first, first + num_rows, device=self._slots.device)
+        for buffer, values in (
+            (self._token_ids, inputs.token_ids),
+            (self._positions, inputs.positions),
+            (self._counted_prompts, inputs.counted_prompts),
+            (self._slots, slots),
+        ):
             buffer[:num_rows] = values
             buffer[num_rows:width] = values[-1]
-        fixed_mask = self._mask_of(width, num_attended)
-        fixed_mask[..., mask.shape[-1] :] = False
-        fixed_mask[:, :, :num_rows, : mask.shape[-1]] = mask
-        fixed_mask[:, :, num_rows:] = fixed_mask[:, :, num_rows - 1 : num_rows]
-        self._replays[width, num_attended]()
-        cache.appended(num_rows)
+        for window, (block,) in inputs.masks.items():
+            fixed_mask, mask = self._mask_of(window, width, num_attended), block.mask
+            fixed_mask[..., mask.shape[-1] :] = False
+            fixed_mask[:, :, :num_rows, : mask.shape[-1]] = mask
+            fixed_mask[:, :, num_rows:] = fixed_mask[:, :, num_rows - 1 : num_rows]
+        self._replays[shape]()
+        segment.appended(part.positions)
         return self._logits[:num_rows].to(torch.float32, copy=True)
 
-    def _shape_of(self, num_rows: int) -> tuple[int, int]:
-        cache = self._model.cache
-        return width_bucket(num_rows), rows_bucket(cache.rows + num_rows, cache.capacity)
+    def _shape_of(self, part: Part) -> tuple[int, int, int]:
+        segment, num_rows = part.segment, part.num_rows
+        return width_bucket(num_rows), rows_bucket(segment.rows + num_rows, segment.capacity), segment.start
 
-    def _work(self, width: int, num_attended: int) -> Callable[[], None]:
-        """The pass of this shape, from the buffers to the buffers. It does not know this object, which holds it."""
-        model, mask, logits = self._model, self._mask_of(width, num_attended), self._logits[:width]
-        token_ids, positions, slots = self._token_ids[:width], self._positions[:width], self._slots[:width]
-        rows = model.cache.fixed_rows(slots, num_attended)
+    def _fill(self, segment: Segment) -> None:
+        """Inputs to record with."""
+        segment.check_room(1)
+        self._slots.fill_(segment.start + segment.rows)
+        for buffer in (self._token_ids, self._positions, self._counted_prompts):
+            buffer.zero_()
+        for mask in self._masks.values():
+            mask.fill_(True)
+
+    def _work(self, width: int, num_attended: int, start: int) -> Callable[[], None]:
+        """The pass of this shape, from the buffers to the buffers. It holds them, and not this object, which holds it."""
+        model, logits = self._model, self._logits[:width]
+        rows, keys = slice(width), slice(start, start + num_attended)
+        inputs = PassInputs(
+            token_ids=self._token_ids[:width],
+            positions=self._positions[:width],
+            counted_prompts=self._counted_prompts[:width],
+            masks={window: (Block(rows, keys, self._mask_of(window, width, num_attended)),) for window in self._masks},
+            logit_rows=width,
+        )
+        cached = model.cache.fixed_rows(self._slots[:width])
 
         def work() -> None:
-            logits.copy_(model.compute(token_ids, positions, mask, width, rows))
+            logits.copy_(model.compute(inputs, cached))
 
         return work
 
-    def _mask_of(self, width: int, num_attended: int) -> torch.Tensor:
-        return self._mask[: width * num_attended].view(1, 1, width, num_attended)
+    def _mask_of(self, window: int | None, width: int, num_attended: int) -> torch.Tensor:
+        return self._masks[window][: width * num_attended].view(1, 1, width, num_attended)

@@ -1,9 +1,12 @@
-"""Preallocated keys and values of one sequence: append rows, keep the accepted ones, drop the rest.
+"""Preallocated keys and values of several sequences: append rows, keep the accepted ones, drop the rest.
 
-Rows [0, length) are committed, rows [length, length + pending) were appended since, and what lies behind is never read:
+The rows of a cache are cut into segments of equal size, one for each sequence. In a segment, rows [0, length) are committed,
+rows [length, length + pending) were appended since, and what lies behind is never read:
 
-    0 ............ length ............ length + pending ............ capacity
-      committed          pending                    undefined
+    start ............ length ............ length + pending ............ capacity
+          committed          pending                        undefined
+
+Layers whose keys and values are of one shape lie in one buffer.
 """
 
 from collections.abc import Sequence
@@ -14,20 +17,107 @@ import torch
 from ..device import Device
 from ..device.host import HostMapping
 from ..errors import FitError
+from .rope import Rope
+
+
+class _Memory:
+    """The buffers of a cache, which its segments know instead of the cache: in a circle, memory would wait for the garbage
+    collector, which knows nothing of GiB on a device."""
+
+    def __init__(self, device: Device, layer_shapes: Sequence[tuple[int, int]], num_rows: int, dtype: torch.dtype) -> None:
+        self.device = device
+        self.buffers: list[torch.Tensor] = []  # one for each shape: [layers, 2, 1, K, rows, C]
+        self._places: list[tuple[int, int]] = []  # of each layer: which buffer, which row of it
+        shapes = list(dict.fromkeys(layer_shapes))
+        counts = [0] * len(shapes)
+        for shape in layer_shapes:
+            group = shapes.index(shape)
+            self._places.append((group, counts[group]))
+            counts[group] += 1
+        for (num_kv_heads, head_dim), num_layers in zip(shapes, counts, strict=True):
+            num_bytes = num_layers * 2 * num_kv_heads * num_rows * head_dim * dtype.itemsize
+            buffer = device.alloc(num_bytes).view(dtype)
+            self.buffers.append(buffer.view(num_layers, 2, 1, num_kv_heads, num_rows, head_dim))
+
+    @property
+    def bytes_per_row(self) -> int:
+        return sum(buffer.nbytes // buffer.shape[-2] for buffer in self.buffers)
+
+    def layers(self) -> tuple[torch.Tensor, ...]:
+        """Of each layer [2, 1, K, rows, C]: keys, then values."""
+        return tuple(self.buffers[group][layer] for group, layer in self._places)
+
+    def by_row(self, flat: torch.Tensor, num_rows: int) -> list[torch.Tensor]:
+        """Views [layers, num_rows, 2, 1, K, C] of `flat`, uint8, which holds `num_rows` rows of each buffer in turn."""
+        shapes = [(len(buffer), num_rows, *buffer.shape[1:4], buffer.shape[5]) for buffer in self.buffers]
+        sizes = [num_rows * (buffer.nbytes // buffer.shape[-2]) for buffer in self.buffers]
+        parts = zip(self.buffers, flat.split(sizes), shapes, strict=True)
+        return [part.view(buffer.dtype).view(shape) for buffer, part, shape in parts]
 
 
 class KVCache:
-    """Keys and values [layers, 2, 1, K, capacity, C] of one sequence on `device`; the `Rows` of passes of any shape."""
+    """Keys and values of `num_segments` sequences of at most `segment_rows` rows each.
+
+    layer_shapes: (key/value heads K, head dimension C) of every layer.
+    """
 
     def __init__(
-        self, device: Device, *, num_layers: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype
+        self,
+        device: Device,
+        *,
+        layer_shapes: Sequence[tuple[int, int]],
+        num_segments: int,
+        segment_rows: int,
+        dtype: torch.dtype,
+        rope: Rope,
     ) -> None:
-        self._device = device
-        shape = (num_layers, 2, 1, num_kv_heads, capacity, head_dim)
-        self._kv = device.alloc(num_bytes(num_layers, num_kv_heads, head_dim, capacity, dtype)).view(dtype).view(shape)
-        self.capacity = capacity
+        self.rope = rope
+        self._memory = _Memory(device, layer_shapes, num_segments * segment_rows, dtype)
+        self.segments = tuple(
+            Segment(self._memory, rope, start=number * segment_rows, capacity=segment_rows) for number in range(num_segments)
+        )
+
+    @property
+    def bytes_per_row(self) -> int:
+        return self._memory.bytes_per_row
+
+    def appending(self, spans: Sequence[tuple["Segment", int]]) -> "AppendedRows":
+        """The `Rows` of a pass over so many new rows of each of these segments, one behind the other. What segments count is
+        left alone, so that a pass that fails half-way changes nothing; call `Segment.appended` when it has succeeded."""
+        places, begin = [], 0
+        for segment, num_rows in spans:
+            first = segment.start + segment.rows
+            places.append((slice(begin, begin + num_rows), slice(first, first + num_rows)))
+            begin += num_rows
+        return AppendedRows(self._memory.layers(), tuple(places))
+
+    def fixed_rows(self, slots: torch.Tensor) -> "FixedRows":
+        """The `Rows` of a pass of a fixed shape: new row i goes to row slots[i] of the cache ([N] int64, on the device)."""
+        return FixedRows(self._memory.layers(), slots)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._memory.buffers.clear()
+        for segment in self.segments:
+            segment.close()
+
+
+class Segment:
+    """The rows of one sequence: `capacity` rows of a cache, from row `start` of it.
+
+    `counted_prompt` is the prompt's length as it counts for rotary frequencies, see rope.py.
+    """
+
+    def __init__(self, memory: _Memory, rope: Rope, *, start: int, capacity: int) -> None:
+        self._memory, self._rope = memory, rope
+        self.start, self.capacity = start, capacity
         self.length = 0
-        self.pending = 0
+        self.pending_positions: tuple[int, ...] = ()  # in the text, of pending rows; committed row i is at position i
+        self.counted_prompt = 0
+
+    @property
+    def pending(self) -> int:
+        return len(self.pending_positions)
 
     @property
     def rows(self) -> int:
@@ -35,7 +125,22 @@ class KVCache:
 
     @property
     def bytes_per_row(self) -> int:
-        return self._kv.nbytes // self.capacity
+        return self._memory.bytes_per_row
+
+    # -- the text ---------------------------------------------------------------------------------------------------------
+
+    def begin_text(self, prompt_tokens: int, num_tokens: int) -> None:
+        """The rows to come belong to a text of `num_tokens` tokens so far, of which `prompt_tokens` are its prompt."""
+        self.counted_prompt = self._rope.counted_prompt(prompt_tokens, num_tokens)
+
+    def grown(self, num_tokens: int) -> None:
+        """The text has `num_tokens` tokens now. Where its family computes all rows anew at that length, none are left."""
+        counted = self._rope.counted_prompt(self.counted_prompt, num_tokens)
+        if counted != self.counted_prompt:
+            self.truncate(0)
+            self.counted_prompt = counted
+
+    # -- rows -------------------------------------------------------------------------------------------------------------
 
     def check_room(self, num_rows: int) -> None:
         """FitError when `num_rows` more rows do not fit."""
@@ -46,102 +151,107 @@ class KVCache:
                 cure="raise --max-context, or ask for fewer tokens or a smaller tree",
             )
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write [1, K, N, C] behind the pending rows; returns [1, K, rows + N, C] views. `pending` is left alone, so that a
-        pass that fails half-way leaves the cache as it was; call `appended` when it has succeeded."""
-        end = self.rows + key.shape[2]
-        keys, values = self._kv[layer]  # [1, K, capacity, C] each
-        keys[:, :, self.rows : end] = key
-        values[:, :, self.rows : end] = value
-        return keys[:, :, :end], values[:, :, :end]
-
-    def appended(self, num_rows: int) -> None:
-        self.pending += num_rows
+    def appended(self, positions: Sequence[int]) -> None:
+        """A pass has written one more pending row for each of `positions`, where those tokens stand in the text."""
+        self.pending_positions += tuple(positions)
 
     def commit(self, pending_rows: Sequence[int]) -> None:
-        """Keep these pending rows (ascending, counted from the first pending one) in this order; drop the others."""
+        """Keep these pending rows (ascending, counted from the first pending one) in this order; drop the others. Row i of a
+        segment then holds the token at position i."""
         assert list(pending_rows) == sorted(set(pending_rows)) and max(pending_rows, default=-1) < self.pending
+        first = self.start + self.length
         # Row by row, in place: gathering them at once would need memory that no plan counts, at a time when a round can no
         # longer be taken back. Rows that stay where they are, such as a prompt's, are not touched.
         for row, pending in enumerate(pending_rows):
             if row != pending:
-                self._kv[..., self.length + row, :] = self._kv[..., self.length + pending, :]
+                for buffer in self._memory.buffers:
+                    buffer[..., first + row, :] = buffer[..., first + pending, :]
         self.length += len(pending_rows)
-        self.pending = 0
+        self.pending_positions = ()
 
     def truncate(self, length: int) -> None:
         """Forget everything from row `length` on."""
         assert 0 <= length <= self.length
-        self.length, self.pending = length, 0
+        self.length, self.pending_positions = length, ()
 
     def save_rows(self, num_rows: int) -> torch.Tensor:
-        """The first `num_rows` committed rows, [layers, num_rows, 2, 1, K, C] in host memory of exact size. Waits for the
-        device. HostMemoryError when the host has no room."""
+        """The first `num_rows` committed rows, uint8 in host memory of exact size. Waits for the device. HostMemoryError when
+        the host has no room."""
         assert num_rows <= self.length
-        by_row = self._kv.movedim(-2, 1)  # [layers, capacity, 2, 1, K, C]
-        saved = HostMapping(self.bytes_per_row * num_rows).tensor.view(self._kv.dtype)
-        saved = saved.view(by_row.shape[0], num_rows, *by_row.shape[2:])
-        for layer in range(len(saved)):
-            saved[layer] = self._device.download(by_row[layer, :num_rows])
-        return saved
+        flat = HostMapping(self.bytes_per_row * num_rows).tensor
+        for buffer, saved in zip(self._memory.buffers, self._memory.by_row(flat, num_rows), strict=True):
+            by_row = buffer.movedim(-2, 1)[:, self.start : self.start + num_rows]  # [layers, num_rows, 2, 1, K, C]
+            for layer in range(len(saved)):
+                saved[layer] = self._memory.device.download(by_row[layer])
+        return flat
 
     def load_rows(self, saved: torch.Tensor, length: int) -> None:
         """Extend the committed rows to `length`, or as far as they go, from what `save_rows` made of a sequence that begins
         with the same tokens. One copy a layer: in the cache a layer's rows lie apart, in a scratch side by side."""
-        begin, end = self.length, min(length, saved.shape[1])
+        num_saved = saved.numel() // self.bytes_per_row
+        begin, end = self.length, min(length, num_saved)
         if begin >= end:
             return
-        by_row, sources = self._kv.movedim(-2, 1)[:, begin:end], saved[:, begin:end]
-        scratch, free = torch.empty(sources[0].nbytes, dtype=torch.uint8, device=self._kv.device), self._device.mark()
+        device, places, sources = self._memory.device, list[torch.Tensor](), list[torch.Tensor]()
+        for buffer, rows in zip(self._memory.buffers, self._memory.by_row(saved, num_saved), strict=True):
+            places += buffer.movedim(-2, 1)[:, self.start + begin : self.start + end]  # [end - begin, 2, 1, K, C] a layer
+            sources += rows[:, begin:end]
+        scratch_bytes = max(source.nbytes for source in sources)
+        scratch, free = torch.empty(scratch_bytes, dtype=torch.uint8, device=places[0].device), device.mark()
         try:
-            for place, source in zip(by_row, sources, strict=True):
-                ticket = self._device.copy_async(scratch, _bytes_of(source), free)
-                place.copy_(self._device.wait(ticket).view(saved.dtype).view(place.shape))
-                free = self._device.release(scratch)
+            for place, source in zip(places, sources, strict=True):
+                ticket = device.copy_async(scratch[: source.nbytes], source.view(-1).view(torch.uint8), free)
+                place.copy_(device.wait(ticket).view(place.dtype).view(place.shape))
+                free = device.release(scratch)
         except BaseException:
-            self._device.drain_copies()  # into a scratch that is about to go
+            device.drain_copies()  # into a scratch that is about to go
             raise
-        self.length, self.pending = end, 0
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self._kv = self._kv.new_empty(0)
-        self.length = self.pending = self.capacity = 0
+        self.length, self.pending_positions = end, ()
 
     def clear_tail(self) -> None:
         """Fill every row that holds nothing with zeros."""
-        self._kv[..., self.rows :, :] = 0
-
-    def fixed_rows(self, slots: torch.Tensor, num_rows: int) -> "FixedRows":
-        """These rows for passes of a fixed shape, which leave `length` and `pending` to the caller."""
-        return FixedRows(self._kv, slots, num_rows)
+        self._fill_tail(0.0)
 
     def poison_tail(self) -> None:
         """Fill every row that must not be read with NaN (tests)."""
-        self._kv[..., self.rows :, :] = torch.nan
+        self._fill_tail(torch.nan)
+
+    def close(self) -> None:
+        """Of a cache that is closed: there are no rows any more."""
+        self.length = self.capacity = 0
+        self.pending_positions = ()
+
+    def _fill_tail(self, value: float) -> None:
+        for buffer in self._memory.buffers:
+            buffer[..., self.start + self.rows : self.start + self.capacity, :] = value
+
+
+@dataclass(frozen=True, slots=True)
+class AppendedRows:
+    """Where the keys and values of a pass go: rows `places[i][0]` of the pass to rows `places[i][1]` of the cache."""
+
+    layers: tuple[torch.Tensor, ...]  # [2, 1, K, rows, C] each
+    places: tuple[tuple[slice, slice], ...]
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in [1, K, N, C]; returns all rows of the cache, [1, K, rows, C] each."""
+        keys, values = self.layers[layer]
+        for new, place in self.places:
+            keys[:, :, place] = key[:, :, new]
+            values[:, :, place] = value[:, :, new]
+        return keys, values
 
 
 @dataclass(frozen=True, slots=True)
 class FixedRows:
-    """What a layer needs of the cache when no shape or address may depend on how full it is. New row i goes to row
-    slots[i] ([N] int64, on the device); every pass attends to the first `num_rows` rows, under its mask."""
+    """The same where no shape or address may depend on how full the cache is."""
 
-    kv: torch.Tensor  # [layers, 2, 1, K, capacity, C]
-    slots: torch.Tensor
-    num_rows: int
+    layers: tuple[torch.Tensor, ...]  # [2, 1, K, rows, C] each
+    slots: torch.Tensor  # [N] int64, on the device
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write [1, K, N, C] to the slots; returns [1, K, num_rows, C] views."""
-        keys, values = self.kv[layer]
+        """Take in [1, K, N, C]; returns all rows of the cache, [1, K, rows, C] each."""
+        keys, values = self.layers[layer]
         keys.index_copy_(2, self.slots, key)
         values.index_copy_(2, self.slots, value)
-        return keys[:, :, : self.num_rows], values[:, :, : self.num_rows]
-
-
-def num_bytes(num_layers: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
-    return num_layers * 2 * num_kv_heads * capacity * head_dim * dtype.itemsize
-
-
-def _bytes_of(rows: torch.Tensor) -> torch.Tensor:
-    """The same memory, [num_bytes] uint8; `rows` are contiguous."""
-    return rows.view(-1).view(torch.uint8)
+        return keys, values

@@ -34,15 +34,18 @@ def _rotaries(model: PreTrainedModel, rope: Rope | None) -> Iterator[tuple[str, 
 
 
 class RowRotary(nn.Module):
-    """Cosines and sines [1, N, C] of rows [1, N], each with the frequencies of its own length. What may change between passes
-    is in tensors, so that a pass can be recorded."""
+    """Cosines and sines [1, N, C] of rows [1, N], each with the frequencies of its own length.
+
+    `counted_prompts`, int64 [N] or [1], is set before a pass: for each row the prompt's length as it counts in its text. That
+    and positions are tensors, so that a pass can be recorded as a CUDA graph.
+    """
 
     def __init__(self, plain: nn.Module, config: object, rope: Rope) -> None:
         super().__init__()
         self.plain_kind = type(plain)
         self._rope, self._scaling = rope, float(plain.attention_scaling)  # type: ignore[arg-type]
         short = rope_frequencies(config, rope.kind, rope.native_tokens)  # [C / 2]
-        self.prompt_tokens = nn.Buffer(torch.zeros(1, dtype=torch.int64), persistent=False)
+        self.counted_prompts: torch.Tensor = nn.Buffer(torch.zeros(1, dtype=torch.int64), persistent=False)
         self.short = nn.Buffer(short, persistent=False)
         if rope.kind == "longrope":
             self.long = nn.Buffer(rope_frequencies(config, rope.kind, rope.native_tokens + 1), persistent=False)
@@ -54,11 +57,8 @@ class RowRotary(nn.Module):
             self.exponents = nn.Buffer(torch.arange(0, dim, 2).float() / dim, persistent=False)
         self._check(plain, config)
 
-    def begin_text(self, prompt_tokens: int) -> None:
-        self.prompt_tokens.fill_(prompt_tokens)
-
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        lengths = torch.maximum(position_ids + 1, self.prompt_tokens)[..., None]  # [1, N, 1]
+        lengths = torch.maximum(position_ids + 1, self.counted_prompts)[..., None]  # [1, N, 1]
         angles = position_ids[..., None].float() * self._frequencies(lengths)  # [1, N, C / 2]
         both = torch.cat((angles, angles), dim=-1)
         return (both.cos() * self._scaling).to(x.dtype), (both.sin() * self._scaling).to(x.dtype)

@@ -78,7 +78,8 @@ def watched_by_deepspeed(config: Mapping[str, Any]) -> Any:
 
 
 def register_attention(name: str, attention: Callable[..., tuple[torch.Tensor, None]]) -> None:
-    """A model built with attention `name` calls it with (module, query, key, value, mask) and keywords of its family."""
+    """A model built with attention `name` calls it with (module, query, key, value, mask) and keywords of its family, of which
+    `sliding_window` is that of the layer."""
     AttentionInterface.register(name, attention)
 
 
@@ -145,6 +146,24 @@ class PassCache(Cache):  # type: ignore[misc]
             self._box.rows = None
 
 
+class _MaskCarrier(torch.Tensor):
+    """Passes for a mask with a model, which hands it on to its layers as it is, whatever it calls their kinds."""
+
+    masks: Any
+
+
+def carry(masks: object, device: torch.device) -> torch.Tensor:
+    """A tensor of four dimensions, as transformers takes a mask, that carries `masks`, which may be anything."""
+    carrier = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device).as_subclass(_MaskCarrier)
+    carrier.masks = masks
+    return carrier
+
+
+def carried(mask: torch.Tensor | None) -> Any:
+    """What `mask` carries, as attention is given it; None if a model has put something else in its place."""
+    return getattr(mask, "masks", None)
+
+
 class Forward:
     """A model's forward pass, whatever its arguments are called in this release."""
 
@@ -154,16 +173,20 @@ class Forward:
 
     @torch.no_grad()
     def __call__(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, num_logits: int, rows: Rows
+        self, token_ids: torch.Tensor, positions: torch.Tensor, masks: object, logit_rows: int | torch.Tensor, rows: Rows
     ) -> torch.Tensor:
-        """Logits [num_logits, V] of the last rows of `token_ids` [N] at `positions` [N] under `mask` [1, 1, N, T]."""
+        """Logits [n, V] of some rows of `token_ids` [N] at `positions` [N].
+
+        masks: anything; attention finds it by `carried`.
+        logit_rows: the last so many rows (>= 1), or those of an index, int64 [n].
+        """
         with self._cache.over(rows):
             output = self._model(
                 input_ids=token_ids[None],
                 position_ids=positions[None],
-                attention_mask=mask,
+                attention_mask=carry(masks, token_ids.device),
                 use_cache=True,
-                logits_to_keep=num_logits,
+                logits_to_keep=logit_rows,
                 **{self._cache_argument: self._cache},
             )
         logits: torch.Tensor = output.logits[0]

@@ -23,7 +23,8 @@ class LayerCost:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCost:
     """Sizes of one model in the dtype it runs in. Layers that are equal are one object, in each of their places.
-    `outside_bytes` is what lies outside the layers: embedding, norm, head."""
+    `outside_bytes` is what lies outside the layers: embedding, norm, head. `num_masks` is how many kinds of layers there are by
+    what their attention sees: all, or a window."""
 
     layers: tuple[LayerCost, ...]
     outside_bytes: int
@@ -33,6 +34,7 @@ class ModelCost:
     head_dim: int
     vocab_size: int
     dtype_bytes: int
+    num_masks: int = 1
 
     @property
     def num_layers(self) -> int:
@@ -101,7 +103,7 @@ def attention_flops(model: ModelCost, rows: int, context_rows: int) -> float:
 
 def activation_bytes(model: ModelCost, rows: int, context_rows: int) -> int:
     """Working memory of one pass over `rows` rows that sees `context_rows` rows at most, its own among them: the widest of
-    three moments of a layer. Besides what each names, the mask, the embedded tokens and the layer's input are alive."""
+    three moments of a layer. Besides what each names, the masks, the embedded tokens and the layer's input are alive."""
     hidden, heads = model.hidden_size, model.num_heads * model.head_dim
     kv_heads = max([layer.kv_bytes_per_row for layer in model.layers]) // (2 * model.dtype_bytes)  # times their size
     # Normed input; queries, keys, values; queries times cosine, turned by half, and that times sine.
@@ -111,7 +113,8 @@ def activation_bytes(model: ModelCost, rows: int, context_rows: int) -> int:
     # Residual and normed input; gate, up, and their product.
     mlp = rows * (4 * hidden + 3 * model.intermediate_size)
     tables = 2 * rows * model.head_dim
-    return rows * context_rows + (max(rotation, attention, mlp) + tables) * model.dtype_bytes
+    masks = model.num_masks * rows * context_rows
+    return masks + (max(rotation, attention, mlp) + tables) * model.dtype_bytes
 
 
 def logits_bytes(model: ModelCost, tree_nodes: int, num_texts: int = 1) -> int:
@@ -126,7 +129,7 @@ def recording_bytes(model: ModelCost, rows: int, context_rows: int) -> int:
     which is theirs alone. It comes in pieces that a later, larger need cannot join: those of activations and of logits, and as
     much again for narrower passes that were recorded before."""
     logits = rows * model.vocab_size * model.dtype_bytes
-    inputs = rows * (3 * 8 + context_rows)
+    inputs = rows * (4 * 8 + model.num_masks * context_rows)
     return inputs + logits + 2 * (activation_bytes(model, rows, context_rows) + logits)
 
 

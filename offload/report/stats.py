@@ -35,6 +35,15 @@ class RunStats:
     passes_before_plan: int = 0
     passes: list[PassStats] = field(default_factory=list)
 
+    def add(self, one: PassStats, num_tokens: int, seconds: float) -> None:
+        """A pass that gave the text `num_tokens` tokens, `seconds` after the one before it, or after the request."""
+        if not self.passes:
+            self.first_token_s, self.first_tokens = seconds, num_tokens
+        else:
+            self.decode_s += seconds
+        self.num_tokens += num_tokens
+        self.passes.append(one)
+
     @property
     def s_per_token(self) -> float | None:
         later = self.num_tokens - self.first_tokens

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tree.logprobs import ScoredToken
 
     from ..engine.admission import Request
-    from ..engine.engine import Step
+    from ..engine.generation import Step
     from ..text.tokenizer import Tokenizer
 
 Json = dict[str, Any]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 if TYPE_CHECKING:
-    from ..engine.engine import Engine, Step
+    from ..engine.engine import Engine
+    from ..engine.generation import Step
 
 PREFIX = "run70b_"
 # Tokens come seconds apart where weights are streamed: the buckets reach far beyond a web server's.

@@ -18,7 +18,8 @@ from .telemetry import Telemetry
 
 if TYPE_CHECKING:  # torch takes seconds to import: `open_engine` does it, on the worker's thread, while the server answers
     from ..engine.admission import Request
-    from ..engine.engine import Engine, Step
+    from ..engine.engine import Engine
+    from ..engine.generation import Step
     from ..engine.loading import LoadProgress
 
 logger = logging.getLogger(__name__)

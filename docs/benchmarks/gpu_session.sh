@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # A quarter of an hour on a machine with a GPU, in two calls of at most six and five minutes: what tells most comes first.
 #
-#   OUT=DIR bash tests/gpu_session.sh first    facts, latency of small transfers, tests, first light
-#   OUT=DIR bash tests/gpu_session.sh second   the figure at 70B's shape, then sanitizer if time is left
-#   OUT=DIR bash tests/gpu_session.sh STEP...  these steps, in this order
+#   OUT=DIR bash docs/benchmarks/gpu_session.sh first    facts, latency of small transfers, tests, first light
+#   OUT=DIR bash docs/benchmarks/gpu_session.sh second   the figure at 70B's shape, then sanitizer if time is left
+#   OUT=DIR bash docs/benchmarks/gpu_session.sh STEP...  these steps, in this order
 #
 # Every step has a limit, and none ends another. After each, OUT gets summary.txt and results.tar.gz; WORK keeps everything.
 # Nothing is installed or fetched. SMALL=1: the same on a CPU, with small models; CI runs that.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 export OUT=${OUT:?name a folder for what is to be kept} WORK=${WORK:-/tmp/treestream-session} PYTHON=${PYTHON:-python3}
 export SMALL=${SMALL:-} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
