@@ -29,8 +29,8 @@ def append(cache: KVCache, values: dict[Segment, list[float]]) -> None:
     given back has all rows of the segments."""
     new = torch.tensor([value for numbers in values.values() for value in numbers])
     rows = cache.appending([(segment, len(numbers)) for segment, numbers in values.items()])
-    for layer, all_rows in enumerate(cache._memory.layers()):
-        key = (new + layer)[None, None, :, None].expand(1, all_rows.shape[2], len(new), all_rows.shape[-1])
+    for layer, all_rows in enumerate(cache._memory.layers):
+        key = (new + layer)[None, None, :, None].expand(1, all_rows[0].shape[1], len(new), all_rows[0].shape[-1])
         keys, found = rows.update(key, -key, layer)
         for segment, numbers in values.items():
             end = segment.start + segment.rows + len(numbers)
@@ -43,7 +43,7 @@ def append(cache: KVCache, values: dict[Segment, list[float]]) -> None:
 def held(cache: KVCache, segment: Segment) -> list[float]:
     """The numbers of the committed rows, which all layers agree on."""
     found = []
-    for layer, (keys, values) in enumerate(cache._memory.layers()):
+    for layer, (keys, values) in enumerate(cache._memory.layers):
         rows = slice(segment.start, segment.start + segment.length)
         assert torch.equal(keys[:, :, rows], -values[:, :, rows])
         found.append([number - layer for number in keys[0, -1, rows, -1].tolist()])

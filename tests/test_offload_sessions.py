@@ -274,7 +274,7 @@ class Rig:
                 segment.poison_tail()
                 tokens = torch.tensor(place.token_ids[: segment.length]).float()
                 for layer, both in enumerate(cache.appending([]).layers):
-                    keys, values = both[:, 0, :, segment.start : segment.start + segment.length]
+                    keys, values = (rows[0, :, segment.start : segment.start + segment.length] for rows in both)
                     assert torch.equal(keys, (tokens + layer)[None, :, None].expand_as(keys)) and torch.equal(values, -keys)
 
 

@@ -56,8 +56,8 @@ def tree_attention(
         raise _not_computed(module, f"has a window of {sliding_window}, unlike when the model was looked at") from None
     outputs: list[torch.Tensor] = []  # [1, H, n, C] each
     for block in blocks:
-        rows, keys = block.rows, block.keys
-        outputs.append(_attend(query[:, :, rows], key[:, :, keys], value[:, :, keys], block.mask, scaling))
+        rows, keys = query[:, :, block.rows] if len(blocks) > 1 else query, block.keys
+        outputs.append(_attend(rows, key[:, :, keys], value[:, :, keys], block.mask, scaling))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)  # [1, H, N, C]
     return output.transpose(1, 2).contiguous(), None
 

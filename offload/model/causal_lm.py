@@ -74,6 +74,7 @@ class CausalLM:
         self._pass = under_way = _Pass()
         self._model = architecture.model
         _materialise(self._model, device.torch_device, dtype, outside)
+        self._windows = frozenset(architecture.windows)
         self._row_rotary = rebuild_rotary(self._model, architecture.rope, device.torch_device)
         self._layers = list(self._model.get_submodule(architecture.prefix).children())
         self._forward = Forward(self._model, len(self._layers))
@@ -114,11 +115,12 @@ class CausalLM:
         return tuple(map(PartOutput, logits, features))
 
     def inputs(self, parts: Sequence[Part]) -> PassInputs:
-        return pass_inputs(self._device, parts, set(self.architecture.windows))
+        return pass_inputs(self._device, parts, self._windows, counts_prompts=bool(self._row_rotary))
 
     def compute(self, inputs: PassInputs, rows: Rows, before_layer: Callable[[], None] | None = None) -> torch.Tensor:
         """The pass alone: logits [n, V]. Keys and values go where `rows` says, and the counts of segments stay as they are."""
         for rotary in self._row_rotary:
+            assert inputs.counted_prompts is not None
             rotary.counted_prompts = inputs.counted_prompts
         layers = self._weights.one_pass()
         self._pass.layers, self._pass.before_layer = layers, before_layer

@@ -74,8 +74,9 @@ class FixedPasses:
             (self._counted_prompts, inputs.counted_prompts),
             (self._slots, slots),
         ):
-            buffer[:num_rows] = values
-            buffer[num_rows:width] = values[-1]
+            if values is not None:
+                buffer[:num_rows] = values
+                buffer[num_rows:width] = values[-1]
         for window, (block,) in inputs.masks.items():
             fixed_mask, mask = self._mask_of(window, width, num_attended), block.mask
             fixed_mask[..., mask.shape[-1] :] = False

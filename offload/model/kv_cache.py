@@ -9,6 +9,7 @@ rows [length, length + pending) were appended since, and what lies behind is nev
 Layers whose keys and values are of one shape lie in one buffer.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,9 @@ from ..device.host import HostMapping
 from ..errors import FitError
 from .rope import Rope
 
+# Keys and values of each layer, [1, K, rows, C] each.
+Layers = list[tuple[torch.Tensor, ...]]
+
 
 class _Memory:
     """The buffers of a cache, which its segments know instead of the cache: in a circle, memory would wait for the garbage
@@ -26,26 +30,23 @@ class _Memory:
 
     def __init__(self, device: Device, layer_shapes: Sequence[tuple[int, int]], num_rows: int, dtype: torch.dtype) -> None:
         self.device = device
-        self.buffers: list[torch.Tensor] = []  # one for each shape: [layers, 2, 1, K, rows, C]
-        self._places: list[tuple[int, int]] = []  # of each layer: which buffer, which row of it
-        shapes = list(dict.fromkeys(layer_shapes))
-        counts = [0] * len(shapes)
-        for shape in layer_shapes:
-            group = shapes.index(shape)
-            self._places.append((group, counts[group]))
-            counts[group] += 1
-        for (num_kv_heads, head_dim), num_layers in zip(shapes, counts, strict=True):
+        buffers: dict[tuple[int, int], torch.Tensor] = {}  # by shape: [layers, 2, 1, K, rows, C]
+        for shape, num_layers in Counter(layer_shapes).items():
+            num_kv_heads, head_dim = shape
             num_bytes = num_layers * 2 * num_kv_heads * num_rows * head_dim * dtype.itemsize
             buffer = device.alloc(num_bytes).view(dtype)
-            self.buffers.append(buffer.view(num_layers, 2, 1, num_kv_heads, num_rows, head_dim))
+            buffers[shape] = buffer.view(num_layers, 2, 1, num_kv_heads, num_rows, head_dim)
+        self.buffers = list(buffers.values())
+        of_shape = {shape: iter(buffer) for shape, buffer in buffers.items()}
+        self.layers: Layers = [tuple(next(of_shape[shape])) for shape in layer_shapes]
 
     @property
     def bytes_per_row(self) -> int:
         return sum(buffer.nbytes // buffer.shape[-2] for buffer in self.buffers)
 
-    def layers(self) -> tuple[torch.Tensor, ...]:
-        """Of each layer [2, 1, K, rows, C]: keys, then values."""
-        return tuple(self.buffers[group][layer] for group, layer in self._places)
+    def close(self) -> None:
+        self.buffers.clear()
+        self.layers.clear()
 
     def by_row(self, flat: torch.Tensor, num_rows: int) -> list[torch.Tensor]:
         """Views [layers, num_rows, 2, 1, K, C] of `flat`, uint8, which holds `num_rows` rows of each buffer in turn."""
@@ -89,15 +90,15 @@ class KVCache:
             first = segment.start + segment.rows
             places.append((slice(begin, begin + num_rows), slice(first, first + num_rows)))
             begin += num_rows
-        return AppendedRows(self._memory.layers(), tuple(places))
+        return AppendedRows(self._memory.layers, tuple(places))
 
     def fixed_rows(self, slots: torch.Tensor) -> "FixedRows":
         """The `Rows` of a pass of a fixed shape: new row i goes to row slots[i] of the cache ([N] int64, on the device)."""
-        return FixedRows(self._memory.layers(), slots)
+        return FixedRows(tuple(self._memory.layers), slots)
 
     def close(self) -> None:
         """Give the memory back."""
-        self._memory.buffers.clear()
+        self._memory.close()
         for segment in self.segments:
             segment.close()
 
@@ -230,7 +231,7 @@ class Segment:
 class AppendedRows:
     """Where the keys and values of a pass go: rows `places[i][0]` of the pass to rows `places[i][1]` of the cache."""
 
-    layers: tuple[torch.Tensor, ...]  # [2, 1, K, rows, C] each
+    layers: Layers
     places: tuple[tuple[slice, slice], ...]
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -246,7 +247,7 @@ class AppendedRows:
 class FixedRows:
     """The same where no shape or address may depend on how full the cache is."""
 
-    layers: tuple[torch.Tensor, ...]  # [2, 1, K, rows, C] each
+    layers: tuple[tuple[torch.Tensor, ...], ...]  # as in Layers; a recording holds them as long as it lives
     slots: torch.Tensor  # [N] int64, on the device
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,7 +31,7 @@ class Part:
 
     @property
     def num_rows(self) -> int:
-        return len(self.prefix) + len(self.node_ids)
+        return len(self.prefix) + len(self.depths)
 
     @property
     def positions(self) -> list[int]:
@@ -46,12 +46,14 @@ class PassInputs:
 
     token_ids: torch.Tensor  # [N] int64
     positions: torch.Tensor  # [N] int64
-    counted_prompts: torch.Tensor  # [N] int64; of each row's segment
+    counted_prompts: torch.Tensor | None  # [N] int64; of each row's segment, for who has to know
     masks: Masks
     logit_rows: int | torch.Tensor  # which rows have logits: the last so many (>= 1), or those of an index, int64
 
 
-def pass_inputs(device: Device, parts: Sequence[Part], windows: Collection[int | None]) -> PassInputs:
+def pass_inputs(
+    device: Device, parts: Sequence[Part], windows: Collection[int | None], *, counts_prompts: bool = True
+) -> PassInputs:
     """Of a pass over `parts`, at least one, by layers whose attention has one of `windows` (None: it has none)."""
     numbers = [number for part in parts for number in part.positions]
     positions = device.upload(torch.tensor(numbers, dtype=torch.int64))  # [N]
@@ -59,18 +61,24 @@ def pass_inputs(device: Device, parts: Sequence[Part], windows: Collection[int |
     for part in parts:
         if part.prefix:
             token_ids.append(device.upload(torch.tensor(part.prefix, dtype=torch.int64)))
-        token_ids.append(device.upload(part.node_ids))
-        counted.append(torch.full((part.num_rows,), part.segment.counted_prompt, device=positions.device))
+        if part.depths:
+            token_ids.append(device.upload(part.node_ids))
+        if counts_prompts:
+            counted.append(torch.full((part.num_rows,), part.segment.counted_prompt, device=positions.device))
         rows = slice(begin, begin + part.num_rows)
         blocks.append(_blocks(device, part, rows, positions[rows], windows))
         begin = rows.stop
     return PassInputs(
-        token_ids=torch.cat(token_ids),
+        token_ids=_joined(token_ids),
         positions=positions,
-        counted_prompts=torch.cat(counted),
+        counted_prompts=_joined(counted) if counted else None,
         masks={window: tuple(block[window] for block in blocks) for window in windows},
         logit_rows=_logit_rows(parts, positions.device),
     )
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _blocks(
