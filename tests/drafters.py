@@ -15,11 +15,12 @@ from offload.model.drafter import PROMPT_CHUNK_TOKENS, ModelContext, ModelDrafte
 from offload.model.masks import TreeMasks
 from offload.source import check_source
 from planning import L40
+from shapes import from_widths
 from small_models import causal_lm
 from tree.shape import TreeShape
 
 PROMPT = [5, 9, 33, 2, 71]
-WIDE = TreeShape.from_widths((64, 4))  # of whose nodes as many as MAX_ROWS may be in a level
+WIDE = from_widths((64, 4))  # of whose nodes as many as MAX_ROWS may be in a level
 
 
 def open_tiny(

@@ -28,8 +28,8 @@ from offload.engine.generation import Step
 from offload.model.attention import Block, tree_attention
 from offload.model.transformers_api import carry
 from planning import L40
+from shapes import from_widths
 from tree.logprobs import Scoring
-from tree.shape import TreeShape
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 Models = Callable[..., Path]
@@ -348,11 +348,11 @@ def test_replayed_drafts_have_the_logits_of_eager_ones(models: Models, family: s
         texts = [start_all(drafters, PROMPT, place) for place in range(2)]
         for width in (1, 2, 3, 4, 64, 65, 9, 3, 128, 1, 200, 5):
             for contexts in texts:
-                run_round(contexts, TreeShape.from_widths((width, 1, 1)), generator, tolerance=1e-4)
+                run_round(contexts, from_widths((width, 1, 1)), generator, tolerance=1e-4)
         extend(texts[1], [11] * 500)  # into the next bucket of attended rows
         for width in (5, 64, 2):
             for contexts in texts:
-                run_round(contexts, TreeShape.from_widths((width, 2, 1)), generator, tolerance=1e-4)
+                run_round(contexts, from_widths((width, 2, 1)), generator, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("disk", [0, 3])

@@ -30,9 +30,9 @@ from offload.model.masks import TreeMasks
 from offload.source import TypedModel, check_source
 from offload.streaming.stream import LayerStream, ResidentWeights
 from offload.weights.placement import Placement
+from shapes import from_widths
 from tree.logprobs import Scoring
 from tree.sampling import SamplingParams
-from tree.shape import TreeShape
 from tree.verify import METHODS, Method
 
 Models = Callable[..., Path]
@@ -40,7 +40,7 @@ aten = torch.ops.aten
 META = torch.device("meta")
 STAGED_BYTES = 2**16  # what the driver takes along with the command
 NUM_SLOTS = 2
-TREE = TreeShape.from_widths((5, 2, 1))
+TREE = from_widths((5, 2, 1))
 PROMPT = [5, 9, 33, 2, 71]
 
 

@@ -14,6 +14,7 @@ from offload.device import Device
 from offload.device.cpu import CpuDevice
 from offload.model.buckets import widest_pass
 from offload.model.drafter import ModelContext
+from shapes import from_widths
 from small_models import assert_close
 from test_offload_model import expected_logits
 from tree.draft import Drafter, DraftTree
@@ -22,7 +23,7 @@ from tree.shape import TreeShape
 
 Models = Callable[..., Path]
 DEVICES = {"eager": CpuDevice, "recorded": RecordingDevice}
-SHAPE = TreeShape.from_widths((4, 2, 2))
+SHAPE = from_widths((4, 2, 2))
 
 
 @pytest.fixture(params=DEVICES)

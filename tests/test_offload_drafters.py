@@ -65,6 +65,7 @@ def test_a_drafter_may_go_on_growing_between_the_layers_of_every_pass(models: Mo
         assert drafter.num_ahead == 3 * len(report.stats.passes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verifier", ["traversal", "rejection", "sample"])
 def test_texts_of_mixed_trees_have_the_law_of_the_target(tmp_path: Path, verifier: str) -> None:
     """Chosen and drawn children, in shapes that depend on the text. False-alarm probability 1e-5; the seeds are fixed."""

@@ -17,15 +17,15 @@ from offload.errors import CheckpointError, ModelError
 from offload.model import pass_inputs
 from offload.model.architecture import Architecture, architecture_of
 from offload.model.attention import pass_mask
+from shapes import from_widths
 from small_models import open_model, text_part, tree_part
-from tree.shape import TreeShape
 
 MOST_PARAMETERS = 2_000_000  # where a composite config keeps the sizes of a real model in spite of ours
 LEAST_FAMILIES, LEAST_WITH_WINDOWS = 30, 5  # that run; fewer would mean that the test tests nothing
 SIZES = {**TINY_SIZES, "max_position_embeddings": 64}
 WINDOWS = (64, 7)  # one that no text here fills, and one that all do, where a family has windows
 CACHED, PREFIX = [3, 14, 15, 92, 65, 35], [8, 9]
-SHAPE = TreeShape.from_widths([2, 3, 1])
+SHAPE = from_widths([2, 3, 1])
 
 
 def accepted(family: str, window: int) -> Architecture | None:

@@ -13,6 +13,7 @@ from fakes import CountingDevice, RecordingDevice
 from offload.device.cpu import CpuDevice
 from offload.errors import DeviceError, FitError, UsageError
 from offload.model.buckets import LEAST_CACHED_ROWS, MAX_ROWS, rows_bucket, widest_pass, width_bucket
+from shapes import chain, from_widths
 from tree.sampling import SamplingParams
 from tree.shape import TreeShape
 
@@ -66,8 +67,8 @@ def test_levels_of_every_width_have_the_logits_of_plain_passes(models: Models, f
     with open_drafters(DEVICES, models(family, num_layers=2), rows=1500) as drafters:
         contexts = start_all(drafters)
         for width in widths:
-            run_round(contexts, TreeShape.from_widths((width, 1, 1)), generator)
-        run_round(contexts, TreeShape.from_widths((2, 3, 1, 2)), generator)
+            run_round(contexts, from_widths((width, 1, 1)), generator)
+        run_round(contexts, from_widths((2, 3, 1, 2)), generator)
 
 
 @pytest.mark.parametrize("width", [MAX_ROWS - 1, MAX_ROWS, MAX_ROWS + 1])
@@ -75,7 +76,7 @@ def test_the_widest_levels_are_computed_either_way(models: Models, width: int) -
     with open_drafters(DEVICES, models(num_layers=1), rows=2400) as drafters:
         contexts = start_all(drafters)
         for _ in range(2):
-            run_round(contexts, TreeShape.from_widths((width, 1, 1)), torch.Generator().manual_seed(2))
+            run_round(contexts, from_widths((width, 1, 1)), torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("rows", [939, 1063, 2039])
@@ -111,7 +112,7 @@ def test_texts_in_segments_of_their_own_are_recorded_in_turns(models: Models) ->
 
 @pytest.mark.parametrize("sampled", [True, False])
 def test_trees_are_identical_over_rounds_and_commits(models: Models, sampled: bool) -> None:
-    shapes = [TreeShape.chains(4, 5), TreeShape.from_widths((9, 2, 2)), TreeShape.chain(6), TreeShape.chains(17, 2)]
+    shapes = [TreeShape.chains(4, 5), from_widths((9, 2, 2)), chain(6), TreeShape.chains(17, 2)]
     with open_drafters(DEVICES, models()) as drafters:
         contexts = start_all(drafters)
         for seed, shape in enumerate(shapes * 2):
@@ -214,11 +215,11 @@ def test_a_drafter_that_takes_less_memory_has_the_same_logits(models: Models) ->
     with open_drafters((CpuDevice, lambda: device), models(), rows=600) as drafters:
         contexts, generator = start_all(drafters), torch.Generator().manual_seed(6)
         before_bytes = device.held_bytes
-        run_round(contexts, TreeShape.from_widths((70, 1)), generator)
+        run_round(contexts, from_widths((70, 1)), generator)
         for drafter in drafters:
-            drafter.aim(TreeShape.from_widths((7,)), 1024)
+            drafter.aim(from_widths((7,)), 1024)
         assert device.held_bytes < before_bytes
-        run_round(contexts, TreeShape.from_widths((70, 2, 1)), generator)
+        run_round(contexts, from_widths((70, 2, 1)), generator)
         after_bytes = device.held_bytes
         for drafter in drafters:
             drafter.aim(WIDE, 1024)
@@ -246,7 +247,7 @@ def test_what_an_earlier_text_left_behind_is_not_read(models: Models) -> None:
             drafter.cache.segments[0].poison_tail()
         contexts = start_all(drafters)
         run_round(contexts, TreeShape.chains(3, 3), generator)
-        assert all(context.begin(TreeShape.chain(2)).isfinite().all() for context in contexts)
+        assert all(context.begin(chain(2)).isfinite().all() for context in contexts)
 
 
 def test_buckets_are_few_and_near() -> None:

@@ -7,9 +7,10 @@ from fakes import CountingDevice
 from offload.device import Device
 from offload.errors import HostMemoryError
 from offload.model.masks import TreeMasks
+from shapes import from_widths
 from tree.shape import TreeShape
 
-TREE, OTHER = TreeShape.from_widths((5, 2, 3)), TreeShape.from_widths((2, 6))
+TREE, OTHER = from_widths((5, 2, 3)), from_widths((2, 6))
 
 
 def test_the_mask_of_every_tree_is_its_own_and_that_of_a_cut_one_a_view(device: Device) -> None:

@@ -12,11 +12,12 @@ from offload.errors import FitError, ModelError
 from offload.model.attention import Block, pass_mask, tree_attention, window_mask
 from offload.model.causal_lm import CausalLM
 from offload.model.transformers_api import carry
+from shapes import chain, from_widths
 from small_models import PassingWeights, assert_close, open_model, text_part, tree_logits, tree_part
 from tree.shape import TreeShape
 
 Models = Callable[..., Path]
-SHAPES = [TreeShape.chains(3, 2), TreeShape.from_widths([2, 3, 1]), TreeShape.chain(5), TreeShape.root_only()]
+SHAPES = [TreeShape.chains(3, 2), from_widths([2, 3, 1]), chain(5), TreeShape.root_only()]
 
 
 def random_tokens(generator: torch.Generator, number: int) -> list[int]:
@@ -113,7 +114,7 @@ def test_nan_in_one_text_does_not_reach_another(models: Models) -> None:
 
 def test_features_are_those_of_the_layers_asked_for(models: Models) -> None:
     folder = models()
-    shape, tokens = TreeShape.from_widths([2, 2]), [1, 2, 3, 4, 5, 6, 7]
+    shape, tokens = from_widths([2, 2]), [1, 2, 3, 4, 5, 6, 7]
     reference, taken = reference_model(folder), dict[int, torch.Tensor]()
     for number, layer in enumerate(reference.get_submodule("model.layers").children()):
         layer.register_forward_hook(lambda _m, _a, output, number=number: taken.__setitem__(number, output[0]))
@@ -158,7 +159,7 @@ def test_committed_cache_rows_equal_a_fresh_prefill(models: Models) -> None:
         segment.commit([0, 1, *(2 + node for node in path)])
         rows = segment.save_rows(segment.length).view(torch.float32)
         segment.truncate(0)
-        tree_logits(model, [9, 8], [tokens[node] for node in path], TreeShape.chain(len(path)))
+        tree_logits(model, [9, 8], [tokens[node] for node in path], chain(len(path)))
         segment.commit(range(2 + len(path)))
         assert torch.allclose(rows, segment.save_rows(segment.length).view(torch.float32), atol=1e-6)
 
@@ -205,7 +206,7 @@ def test_a_pass_that_finds_no_room_in_one_segment_begins_in_none(models: Models)
     with open_model(models(), num_segments=2, segment_rows=6) as model:
         first, second = model.cache.segments
         tree_logits(model, [1, 2, 3], [4], TreeShape.root_only())
-        parts = [tree_part(second, [5, 6], [7], TreeShape.root_only()), tree_part(first, [], [5, 6, 7], TreeShape.chain(3))]
+        parts = [tree_part(second, [5, 6], [7], TreeShape.root_only()), tree_part(first, [], [5, 6, 7], chain(3))]
         with pytest.raises(FitError, match="4 cached rows \\+ 3 new rows > 6"):
             model.forward(parts)
         assert (second.rows, first.rows) == (0, 4)
@@ -214,7 +215,7 @@ def test_a_pass_that_finds_no_room_in_one_segment_begins_in_none(models: Models)
 def test_a_level_below_pending_nodes_sees_those_of_its_path(models: Models) -> None:
     """Level by level, as a draft grows: what lies on other branches is masked, and positions are those of levels."""
     folder = models()
-    shape, tokens = TreeShape.from_widths([3, 2]), [5, 6, 7, 8, 1, 2, 3, 4, 9, 10]
+    shape, tokens = from_widths([3, 2]), [5, 6, 7, 8, 1, 2, 3, 4, 9, 10]
     with open_model(folder) as model:
         segment, mask = model.cache.segments[0], torch.from_numpy(shape.ancestor_mask.copy())
         model.forward((text_part(segment, [11, 12, 13, tokens[0]], 0),))

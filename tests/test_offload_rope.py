@@ -25,9 +25,9 @@ from offload.errors import ModelError
 from offload.model.architecture import architecture_of
 from offload.model.rope import Kind, Rope, read_rope
 from planning import L40
+from shapes import from_widths
 from small_models import open_model, text_part
 from tree.logprobs import Scoring
-from tree.shape import TreeShape
 
 Models = Callable[..., Path]
 NATIVE = 24
@@ -205,7 +205,7 @@ def test_texts_of_several_lengths_share_passes_with_the_frequencies_of_each(fold
 
 def test_a_draft_of_several_texts_is_recorded_with_the_frequencies_of_each(folder: Path) -> None:
     """Recorded once, replayed for each in turn, against passes that are computed as they come."""
-    generator, shape = torch.Generator().manual_seed(1), TreeShape.from_widths((3, 2, 1))
+    generator, shape = torch.Generator().manual_seed(1), from_widths((3, 2, 1))
     with open_drafters((CpuDevice, RecordingDevice), folder, rows=120, num_texts=2) as drafters:
         texts = [start_all(drafters, prompt_of(num_tokens), place) for place, num_tokens in enumerate((SHORT, LONG))]
         for _ in range(4):

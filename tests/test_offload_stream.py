@@ -41,8 +41,11 @@ from offload.weights.source import CheckpointFeed, Destinations
 from offload.weights.through_host import Upload, load_through_host
 from serving import until
 
+# Coded layers are decoded into scratch; those of other sizes, and mixed ones, are for the slow tests.
+QUICK_FORMS = ("coded", "equal")
 
-@pytest.fixture(params=sorted(FORMS))
+
+@pytest.fixture(params=[form if form in QUICK_FORMS else pytest.param(form, marks=pytest.mark.slow) for form in sorted(FORMS)])
 def make_layers(request: pytest.FixtureRequest, tmp_path: Path) -> MakeLayers:
     """Every test of a stream runs over layers of all forms."""
     return lambda num_layers: save_layers(tmp_path, num_layers, request.param)

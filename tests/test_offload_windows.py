@@ -25,6 +25,7 @@ from offload.model.drafter import ModelDrafter
 from offload.model.masks import TreeMasks
 from offload.source import check_source
 from planning import L40
+from shapes import chain, from_widths
 from small_models import assert_close, causal_lm, open_model, text_part, tree_logits, tree_part
 from test_offload_device_ops import Audit, MetaDevice
 from test_offload_model import expected_logits, poison_tails, random_tokens
@@ -45,7 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": ALTERNATING,
 }
 WINDOWS = {"mistral": (WINDOW,) * 3, "qwen2": (WINDOW, None, WINDOW)}
-SHAPES = [TreeShape.from_widths([2, 3, 1]), TreeShape.chain(9), TreeShape.chains(3, 4), TreeShape.root_only()]
+SHAPES = [from_widths([2, 3, 1]), chain(9), TreeShape.chains(3, 4), TreeShape.root_only()]
 PROMPT = [3 + 7 * position % 89 for position in range(14)]
 
 

@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import pytest
 
+from shapes import chain, from_widths
 from tree.acceptance import Acceptance, AcceptanceCounter
 from tree.shape import TreeShape
 
@@ -32,7 +33,7 @@ def count_in_proportion(counter: AcceptanceCounter, shape: TreeShape, vector: tu
 # -- counting ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [UNEVEN, TreeShape.from_widths((3, 3)), TreeShape.from_widths((3,))])
+@pytest.mark.parametrize("shape", [UNEVEN, from_widths((3, 3)), from_widths((3,))])
 def test_counts_in_proportion_give_the_exact_acceptance(shape: TreeShape) -> None:
     vector = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
     counter = AcceptanceCounter()
@@ -43,7 +44,7 @@ def test_counts_in_proportion_give_the_exact_acceptance(shape: TreeShape) -> Non
 
 def test_acceptance_may_differ_by_level() -> None:
     counter = AcceptanceCounter()
-    shape = TreeShape.from_widths((2, 1))
+    shape = from_widths((2, 1))
     for path in [(0, 1, 3), (0, 1), (0, 2, 4), (0,)]:  # level 0: 2 of 4, then 1 of 2 left; level 1: 2 of 3
         counter.add(shape, path)
     levels = counter.to_acceptance("", per_level=True).levels
@@ -54,7 +55,7 @@ def test_acceptance_may_differ_by_level() -> None:
 
 def test_levels_that_were_hardly_tried_share_the_last_vector() -> None:
     counter = AcceptanceCounter()
-    shape = TreeShape.chain(5)
+    shape = chain(5)
     for end in (0, 1, 1, 2, 2, 2, 3, 4):  # level 0: 7 of 8; 1: 5 of 7; 2: 2 of 5; 3: 1 of 2
         counter.add(shape, shape.path(end))
     levels = counter.to_acceptance("", per_level=True, least_tried=5).levels
@@ -65,8 +66,8 @@ def test_levels_that_were_hardly_tried_share_the_last_vector() -> None:
 
 def test_a_rank_is_tried_only_where_the_child_exists_and_is_reached() -> None:
     counter = AcceptanceCounter()
-    counter.add(TreeShape.chain(2), (0,))  # rejects its only child: says nothing of rank 1
-    counter.add(TreeShape.from_widths((2,)), (0, 1))  # accepts rank 0: rank 1 is not reached
+    counter.add(chain(2), (0,))  # rejects its only child: says nothing of rank 1
+    counter.add(from_widths((2,)), (0, 1))  # accepts rank 0: rank 1 is not reached
     assert counter.to_acceptance("").levels == ((0.5,),)
 
 

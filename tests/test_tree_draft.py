@@ -3,6 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from shapes import chain, from_widths
 from tree.draft import DraftTree, grow
 from tree.sampling import SamplingParams, to_probabilities, top_k_tokens
 from tree.shape import TreeShape
@@ -56,7 +57,7 @@ def test_only_nodes_with_children_are_run_one_call_per_level(sampled: bool, rng:
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_siblings_are_distinct_tokens_of_the_vocabulary(sampled: bool, rng: torch.Generator) -> None:
-    shape = TreeShape.from_widths((VOCABULARY, 3, 2))
+    shape = from_widths((VOCABULARY, 3, 2))
     tokens = grow(TableModel(0), 0, shape, SamplingParams(1.0, top_p=0.5), rng, sampled=sampled).token_ids
     assert tokens.shape == (shape.num_nodes,) and tokens.dtype == torch.int64
     assert (tokens >= 0).all() and (tokens < VOCABULARY).all()
@@ -131,7 +132,7 @@ def test_all_or_none_of_a_static_tree_is_drawn(sampled: bool, rng: torch.Generat
 
 
 def test_trees_that_contradict_themselves_are_refused() -> None:
-    pair, token_ids, rows = TreeShape.chain(2), torch.tensor([3, 4]), torch.full((2, 5), 0.2)
+    pair, token_ids, rows = chain(2), torch.tensor([3, 4]), torch.full((2, 5), 0.2)
     for found, message in (
         ((pair, token_ids, None, (False, True)), "node 1 is drawn, but there are no probabilities"),
         ((pair, token_ids, rows, (False, False)), "but no node is drawn"),
@@ -148,4 +149,4 @@ def test_trees_that_contradict_themselves_are_refused() -> None:
 @pytest.mark.parametrize("sampled", [False, True])
 def test_more_children_than_tokens_are_refused(sampled: bool, rng: torch.Generator) -> None:
     with pytest.raises(ValueError, match=r"13 distinct children .* vocabulary of 12"):
-        grow(TableModel(0), 0, TreeShape.from_widths((13,)), SamplingParams(1.0), rng, sampled=sampled)
+        grow(TableModel(0), 0, from_widths((13,)), SamplingParams(1.0), rng, sampled=sampled)

@@ -155,6 +155,7 @@ def test_a_drafter_that_prefers_what_it_draws_is_caught(verifier: str) -> None:
     assert total_variation(mixing_the_better_of_two, world, 2, VERIFIERS[verifier]) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_sampled_text_of_mixed_trees_has_the_law_of_the_target(method: Method) -> None:
     """Chi-square of 1000 texts of three tokens, 27 cells at most, at 1e-6. False alarm: 1e-6 each."""

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shapes import chain, from_widths
 from tree.draw import draw_svg
 from tree.shape import TreeShape
 
@@ -18,7 +19,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 UNEVEN = TreeShape((-1, 0, 0, 0, 1, 1, 3, 4))
 LARGE = {
     "binary": TreeShape(tuple((node - 1) // 2 for node in range(4096))),
-    "chain": TreeShape.chain(4096),
+    "chain": chain(4096),
     "chains": TreeShape.chains(105, 39),
     "star": TreeShape.chains(4095, 1),
 }
@@ -91,8 +92,8 @@ def test_the_root_alone_is_a_drawing() -> None:
 
 
 def test_symmetric_trees_are_drawn_symmetric() -> None:
-    xs = [number(circle, "cx") for circle in circles(draw_svg(TreeShape.from_widths((3, 2, 2))))]
-    shape = TreeShape.from_widths((3, 2, 2))
+    xs = [number(circle, "cx") for circle in circles(draw_svg(from_widths((3, 2, 2))))]
+    shape = from_widths((3, 2, 2))
     for level in shape.levels:
         row = [xs[node] - xs[0] for node in level]
         assert row == pytest.approx([-x for x in reversed(row)], abs=0.2)  # rounded to tenths

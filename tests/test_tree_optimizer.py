@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from shapes import chain, from_widths
 from tree.acceptance import Acceptance
 from tree.optimizer import best_part, best_tree, expected_tokens, growth, isotonic
 from tree.shape import TreeShape
@@ -240,7 +241,7 @@ def test_what_is_expanded_is_known_for_any_sizes() -> None:
 
 def test_equal_values_go_to_the_shallower_and_earlier_node() -> None:
     assert best_tree(Acceptance(((0.5, 0.5),)), 5, 9).parents == (-1, 0, 0, 1, 1)
-    assert best_tree(Acceptance(((1.0,),)), 4, 9) == TreeShape.chain(4)
+    assert best_tree(Acceptance(((1.0,),)), 4, 9) == chain(4)
     assert best_tree(Acceptance(((0.0, 0.0),)), 4, 9).parents == (-1, 0, 0, 1)
 
 
@@ -248,14 +249,14 @@ def test_a_tree_stops_where_bounds_leave_no_room() -> None:
     assert best_tree(CNN, 10, 1) == TreeShape.root_only()
     assert best_tree(CNN, 100, 2).num_nodes == 1 + len(APPENDIX_E)
     assert best_tree(TINY, 1000, 3).num_nodes == 1 + 4 + 16
-    assert best_tree(CNN, 100, 30, max_branching=1) == TreeShape.chain(30)
+    assert best_tree(CNN, 100, 30, max_branching=1) == chain(30)
 
 
 def test_expected_tokens_of_given_shapes() -> None:
     assert expected_tokens(TreeShape.root_only(), CNN) == 1
-    assert expected_tokens(TreeShape.chain(4), CNN) == pytest.approx(1 + 0.7732 + 0.7732**2 + 0.7732**3)
-    assert expected_tokens(TreeShape.from_widths((6,)), TINY) == pytest.approx(2.0)  # ranks 4 and 5 are unknown
-    assert expected_tokens(TreeShape.chain(3), Acceptance(((0.5,), (0.25,)))) == pytest.approx(1 + 0.5 + 0.125)
+    assert expected_tokens(chain(4), CNN) == pytest.approx(1 + 0.7732 + 0.7732**2 + 0.7732**3)
+    assert expected_tokens(from_widths((6,)), TINY) == pytest.approx(2.0)  # ranks 4 and 5 are unknown
+    assert expected_tokens(chain(3), Acceptance(((0.5,), (0.25,)))) == pytest.approx(1 + 0.5 + 0.125)
 
 
 def test_the_best_part_of_a_best_tree_is_the_best_tree_of_its_size() -> None:

@@ -15,6 +15,7 @@ import tree.blocks
 import tree.draft
 import tree.residual
 import tree.verify
+from shapes import chain, from_widths
 from tree.draft import DraftTree, grow
 from tree.residual import chances_of
 from tree.sampling import SamplingParams, to_probabilities
@@ -175,7 +176,7 @@ def test_greedy_rounds_emit_the_argmax_chain(method: Method, sampled: bool, rng:
 def test_greedy_ties_go_to_the_lowest_token_id(rng: torch.Generator) -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0]])
     for child, expected in ((1, (1, 0)), (2, (1,))):
-        drafted = DraftTree(TreeShape.chain(2), torch.tensor([0, child]), None, (False, False))
+        drafted = DraftTree(chain(2), torch.tensor([0, child]), None, (False, False))
         assert verify(drafted, logits, SamplingParams(), rng, method="sample").token_ids == expected
 
 
@@ -213,7 +214,7 @@ def test_traversal_accepts_more_than_rejection_from_sampled_chains() -> None:
     totals = {
         method: sum(
             verify(
-                *random_case(2 * seed, TreeShape.chain(6), 4, UNIT, sampled=True)[:2], UNIT, torch.Generator(), method=method
+                *random_case(2 * seed, chain(6), 4, UNIT, sampled=True)[:2], UNIT, torch.Generator(), method=method
             ).expected_tokens
             for seed in range(60)
         )
@@ -226,7 +227,7 @@ def test_traversal_accepts_more_than_rejection_from_sampled_chains() -> None:
 
 
 @pytest.mark.parametrize("method", ["traversal", "rejection"])
-@pytest.mark.parametrize("shape", [TreeShape.chain(4), TreeShape.from_widths((3, 3)), TreeShape.from_widths((6,))])
+@pytest.mark.parametrize("shape", [chain(4), from_widths((3, 3)), from_widths((6,))])
 def test_a_draft_equal_to_the_target_bit_for_bit_never_ends_in_nan(
     method: Method, shape: TreeShape, rng: torch.Generator
 ) -> None:
@@ -245,7 +246,7 @@ def test_near_ties_keep_weights_finite(method: Method) -> None:
     generator = torch.Generator().manual_seed(0)
     for seed in range(20):
         model = random_markov(seed, 8, torch.float32)
-        drafted = grow(model, 0, TreeShape.from_widths((4, 2)), UNIT, generator, sampled=True)
+        drafted = grow(model, 0, from_widths((4, 2)), UNIT, generator, sampled=True)
         noise = 1e-7 * torch.randn(drafted.shape.num_nodes, 8, generator=generator)
         verdict = verify(drafted, model.table[drafted.token_ids] + noise, UNIT, generator, method=method)
         assert verdict.expected_tokens == pytest.approx(3.0, abs=1e-4)
@@ -430,7 +431,7 @@ def repeats(method: Method, generators: Iterator[torch.Generator]) -> float:
     flat = Markov(torch.zeros(4, 4))
     firsts = []
     for generator, _ in zip(generators, range(500), strict=False):
-        drafted = grow(flat, 0, TreeShape.from_widths((2,)), UNIT, generator, sampled=True)
+        drafted = grow(flat, 0, from_widths((2,)), UNIT, generator, sampled=True)
         firsts.append(verify(drafted, flat.table[drafted.token_ids], UNIT, generator, method=method).token_ids[0])
     return sum(before == after for before, after in pairwise(firsts)) / (len(firsts) - 1)
 

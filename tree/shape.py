@@ -4,7 +4,7 @@ Knows nothing of tokens, probabilities or tensors. Node 0 is the root, the last 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -39,25 +39,11 @@ class TreeShape:
         return cls((-1,))
 
     @classmethod
-    def chain(cls, num_levels: int) -> "TreeShape":
-        """One node per level, root included: `num_levels` - 1 draft tokens in a row."""
-        return cls(tuple(range(-1, _at_least("num_levels", num_levels, 1) - 1)))
-
-    @classmethod
     def chains(cls, width: int, draft_levels: int) -> "TreeShape":
         """`width` independent chains of `draft_levels` tokens below one root (SpecInfer's width x depth trees)."""
         width = _at_least("width", width, 1)
         num_draft_nodes = width * _at_least("draft_levels", draft_levels, 1)
         return cls((-1, *(max(0, node - width) for node in range(1, num_draft_nodes + 1))))
-
-    @classmethod
-    def from_widths(cls, widths: Sequence[int]) -> "TreeShape":
-        """Every node of level l has `widths[l]` children: (k,) * d is the full k-ary tree with d draft levels."""
-        parents, level = [-1], range(1)
-        for width in widths:
-            parents += [node for node in level for _ in range(_at_least("width", width, 1))]
-            level = range(level.stop, len(parents))
-        return cls(tuple(parents))
 
     # -- derived tables ----------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ class Decode:
     slot: int
 
 
-Step = Fetch | Decode | Compute
+Action = Fetch | Decode | Compute
 
 
 def first_fetches(streamed: tuple[int, ...], num_slots: int) -> tuple[Fetch, ...]:
@@ -46,14 +46,14 @@ def first_fetches(streamed: tuple[int, ...], num_slots: int) -> tuple[Fetch, ...
 
 def pass_steps(
     num_layers: int, streamed: tuple[int, ...], num_slots: int, pass_number: int, decoded: Set[int] = frozenset()
-) -> tuple[Step, ...]:
+) -> tuple[Action, ...]:
     """All steps of pass `pass_number` (0, 1, ...): every layer computed in order, and as many fetches as streamed layers.
     Those of them that are in `decoded` are decoded first.
 
     The steps depend on `pass_number` only through the slot that the cycle has reached, so they repeat with a period of at
     most `num_slots` passes.
     """
-    steps: list[Step] = []
+    steps: list[Action] = []
     use = pass_number * len(streamed)
     slots = {layer: (use + order) % num_slots for order, layer in enumerate(streamed)}
     for layer in range(num_layers):
