@@ -195,7 +195,7 @@ def test_a_prompt_in_many_pieces_holds_nobody_up(models: Models) -> None:
 # -- through the engine -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_sequences", [1, 2, 5])
+@pytest.mark.parametrize("max_sequences", [pytest.param(1, marks=pytest.mark.slow), 2, 5])
 def test_streams_share_passes_as_far_as_there_are_places(models: Models, max_sequences: int) -> None:
     asked = requests(5, greedy=False)
     with open_many(models, max_sequences, dtype="float64") as engine:

@@ -101,6 +101,7 @@ def is_up(url: str) -> bool:
     return httpx.get(f"{url}/health", trust_env=False, verify=False).json() == {"status": "ok"}
 
 
+@pytest.mark.slow
 def test_it_answers_while_loading_and_finishes_its_answer_after_sigterm() -> None:
     """One process for both: starting one takes seconds. A pass takes about 0.2 s here, the answer 12 of them."""
     with serving("--tree", "none", "--emulate-link", "90MB/s", "--profile", "l40") as (process, url):
