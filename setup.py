@@ -31,6 +31,8 @@ CLIENTS = ["openai>=2.0,<4", "httpx2>=2.14,<3", "playwright>=1.60,<2", "schemath
 LM_EVAL = ["lm-eval[api]>=0.4.13,<0.5"]
 # worksteal came with 3.2, and since 3.6 tests run on a worker's main thread, where signals arrive
 PYTEST = ["pytest>=9.0,<10", "pytest-timeout>=2.4,<3", "pytest-xdist>=3.6,<4"]
+# What decoders are compared with: kernels run in Triton's interpreter, formats against readers of others
+FORMATS = ["triton>=3.3,<3.10; sys_platform == 'linux'", "gguf>=0.17,<0.20", "compressed-tensors>=0.12,<0.21"]
 # A new release of ruff or mypy may find new faults in old code
 CHECK = ["hypothesis>=6.150,<7", "mypy>=2.4,<2.5", "ruff>=0.17,<0.18"]
 
@@ -48,6 +50,7 @@ setup(
         "offload.bench",
         "offload.calibrate",
         "offload.cli",
+        "offload.coding",
         "offload.demo",
         "offload.device",
         "offload.doctor",
@@ -84,7 +87,7 @@ setup(
         "bench": BENCH,
         "serve": SERVE,
         "lm-eval": LM_EVAL,
-        "test": [*BENCH, *SERVE, *CLIENTS, *PYTEST, *CHECK],
+        "test": [*BENCH, *SERVE, *CLIENTS, *FORMATS, *PYTEST, *CHECK],
     },
     classifiers=[
         "Environment :: GPU :: NVIDIA CUDA",

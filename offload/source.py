@@ -17,7 +17,7 @@ from .scale.preset import is_scale_model
 from .text.tokenizer import Tokenizer, open_tokenizer
 from .weights.checkpoint import open_checkpoint
 from .weights.codec import LayerCodec, identities
-from .weights.layout import LayerLayout
+from .weights.layout import LayerLayout, of_one_dtype
 from .weights.source import CheckpointSource, TensorSource
 
 
@@ -36,7 +36,7 @@ class TypedModel:
     @property
     def outside_layout(self) -> LayerLayout:
         """Of the tensors outside the decoder layers."""
-        return LayerLayout.pack(self.architecture.outside_shapes.items(), self.dtype)
+        return LayerLayout.pack(of_one_dtype(self.architecture.outside_shapes, self.dtype))
 
     @property
     def cost(self) -> ModelCost:

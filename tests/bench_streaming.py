@@ -96,7 +96,7 @@ def loading_peak(folder: Path) -> dict[str, object]:
 
 def load_rate(folder: Path) -> float:
     checkpoint = open_checkpoint(folder / "target")
-    layout = LayerLayout.pack([(name, info.shape) for name, info in checkpoint.tensors.items()], torch.float32)
+    layout = LayerLayout.pack([(name, info.shape, torch.float32) for name, info in checkpoint.tensors.items()])
     buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8)  # touched: the clock is for the disk
     jobs = [ReadJob(tensor=checkpoint.tensors[name], destination=view) for name, view in layout.views(buffer).items()]
     with TensorReader(checkpoint) as reader:

@@ -27,7 +27,7 @@ from offload.device.host import HostMapping, move
 from offload.engine.engine import Engine
 from offload.errors import HostMemoryError
 from offload.weights.codec import LayerCodec, Tensors
-from offload.weights.layout import LayerLayout
+from offload.weights.layout import LayerLayout, of_one_dtype
 from offload.weights.source import Destinations, TensorFeed, TensorSource
 
 NAN_BYTE = 0xFF  # all bits set is a NaN in every float format
@@ -354,9 +354,10 @@ XOR_PATTERN, PADDING_BYTE = 0x5A, 0xA5
 def xor_codec(computed: LayerLayout, layer: int) -> LayerCodec:
     """Every byte is stored XORed with a pattern, as a tensor of bytes for each parameter, with padding of another size in each
     of seven layers."""
-    bytes_of = [(f"{field.name}.xor", (field.num_bytes,)) for field in computed.fields]
-    padding = ("padding", (1 + 256 * (layer * 5 % 7),))
-    return LayerCodec(stored=LayerLayout.pack([*bytes_of, padding], torch.uint8), computed=computed, decode=_decode_xor)
+    bytes_of: dict[str, tuple[int, ...]] = {f"{field.name}.xor": (field.num_bytes,) for field in computed.fields}
+    bytes_of["padding"] = (1 + 256 * (layer * 5 % 7),)
+    stored = LayerLayout.pack(of_one_dtype(bytes_of, torch.uint8))
+    return LayerCodec(stored=stored, computed=computed, decode=_decode_xor)
 
 
 def _decode_xor(stored: Tensors, parameters: Tensors) -> None:

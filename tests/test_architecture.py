@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A room is a package or a module directly under offload/. It may import itself and what stands beside it here; a name
 # with a dot admits one module of a room. Who may import `tree`, the other package, is in TREE_IMPORTERS.
 FLOOR = {"errors", "config", "version"}
-MACHINE = {*FLOOR, "device", "weights", "streaming"}
+MACHINE = {*FLOOR, "coding", "device", "weights", "streaming"}
 MODEL = {*MACHINE, "model", "planner", "text"}
 
 ALLOWED: dict[str, set[str]] = {
@@ -23,7 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "releases": {"errors"},  # what is installed, and what was tested
     "config": {"errors"},
     "device": FLOOR,
-    "weights": {*FLOOR, "device"},
+    "coding": FLOOR,  # arithmetic on tensors
+    "weights": {*FLOOR, "coding", "device"},
     "streaming": {*FLOOR, "device", "weights"},
     "text": {*FLOOR, "model.transformers_api"},  # which reads tokenizers, too
     "model": {*MACHINE, "releases"},  # whether a family or a release is to blame for a pass that fails

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from offload.errors import CheckpointError
 from offload.weights.checkpoint import INDEX_NAME, SINGLE_NAME, check_tensors, open_checkpoint
-from offload.weights.header import DTYPES, TensorInfo, read_header
+from offload.weights.dtypes import DTYPES
+from offload.weights.header import TensorInfo, read_header
 
 VALID_ENTRIES: dict[str, dict[str, object]] = {
     "__metadata__": {"format": "pt"},
@@ -72,9 +73,9 @@ def test_header_gives_dtype_shape_and_absolute_offset(tmp_path: Path) -> None:
     path = _write(tmp_path / "x.safetensors", VALID_ENTRIES)
     start = path.stat().st_size - len(VALID_DATA)
     assert read_header(path) == (
-        TensorInfo(name="a.weight", dtype=torch.float32, shape=(2, 3), path=path, offset_bytes=start, num_bytes=24),
-        TensorInfo(name="b", dtype=torch.bfloat16, shape=(), path=path, offset_bytes=start + 24, num_bytes=2),
-        TensorInfo(name="c", dtype=torch.int8, shape=(4, 0), path=path, offset_bytes=start + 26, num_bytes=0),
+        TensorInfo(name="a.weight", dtype_name="F32", shape=(2, 3), path=path, offset_bytes=start, num_bytes=24),
+        TensorInfo(name="b", dtype_name="BF16", shape=(), path=path, offset_bytes=start + 24, num_bytes=2),
+        TensorInfo(name="c", dtype_name="I8", shape=(4, 0), path=path, offset_bytes=start + 26, num_bytes=0),
     )
 
 

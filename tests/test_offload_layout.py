@@ -15,7 +15,7 @@ shapes = st.lists(st.lists(st.integers(1, 9), max_size=3).map(tuple), min_size=1
 
 @given(shapes, st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
 def test_fields_are_aligned_disjoint_and_inside(sizes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
-    layout = LayerLayout.pack([(str(number), shape) for number, shape in enumerate(sizes)], dtype)
+    layout = LayerLayout.pack([(str(number), shape, dtype) for number, shape in enumerate(sizes)])
     end = 0
     for field in layout.fields:
         assert field.offset_bytes % ALIGNMENT_BYTES == 0 and field.offset_bytes >= end
@@ -26,7 +26,7 @@ def test_fields_are_aligned_disjoint_and_inside(sizes: list[tuple[int, ...]], dt
 
 @given(shapes)
 def test_views_write_through_to_the_buffer(sizes: list[tuple[int, ...]]) -> None:
-    layout = LayerLayout.pack([(str(number), shape) for number, shape in enumerate(sizes)], torch.float32)
+    layout = LayerLayout.pack([(str(number), shape, torch.float32) for number, shape in enumerate(sizes)])
     buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8)
     for number, view in enumerate(layout.views(buffer).values()):
         view.fill_(number + 1)

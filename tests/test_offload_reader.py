@@ -87,7 +87,7 @@ def test_bfloat16_is_converted_to_float32_exactly(tmp_path: Path, direct: bool, 
     values = torch.randn(9001, generator=torch.Generator().manual_seed(2)).bfloat16()
     path = tmp_path / "raw"
     path.write_bytes(b"\0" * 4099 + bytes(values.view(torch.uint8).tolist()))
-    tensor = TensorInfo(name="x", dtype=torch.bfloat16, shape=(9001,), path=path, offset_bytes=4099, num_bytes=2 * 9001)
+    tensor = TensorInfo(name="x", dtype_name="BF16", shape=(9001,), path=path, offset_bytes=4099, num_bytes=2 * 9001)
     checkpoint = Checkpoint(folder=tmp_path, tensors=MappingProxyType({"x": tensor}), files=(path,))
     with torch.inference_mode(inference):
         job = ReadJob(tensor=tensor, destination=torch.zeros(9001))

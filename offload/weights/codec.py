@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .layout import LayerLayout, lay_out
+from ..coding.tensor_codec import Decoder, TensorCodec, part_name
+from .layout import LayerLayout, lay_out, of_one_dtype
 
 Tensors = Mapping[str, torch.Tensor]
 # decoder(stored, parameters) writes all of `parameters`, from the `stored` tensors. Both are on the device.
-Decoder = Callable[[Tensors, Tensors], None]
+LayerDecoder = Callable[[Tensors, Tensors], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,7 @@ class LayerCodec:
 
     stored: LayerLayout
     computed: LayerLayout
-    decode: Decoder | None = None
+    decode: LayerDecoder | None = None
 
     @property
     def scratch_bytes(self) -> int:
@@ -42,6 +43,57 @@ def identities(layers: Sequence[Mapping[str, tuple[int, ...]]], dtype: torch.dty
     layouts = lay_out(layers, dtype)
     made = {layout: identity(layout) for layout in set(layouts)}
     return tuple(made[layout] for layout in layouts)
+
+
+def coded(
+    parameters: Mapping[str, tuple[int, ...]], codecs: Mapping[str, TensorCodec], dtype: torch.dtype, *, kernels: bool
+) -> LayerCodec:
+    """Of a layer of `parameters` {name: shape}, computed in `dtype`, in which those are stored that `codecs` does not name.
+    `kernels`: decode by those that there are, not by plain torch."""
+    computed = LayerLayout.pack(of_one_dtype(parameters, dtype))
+    if not codecs:
+        return identity(computed)
+    stored: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+    for name, shape in parameters.items():
+        if (codec := codecs.get(name)) is None:
+            stored.append((name, shape, dtype))
+        else:
+            stored += [(part_name(name, part.name), part.shape, part.dtype) for part in codec.parts]
+    decoders = tuple((name, _decoder_of(name, codecs.get(name), kernels)) for name in parameters)
+    return LayerCodec(stored=LayerLayout.pack(stored), computed=computed, decode=_EachParameter(decoders))
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoding:
+    """Of one parameter, from the stored tensors of its layer: {part: name}."""
+
+    parts: tuple[tuple[str, str], ...]
+    decode: Decoder
+
+    def __call__(self, stored: Tensors, parameter: torch.Tensor) -> None:
+        self.decode({part: stored[name] for part, name in self.parts}, parameter)
+
+
+@dataclass(frozen=True, slots=True)
+class _EachParameter:
+    """A LayerDecoder, equal to those of layers that are stored alike."""
+
+    decoders: tuple[tuple[str, _Decoding], ...]
+
+    def __call__(self, stored: Tensors, parameters: Tensors) -> None:
+        for name, decoding in self.decoders:
+            decoding(stored, parameters[name])
+
+
+def _decoder_of(name: str, codec: TensorCodec | None, kernels: bool) -> _Decoding:
+    if codec is None:
+        return _Decoding((("", name),), _copy)
+    decode = codec.kernel if kernels and codec.kernel is not None else codec.decode
+    return _Decoding(tuple((part.name, part_name(name, part.name)) for part in codec.parts), decode)
+
+
+def _copy(parts: Tensors, parameter: torch.Tensor) -> None:
+    parameter.copy_(parts[""])
 
 
 def scratch_bytes(codecs: Iterable[LayerCodec]) -> int:

@@ -1,4 +1,4 @@
-"""Reads and checks the header of one safetensors file. Believes no byte of it; knows nothing of models or indexes.
+"""Reads and checks the header of one safetensors file. Believes no byte of it; knows neither models nor indexes nor torch.
 
       0        8                8 + N                                    file size
       | N: u64 | JSON, N bytes  | tensor bytes, in any order, no gap      |
@@ -15,11 +15,12 @@ import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NoReturn
-
-import torch
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -27,32 +28,40 @@ MAX_HEADER_BYTES: Final = 100_000_000  # safetensors' own limit
 PREFIX_BYTES: Final = 8
 MAX_LISTED: Final = 8
 
-DTYPES: Final = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+ITEM_BYTES: Final = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """One tensor on disk: `num_bytes` bytes at `offset_bytes` from the start of `path`, aligned to nothing."""
+    """One tensor on disk: `num_bytes` bytes at `offset_bytes` from the start of `path`, aligned to nothing. `dtype_name` is as
+    in safetensors."""
 
     name: str
-    dtype: torch.dtype
+    dtype_name: str
     shape: tuple[int, ...]
     path: Path
     offset_bytes: int
     num_bytes: int
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        from .dtypes import DTYPES  # torch, which planning does without
+
+        return DTYPES[self.dtype_name]
 
 
 def read_header(path: Path) -> tuple[TensorInfo, ...]:
@@ -209,19 +218,19 @@ def _parse_entry(name: str, entry: object, path: Path, data_start: int) -> Tenso
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str):
         raise ValueError("has a dtype that is not a string")
-    if dtype not in DTYPES:
+    if dtype not in ITEM_BYTES:
         raise ValueError(f"has dtype {quoted(dtype)}, which we do not read")
     if not isinstance(shape, list) or not all(is_count(size) for size in shape):
         raise ValueError("has a shape that is not a list of counts")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_count(offset) for offset in offsets):
         raise ValueError("has data_offsets that are not two counts")
     begin, end = offsets
-    num_bytes = _shape_bytes(shape, DTYPES[dtype].itemsize)
+    num_bytes = _shape_bytes(shape, ITEM_BYTES[dtype])
     if end - begin != num_bytes:
         raise ValueError(f"has {num_bytes:,} bytes by shape and dtype but the data_offsets {begin}, {end}")
     return TensorInfo(
         name=name,
-        dtype=DTYPES[dtype],
+        dtype_name=dtype,
         shape=tuple(shape),
         path=path,
         offset_bytes=data_start + begin,

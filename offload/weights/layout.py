@@ -31,11 +31,11 @@ class LayerLayout:
     num_bytes: int
 
     @classmethod
-    def pack(cls, tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype) -> "LayerLayout":
-        """Lay `(name, shape)` pairs out one after another, each aligned to 256 bytes."""
+    def pack(cls, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> "LayerLayout":
+        """Lay (name, shape, dtype) out one after another, each aligned to 256 bytes."""
         fields: list[Field] = []
         end = 0
-        for name, shape in tensors:
+        for name, shape, dtype in tensors:
             field = Field(name, tuple(shape), dtype, end)
             fields.append(field)
             end = _align(field.offset_bytes + field.num_bytes)
@@ -54,10 +54,15 @@ class LayerLayout:
         }
 
 
+def of_one_dtype(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Tensors of `shapes` for `LayerLayout.pack`."""
+    return [(name, shape, dtype) for name, shape in shapes.items()]
+
+
 def lay_out(layers: Sequence[Mapping[str, tuple[int, ...]]], dtype: torch.dtype) -> tuple[LayerLayout, ...]:
     """A layout for each of `layers`, {name: shape}. Layers that share one object share one layout."""
     kinds = {id(shapes): shapes for shapes in layers}
-    made = {key: LayerLayout.pack(shapes.items(), dtype) for key, shapes in kinds.items()}
+    made = {key: LayerLayout.pack(of_one_dtype(shapes, dtype)) for key, shapes in kinds.items()}
     return tuple(made[id(shapes)] for shapes in layers)
 
 
