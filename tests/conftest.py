@@ -15,6 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fakes import DEVICES
 from offload.calibrate import QUICK, Effort, Subject, measure_hardware
 from offload.device import Device
+from offload.model.probe import probe_layers
+from offload.model.rope import Rope
+from offload.model.transformers_api import _PassLayer
 from offload.planner.hardware import HardwareProfile
 
 # Matrices this small gain nothing from a second thread, and threads that wait for each other lose a busy machine.
@@ -99,6 +102,25 @@ def quick_measurement() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("offload.calibrate.measuring.measure_hardware", measure_once)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_look_at_each_model() -> Iterator[None]:
+    """The pass over a model on the meta device takes a tenth of a second, and the tests open the same few models a thousand
+    times: what it finds is kept for a config and the code that would run. What it refuses is looked at anew. Whoever tests
+    the look itself calls it."""
+    known: dict[tuple[object, ...], Any] = {}
+
+    def look_once(model: torch.nn.Module, rope: Rope, num_layers: int) -> Any:
+        code = frozenset([_PassLayer.update, *(type(module).forward for module in model.modules())])
+        key = (model.config.to_json_string(use_diff=False), code, num_layers)
+        if key not in known:
+            known[key] = probe_layers(model, rope, num_layers)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("offload.model.architecture.probe_layers", look_once)
         yield
 
 
