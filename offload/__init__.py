@@ -54,6 +54,8 @@ def load(
     emulate_link: str | float | None = None,
     draft_passes: str = "auto",
     small_uploads: str = "auto",
+    codec: str = "auto",
+    decode_kernels: str = "auto",
     fixed_plan: bool = False,
     seed: int = 0,
 ) -> "Engine":
@@ -78,6 +80,8 @@ def load(
         emulate_link=emulate_link,
         draft_passes=draft_passes,
         small_uploads=small_uploads,
+        codec=codec,
+        decode_kernels=decode_kernels,
         fixed_plan=fixed_plan,
     )
     if (text := warning()) is not None:

@@ -19,6 +19,8 @@ SamplingKind = Literal["greedy", "sampled", "nucleus"]
 VERIFIERS = ("auto", "sample", "traversal", "rejection")
 DRAFT_PASSES = ("auto", "eager", "graphs")
 SMALL_UPLOADS = ("auto", "copy", "mapped")
+CODECS = ("auto", "none", "lossless")
+DECODE_KERNELS = ("auto", "none")
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 
 
@@ -89,7 +91,8 @@ class EngineSettings:
     `fixed_plan` nothing is chosen again while running; `needs_tree` leaves the planner no plan without one that has any.
 
     `draft_passes` says whether the draft's passes are recorded as CUDA graphs, `small_uploads` how small tensors reach the
-    device.
+    device. `codec` says how 16-bit layers travel, `decode_kernels` whether what is packed or coded is decoded by kernels where
+    there are some, or by plain torch.
 
     What is known of the requests to come makes plans better: their `sampling`, how many tokens prompt and answer have together
     at most, and how many of them an average pass looks back on. `max_sequences` texts may share a pass.
@@ -111,6 +114,8 @@ class EngineSettings:
     profile: str | None = None
     draft_passes: str = "auto"
     small_uploads: str = "auto"
+    codec: str = "auto"
+    decode_kernels: str = "auto"
     fixed_plan: bool = False
     needs_tree: bool = False
     sampling: SamplingKind = "greedy"
@@ -157,6 +162,8 @@ class EngineSettings:
             ("--verifier", self.verifier, VERIFIERS),
             ("--draft-passes", self.draft_passes, DRAFT_PASSES),
             ("--small-uploads", self.small_uploads, SMALL_UPLOADS),
+            ("--codec", self.codec, CODECS),
+            ("--decode-kernels", self.decode_kernels, DECODE_KERNELS),
         ):
             if word not in known:
                 raise UsageError(

@@ -39,6 +39,7 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
         device=arguments.device,
         emulate_link=emulate_link,
         small_uploads=arguments.small_uploads,
+        decode_kernels=arguments.decode_kernels,
         fixed_plan=arguments.fixed_plan,
         **plan_flags(arguments),
     )
@@ -49,8 +50,8 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
 
 def plan_flags(arguments: argparse.Namespace) -> dict[str, Any]:
     """The flags that a plan depends on, by name: those that `plan` has, too."""
-    names = ("tree", "profile", "dtype", "gpu_memory", "host_memory", "resident_layers", "slots", "max_context", "draft_passes")
-    return {name: getattr(arguments, name) for name in names}
+    memory = ("gpu_memory", "host_memory", "resident_layers", "slots", "max_context")
+    return {name: getattr(arguments, name) for name in ("tree", "profile", "dtype", "codec", *memory, "draft_passes")}
 
 
 def check_small_files(settings: EngineSettings) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from typing import NoReturn
 
-from ..config import DRAFT_PASSES, DTYPES, SMALL_UPLOADS, VERIFIERS
+from ..config import CODECS, DECODE_KERNELS, DRAFT_PASSES, DTYPES, SMALL_UPLOADS, VERIFIERS
 from ..errors import UsageError
 from .flag_types import flops, percent, positive, probability, rate, seconds, temperature, top_k, whole
 
@@ -84,6 +84,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--temperature", type=temperature, default=0.0, metavar="T", help="above 0: time for sampling; default 0"
     )
+    add_codec_flag(group)
     machine = parser.add_argument_group("machine")
     machine.add_argument("--profile", metavar="FILE|NAME", help="hardware profile, or one of profiles/hardware: l40")
     machine.add_argument("--link", type=rate("--link"), metavar="RATE", help="host to device, e.g. 25GB/s")
@@ -194,6 +195,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--profile", metavar="FILE", help="hardware profile for the planner; default: a quick measurement")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     group.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's on CUDA, float32 on CPU")
+    add_codec_flag(group)
+    group.add_argument(
+        "--decode-kernels", default="auto", choices=DECODE_KERNELS, help="CUDA: kernels for packed weights, or plain torch"
+    )
     group.add_argument("--gpu-memory", default="auto", metavar="SIZE", help="device memory budget, e.g. 22GiB")
     group.add_argument("--host-memory", default="auto", metavar="SIZE", help="what exceeds it is streamed from disk")
     group.add_argument("--resident-layers", default="auto", metavar="N", help="layers that stay on the device")
@@ -205,6 +210,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--small-uploads", default="auto", choices=SMALL_UPLOADS, help="CUDA: how small tensors get past layers under way"
     )
     group.add_argument("--fixed-plan", action="store_true", help="never choose another tree while running")
+
+
+def add_codec_flag(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--codec", default="auto", choices=CODECS, help="how 16-bit layers travel; packed ones stay packed")
 
 
 def add_request_flags(parser: argparse.ArgumentParser) -> None:
