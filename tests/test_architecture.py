@@ -28,8 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "streaming": {*FLOOR, "device", "weights"},
     "text": {*FLOOR, "model.transformers_api"},  # which reads tokenizers, too
     "model": {*MACHINE, "releases"},  # whether a family or a release is to blame for a pass that fails
-    # shapes come from where models are found, without building any; buckets say what recordings of the draft will take
-    "planner": {*FLOOR, "device", "weights", "model.locate", "model.rope", "model.buckets"},
+    # shapes come from where models are found, without building any; buckets say what recordings of the draft will take, and
+    # the workspace what decoding will
+    "planner": {*FLOOR, "coding.workspace", "device", "weights", "model.locate", "model.rope", "model.buckets"},
     "report": {*FLOOR, "device.base", "planner", "text"},  # records and words: it reads no weights and moves none
     "demo": FLOOR,  # data, and the script that made it
     # makes tensors instead of reading them; computes what the demo target computes

@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Protocol
 
 import torch
-
-WORKSPACE_BYTES: Final = 64 * 2**20  # of the device, that a decoder may take for itself while it runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +24,8 @@ class Decoder(Protocol):
     float32 and rounded once, so that every device makes the same bits of them.
 
     All tensors are on one device. It issues its work and waits for nothing: no `.item()`, no shape that depends on data. Beyond
-    its arguments it takes WORKSPACE_BYTES at most, and keeps nothing. A module-level function, a partial of one is not equal to
-    another: a frozen dataclass with `__call__` where it has settings, so that equal codecs are equal.
+    its arguments it takes WORKSPACE_BYTES of workspace.py at most, and keeps nothing. A module-level function, a partial of one
+    is not equal to another: a frozen dataclass with `__call__` where it has settings, so that equal codecs are equal.
     """
 
     def __call__(self, parts: Mapping[str, torch.Tensor], parameter: torch.Tensor) -> None: ...

@@ -10,10 +10,12 @@ RING_BUFFERS = 2
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """Which of `num_layers` layers live where. The rest is in host memory, `pageable` those of it that the device would not
-    pin. `borrowed`, {borrower: owner}: layers in host memory that have none of their own, as their bytes are the owner's."""
+    pin. `coded` are resident layers that lie on the device as they are stored, and are decoded in every pass. `borrowed`,
+    {borrower: owner}: layers in host memory that have none of their own, as their bytes are the owner's."""
 
     num_layers: int
     resident: frozenset[int]
+    coded: frozenset[int] = frozenset()
     disk: frozenset[int] = frozenset()
     pageable: frozenset[int] = frozenset()
     borrowed: Mapping[int, int] = field(default_factory=dict, hash=False)
@@ -21,6 +23,7 @@ class Placement:
     def __post_init__(self) -> None:
         layers = frozenset(range(self.num_layers))
         assert self.resident <= layers and self.disk <= layers and not self.resident & self.disk
+        assert self.coded <= self.resident
         assert self.pageable <= layers - self.resident - self.disk
 
     @property
