@@ -1,6 +1,7 @@
 """Fixtures: tiny random models on disk, as transformers writes them, and the devices to run them on."""
 
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,6 +21,9 @@ from offload.model.rope import Rope
 from offload.model.transformers_api import _PassLayer
 from offload.planner.hardware import HardwareProfile
 
+# Read when triton is imported, which torch and transformers do at times: kernels run in its interpreter where there is no GPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Matrices this small gain nothing from a second thread, and threads that wait for each other lose a busy machine.
 torch.set_num_threads(1)
 # How long an example takes is up to who else uses the machine.
