@@ -114,11 +114,11 @@ def quoted(name: str) -> str:
 
 def read_small_file(path: Path, max_bytes: int) -> bytes:
     """A regular file as a whole. Raises ValueError if it is larger than `max_bytes` or is not regular, and OSError."""
-    descriptor, file_bytes = _open_regular(path)
+    descriptor, file_bytes = open_regular(path)
     try:
         if file_bytes > max_bytes:
             raise ValueError(f"is {file_bytes:,} bytes long, more than the {max_bytes:,} that are allowed")
-        return _pread_exactly(descriptor, file_bytes, 0)
+        return pread_exactly(descriptor, file_bytes, 0)
     finally:
         os.close(descriptor)
 
@@ -147,11 +147,11 @@ def is_count(value: object) -> bool:
 
 def _read_header_bytes(path: Path) -> tuple[bytes, int]:
     """(the JSON part, size of the file). Raises ValueError and OSError."""
-    descriptor, file_bytes = _open_regular(path)
+    descriptor, file_bytes = open_regular(path)
     try:
         if file_bytes < PREFIX_BYTES:
             raise ValueError(f"is {file_bytes} bytes long, too short for a safetensors file: an interrupted download?")
-        header_bytes = int.from_bytes(_pread_exactly(descriptor, PREFIX_BYTES, 0), "little")
+        header_bytes = int.from_bytes(pread_exactly(descriptor, PREFIX_BYTES, 0), "little")
         if header_bytes > MAX_HEADER_BYTES:
             raise ValueError(
                 f"declares a header of {header_bytes:,} bytes, more than the {MAX_HEADER_BYTES:,} that are"
@@ -162,12 +162,12 @@ def _read_header_bytes(path: Path) -> tuple[bytes, int]:
                 f"declares a header that ends at byte {PREFIX_BYTES + header_bytes:,} but is {file_bytes:,}"
                 " bytes long: an interrupted download?"
             )
-        return _pread_exactly(descriptor, header_bytes, PREFIX_BYTES), file_bytes
+        return pread_exactly(descriptor, header_bytes, PREFIX_BYTES), file_bytes
     finally:
         os.close(descriptor)
 
 
-def _open_regular(path: Path) -> tuple[int, int]:
+def open_regular(path: Path) -> tuple[int, int]:
     # Without O_NONBLOCK, opening a FIFO that somebody put in the folder would wait for its writer for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     status = os.fstat(descriptor)
@@ -177,7 +177,7 @@ def _open_regular(path: Path) -> tuple[int, int]:
     return descriptor, status.st_size
 
 
-def _pread_exactly(descriptor: int, num_bytes: int, offset: int) -> bytes:
+def pread_exactly(descriptor: int, num_bytes: int, offset: int) -> bytes:
     parts: list[bytes] = []
     missing = num_bytes
     while missing:
@@ -225,7 +225,7 @@ def _parse_entry(name: str, entry: object, path: Path, data_start: int) -> Tenso
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_count(offset) for offset in offsets):
         raise ValueError("has data_offsets that are not two counts")
     begin, end = offsets
-    num_bytes = _shape_bytes(shape, ITEM_BYTES[dtype])
+    num_bytes = shape_bytes(shape, ITEM_BYTES[dtype])
     if end - begin != num_bytes:
         raise ValueError(f"has {num_bytes:,} bytes by shape and dtype but the data_offsets {begin}, {end}")
     return TensorInfo(
@@ -238,7 +238,7 @@ def _parse_entry(name: str, entry: object, path: Path, data_start: int) -> Tenso
     )
 
 
-def _shape_bytes(shape: Iterable[int], itemsize: int) -> int:
+def shape_bytes(shape: Iterable[int], itemsize: int) -> int:
     """The product, refused as soon as it leaves 63 bits: a long list of large sizes would cost quadratic time."""
     num_bytes = itemsize
     for size in shape:
