@@ -24,9 +24,9 @@ from .planner.hardware import HardwareProfile
 from .planner.memory import Budgets
 from .planner.plan import Plan, make_option, make_workload, plan_run
 from .planner.tree_flag import read_acceptances, read_tree, resolve_method
-from .report.report import Memory
+from .report.report import Memory, Weights
 from .report.trace import Trace
-from .source import ModelSource, check_source
+from .source import ModelSource, open_drafts, open_target
 from .text.tokenizer import Tokenizer, check_same_vocabulary
 from .weights.store import WeightStore
 
@@ -58,8 +58,7 @@ def open_engine(
         device = choose_passes(device, settings.draft_passes) if device else device_of(settings)
         stack.callback(device.close)
         stack.enter_context(device.translated())
-        target = check_source(settings.model, "--model", settings.dtype, device.torch_device.type)
-        drafts = _drafts(settings, target, device.torch_device.type)
+        target, drafts = _models(settings, device.torch_device.type)
         settings = expect(settings, target.tokenizer, target.architecture.max_positions) if expect is not None else settings
         budgets = host = _budgets(settings, device)
         if target.tensors.equal_layers:  # what exceeds the host's memory is borrowed, see lend_memory
@@ -91,6 +90,7 @@ def open_engine(
         method=method,
         emulated_link=settings.emulate_link_bytes_per_s is not None,
         device_name=device.name,
+        weights=Weights(name=target.model.weights, layers=target.model.formats),
         memory=_memory_of(device, loaded.store),
         close=close,
         replanner=_replanner(settings, target, draft, looked_s),
@@ -131,12 +131,13 @@ def _replanner(
     return Replanner(measure, measuring_s)
 
 
-def _drafts(settings: EngineSettings, target: ModelSource, device_type: str) -> list[ModelSource]:
-    drafts = [check_source(name, "--draft-model", settings.dtype, device_type) for name in settings.draft_models]
+def _models(settings: EngineSettings, device_type: str) -> tuple[ModelSource, list[ModelSource]]:
+    """The target, and drafts that speak its tokens."""
+    target, drafts = open_target(settings, device_type), open_drafts(settings, device_type)
     for draft in drafts:
         sizes = (target.architecture.vocab_size, draft.architecture.vocab_size)
         check_same_vocabulary(target.tokenizer, draft.tokenizer, sizes, "--draft-model")
-    return drafts
+    return target, drafts
 
 
 def _budgets(settings: EngineSettings, device: Device) -> Budgets:

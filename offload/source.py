@@ -1,37 +1,64 @@
 """A model that was looked at and not yet loaded: what it is, where its tensors are, how large it will be."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from .coding.kernels import has_kernels
+from .config import EngineSettings
 from .errors import ModelError
-from .model.architecture import Architecture, architecture_of, match_weights, read_architecture
-from .model.locate import locate_model
+from .model.architecture import Architecture, architecture_of
+from .model.files import ModelFiles, dtype_text, first_parameter, open_model
 from .model.transformers_api import make_config
 from .planner.cost import LayerCost, ModelCost, kv_bytes_per_row
 from .planner.shapes import read_preset_config
 from .scale.model import open_scale_model
 from .scale.preset import is_scale_model
 from .text.tokenizer import Tokenizer, open_tokenizer
-from .weights.checkpoint import open_checkpoint
-from .weights.codec import LayerCodec, identities
+from .weights.checkpoint import Checkpoint
+from .weights.codec import LayerCodec, coded
 from .weights.layout import LayerLayout, of_one_dtype
+from .weights.packed import stored_shapes
+from .weights.packed_source import Codecs, DecodedSource, StoredSource
 from .weights.source import CheckpointSource, TensorSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TypedModel:
-    """An architecture in the dtype it will run in: everything that has a size."""
+    """An architecture in the dtype it will run in, and how its parameters are stored: everything that has a size.
+
+    `packed` are the codecs of the parameters, by full name, that are not stored as they compute; `kernels`: they are decoded by
+    kernels where there are some. `weights` is what people call how the weights are stored: "float16", "FP8", "GGUF Q4_K_M".
+    """
 
     architecture: Architecture
     dtype: torch.dtype
+    weights: str = ""
+    packed: Codecs = field(default_factory=dict)
+    kernels: bool = False
 
     @property
     def codecs(self) -> tuple[LayerCodec, ...]:
         """How each decoder layer is stored and computed. Equal layers share one."""
-        return identities(self.architecture.layer_shapes, self.dtype)
+        prefix, kinds = self.architecture.prefix, dict[object, LayerCodec]()
+        found: list[LayerCodec] = []
+        for layer, shapes in enumerate(self.architecture.layer_shapes):
+            names = {name: f"{prefix}.{layer}.{name}" for name in shapes}
+            codecs = {name: self.packed[full] for name, full in names.items() if full in self.packed}
+            kind = id(shapes), *codecs.items()
+            if kind not in kinds:
+                kinds[kind] = coded(shapes, codecs, self.dtype, kernels=self.kernels)
+            found.append(kinds[kind])
+        return tuple(found)
+
+    @property
+    def formats(self) -> tuple[frozenset[str], ...]:
+        """Of the packed parameters of each decoder layer."""
+        prefix = self.architecture.prefix
+        full = [[f"{prefix}.{layer}.{name}" for name in shapes] for layer, shapes in enumerate(self.architecture.layer_shapes)]
+        return tuple(frozenset(self.packed[name].format for name in names if name in self.packed) for names in full)
 
     @property
     def outside_layout(self) -> LayerLayout:
@@ -67,10 +94,13 @@ class TypedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """A model whose config, tokenizer and tensors were checked against each other. `folder` has its tokenizer."""
+    """A model whose config, tokenizer and tensors were checked against each other. `folder` has its tokenizer. `tensors` are
+    those that are stored, `parameters` those that the model has; `checkpoint` is the files that they come from, if any."""
 
     folder: Path
+    checkpoint: Checkpoint | None
     tensors: TensorSource
+    parameters: TensorSource
     tokenizer: Tokenizer | None
     model: TypedModel
 
@@ -79,33 +109,90 @@ class ModelSource:
         return self.model.architecture
 
     def stored_names(self, layers: Iterable[int]) -> list[str]:
-        """Of the tensors that are stored of `layers`, and of those outside the layers."""
+        """Of the tensors that are stored of `layers`, and of the parameters outside the layers."""
         prefix, codecs = self.architecture.prefix, self.model.codecs
         of_layers = [f"{prefix}.{layer}.{field.name}" for layer in layers for field in codecs[layer].stored.fields]
-        return [*of_layers, *self.architecture.outside_shapes]
+        return [*of_layers, *stored_shapes(self.architecture.outside_shapes, self.model.packed)]
 
 
-def check_source(name: str, flag: str, dtype: str, device_type: str) -> ModelSource:
+def check_source(
+    name: str, flag: str, dtype: str, device_type: str, *, codec: str = "auto", decode_kernels: str = "auto"
+) -> ModelSource:
     """The model `name`, a folder or a hub id, as `flag` gave it. Errors of errors.py for whatever is wrong with it."""
-    folder, architecture, tensors = open_scale_model(name, flag) if is_scale_model(name) else _open_folder(name, flag)
-    tokenizer = open_tokenizer(folder)
-    if tokenizer is not None and tokenizer.num_tokens > architecture.vocab_size:
+    if is_scale_model(name):
+        folder, architecture, made = open_scale_model(name, flag)
+        source = _Source(
+            folder=folder, architecture=architecture, stored=made.dtype(first_parameter(architecture)), tensors=made
+        )
+    else:
+        source = _of_files(open_model(name, flag), codec)
+    tokenizer = open_tokenizer(source.folder)
+    if tokenizer is not None and tokenizer.num_tokens > source.architecture.vocab_size:
         raise ModelError(
-            f"the tokenizer numbers {tokenizer.num_tokens} tokens, the model's embedding has {architecture.vocab_size}",
-            where=str(folder),
+            f"the tokenizer numbers {tokenizer.num_tokens} tokens, the model's embedding has {source.architecture.vocab_size}",
+            where=str(source.folder),
             cure="use the tokenizer files that belong to this model",
         )
-    stored = tensors.dtype(f"{architecture.prefix}.0.{next(iter(architecture.layer_shapes[0]))}")
-    model = TypedModel(architecture=architecture, dtype=resolve_dtype(dtype, stored, device_type))
-    return ModelSource(folder=folder, tensors=tensors, tokenizer=tokenizer, model=model)
+    model = TypedModel(
+        architecture=source.architecture,
+        dtype=resolve_dtype(dtype, source.stored, device_type),
+        weights=source.weights or dtype_text(source.stored),
+        packed=source.codecs,
+        kernels=device_type == "cuda" and decode_kernels == "auto" and has_kernels(),
+    )
+    parameters = DecodedSource(stored=source.tensors, codecs=source.codecs) if source.codecs else source.tensors
+    return ModelSource(
+        folder=source.folder,
+        checkpoint=source.checkpoint,
+        tensors=source.tensors,
+        parameters=parameters,
+        tokenizer=tokenizer,
+        model=model,
+    )
 
 
-def _open_folder(name: str, flag: str) -> tuple[Path, Architecture, TensorSource]:
-    folder = locate_model(name, flag)
-    checkpoint = open_checkpoint(folder)  # first: a damaged config is told from one of another architecture here
-    architecture = read_architecture(folder)
-    architecture, checkpoint = match_weights(architecture, checkpoint)
-    return folder, architecture, CheckpointSource(checkpoint)
+def open_target(settings: EngineSettings, device_type: str) -> ModelSource:
+    return _open(settings, settings.model, "--model", device_type, settings.codec)
+
+
+def open_drafts(settings: EngineSettings, device_type: str) -> list[ModelSource]:
+    """In their order. What is 16 bit stays so: nothing of a draft is streamed."""
+    return [_open(settings, name, "--draft-model", device_type, "auto") for name in settings.draft_models]
+
+
+def _open(settings: EngineSettings, name: str, flag: str, device_type: str, codec: str) -> ModelSource:
+    return check_source(name, flag, settings.dtype, device_type, codec=codec, decode_kernels=settings.decode_kernels)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """`stored` is the dtype of the weights where they come from; `codecs` are those of the parameters that travel otherwise."""
+
+    folder: Path
+    architecture: Architecture
+    stored: torch.dtype
+    tensors: TensorSource
+    checkpoint: Checkpoint | None = None
+    weights: str = ""
+    codecs: Codecs = field(default_factory=dict)
+
+
+def _of_files(files: ModelFiles, codec: str) -> _Source:
+    tensors: TensorSource = CheckpointSource(files.checkpoint)
+    codecs = files.codecs
+    if codecs:
+        tensors = StoredSource(inner=tensors, codecs=codecs)
+    if codecs and files.is_lossless and codec == "none":
+        tensors, codecs = DecodedSource(stored=tensors, codecs=codecs), {}
+    return _Source(
+        folder=files.folder,
+        architecture=files.architecture,
+        stored=files.dtype,
+        tensors=tensors,
+        checkpoint=files.checkpoint,
+        weights=files.weights,
+        codecs=codecs,
+    )
 
 
 def typed_preset(name: str, dtype: str, device_type: str) -> TypedModel:

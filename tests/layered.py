@@ -1,8 +1,8 @@
 """Checkpoints of small layers whose values tell which layer they are, and streams over them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -75,6 +75,7 @@ FORMS: dict[str, tuple[Callable[[int], dict[str, tuple[int, ...]]], Callable[[in
     "equal": (_equal, lambda layer: False),
     "uneven": (_uneven, lambda layer: False),
     "coded": (_uneven, lambda layer: True),
+    "kept": (_uneven, lambda layer: True),  # and the device keeps what is resident as it is stored
     "mixed": (_uneven, lambda layer: layer % 3 != 1),
 }
 
@@ -86,7 +87,8 @@ def open_stream(
     """With so many layers resident, and the first `disk` of the others on disk."""
     in_memory = spread_evenly(resident, layers.num_layers)
     rest = [layer for layer in range(layers.num_layers) if layer not in in_memory]
-    placement = Placement(num_layers=layers.num_layers, resident=in_memory, disk=frozenset(rest[:disk]))
+    coded = in_memory if layers.form == "kept" else frozenset[int]()
+    placement = Placement(num_layers=layers.num_layers, resident=in_memory, coded=coded, disk=frozenset(rest[:disk]))
     with open_placed(device, layers, placement, slots, most_host_bytes) as opened:
         yield opened
 
@@ -103,6 +105,11 @@ def open_placed(
         stack.callback(stream.close)
         store.load(slot=stream.any_slot)
         yield stream, store
+
+
+def with_residents(placement: Placement, resident: Set[int]) -> Placement:
+    """`placement` with fewer, kept as they are."""
+    return replace(placement, resident=frozenset(resident), coded=placement.coded & resident)
 
 
 def check_pass(stream: LayerStream) -> None:

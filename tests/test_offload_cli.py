@@ -36,13 +36,13 @@ KEYS = {
     "speculation": {"tree_nodes", "tree_levels", "verifier", "passes", "tokens_per_pass", "accepted_per_pass"},
     "streaming": {
         *("streamed_layers", "resident_layers", "disk_layers", "slots", "bytes_per_pass", "link_bytes_per_s"),
-        *("raw_bytes_per_pass", "link_peak_bytes_per_s", "link_utilisation", "stall_s", "emulated_link"),
+        *("raw_bytes_per_pass", "codecs", "link_peak_bytes_per_s", "link_utilisation", "stall_s", "emulated_link"),
     },
     "memory": {
         *("device_peak_bytes", "host_weights_bytes", "host_pinned_bytes", "host_sessions_bytes", "host_shared_layers"),
     },
     "plan": {"predicted_pass_s", "predicted_round_s", "predicted_s_per_token"},
-    "environment": {"device", "torch", "transformers", "commit"},
+    "environment": {"device", "torch", "transformers", "commit", "weights"},
 }
 
 

@@ -123,7 +123,7 @@ class CodedModel(TypedModel):
         return tuple(xor_codec(codec.computed, layer) for layer, codec in enumerate(raw))
 
 
-def check_coded(name: str, flag: str, dtype: str, device_type: str) -> ModelSource:
+def check_coded(name: str, flag: str, dtype: str, device_type: str, **_flags: str) -> ModelSource:
     source = check_source(name, flag, dtype, device_type)
     model = CodedModel(architecture=source.architecture, dtype=source.model.dtype)
     return replace(source, model=model, tensors=XorSource(source.tensors, source.architecture.prefix, model.codecs))
@@ -138,7 +138,7 @@ def test_a_pair_whose_layers_are_stored_in_code_writes_the_same_text(
     settings, prompt, read = pair(models, resident_layers=resident), [3, 1, 4, 1, 5], list[tuple[int, int]]()
     with open_engine(settings, hardware=L40) as engine:
         expected = engine.generate(prompt, max_new_tokens=12, ignore_eos=True).token_ids
-    monkeypatch.setattr("offload.assemble.check_source", check_coded)
+    monkeypatch.setattr("offload.source.check_source", check_coded)
     with open_engine(settings, hardware=L40, device=make_device(), progress=lambda *done: read.append(done)) as engine:
         plan, stream = engine.plan, engine.loop._stream
         assert plan.device_ledger.get("decoded layer", 0) == stream.scratch_bytes and bool(stream.scratch_bytes) == (

@@ -18,7 +18,7 @@ Shape = tuple[int, set[int], int, set[int]]
 
 @given(shapes)
 def test_every_pass_computes_every_layer_in_order_from_the_slot_that_holds_it(shape: Shape) -> None:
-    """Or out of the scratch, if the layer was decoded there since the last one was used."""
+    """Or out of the scratch, if the layer was decoded there since the last one was used, out of a slot or where it is kept."""
     num_layers, streamed_set, num_slots, decoded = shape
     streamed = tuple(sorted(streamed_set))
     slots: dict[int, int | None] = dict.fromkeys(range(num_slots))
@@ -31,10 +31,11 @@ def test_every_pass_computes_every_layer_in_order_from_the_slot_that_holds_it(sh
             if isinstance(step, Fetch):
                 slots[step.slot] = step.layer
             elif isinstance(step, Decode):
-                assert slots[step.slot] == step.layer and scratch is None
+                assert (step.slot is None) == (step.layer not in streamed_set) and scratch is None
+                assert step.slot is None or slots[step.slot] == step.layer
                 scratch = step.layer
             elif step.slot is None:
-                assert (scratch == step.layer) if step.layer in streamed_set & decoded else step.layer not in streamed
+                assert (scratch == step.layer) if step.layer in decoded else step.layer not in streamed
                 scratch = None
             else:
                 assert slots[step.slot] == step.layer not in decoded
@@ -47,7 +48,7 @@ def test_a_fetch_goes_only_into_the_slot_that_was_just_used_and_at_once(shape: S
     for number in range(3):
         steps = pass_steps(num_layers, tuple(sorted(streamed_set)), num_slots, number, decoded)
         for before, step in pairwise(steps):
-            frees_slot = isinstance(before, Decode) or (isinstance(before, Compute) and before.slot is not None)
+            frees_slot = isinstance(before, Decode | Compute) and before.slot is not None
             assert frees_slot == isinstance(step, Fetch)
             if isinstance(step, Fetch) and isinstance(before, Decode | Compute):
                 assert before.slot == step.slot

@@ -24,7 +24,7 @@ from fakes import (
     RefusingLateDevice,
     WatchedDevice,
 )
-from layered import FORMS, MakeLayers, check_pass, open_placed, open_stream, save_layers
+from layered import FORMS, MakeLayers, check_pass, open_placed, open_stream, save_layers, with_residents
 from offload.bench.steps import link
 from offload.calibrate.link import measure_copies, measure_idle_link
 from offload.config import EngineSettings
@@ -34,7 +34,7 @@ from offload.device.host import HostMapping
 from offload.doctor.gather import time_copies
 from offload.errors import DeviceError, DeviceMemoryError, HostMemoryError
 from offload.streaming.pass_log import layer_timings
-from offload.weights.codec import Decoder, Tensors
+from offload.weights.codec import LayerDecoder, Tensors
 from offload.weights.placement import RING_BUFFERS, Placement
 from offload.weights.ring import BounceRing
 from offload.weights.source import CheckpointFeed, Destinations
@@ -49,6 +49,17 @@ QUICK_FORMS = ("coded", "equal")
 def make_layers(request: pytest.FixtureRequest, tmp_path: Path) -> MakeLayers:
     """Every test of a stream runs over layers of all forms."""
     return lambda num_layers: save_layers(tmp_path, num_layers, request.param)
+
+
+def test_layers_that_the_device_keeps_as_they_are_stored_are_decoded_in_every_pass(device: Device, tmp_path: Path) -> None:
+    layers = save_layers(tmp_path, 4, "kept")
+    for resident in range(5):
+        with open_stream(device, layers, resident, 2) as (stream, store):
+            assert store.placement.coded == store.placement.resident and not store.resident
+            for _ in range(3):
+                check_pass(stream)
+            stream.evict(with_residents(stream.placement, frozenset(sorted(store.placement.resident)[1:])), 2)
+            check_pass(stream)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 5])
@@ -153,7 +164,7 @@ def test_a_layer_that_leaves_the_device_for_memory_that_is_not_pinned_goes_throu
         num_leaving = 3 if resident == 6 else 1
         while store.placement.resident:
             leaving = frozenset(sorted(store.placement.resident)[-num_leaving:])
-            stream.evict(replace(stream.placement, resident=store.placement.resident - leaving), 2)
+            stream.evict(with_residents(stream.placement, store.placement.resident - leaving), 2)
             num_leaving = 1
             assert stream.measure_move() is not None or not stream.placement.pageable
             for _ in range(3):
@@ -210,7 +221,7 @@ def test_a_layer_that_cannot_leave_the_device_for_want_of_a_ring_stays_and_may_l
     device.room_bytes = 3 * layers.slot_bytes
     with open_stream(device, layers, 2, 2) as (stream, store):
         device.room_bytes, before_bytes = 0, store.host_bytes
-        first, last = (replace(store.placement, resident=frozenset({layer})) for layer in sorted(store.placement.resident))
+        first, last = (with_residents(store.placement, {layer}) for layer in sorted(store.placement.resident))
         with monkeypatch.context() as patch:
             without_memory_for_rings(device, patch)
             for placement in (first, last):
@@ -235,7 +246,7 @@ def test_a_layer_whose_way_to_the_host_is_interrupted_stays_and_may_leave_later(
     layers = make_layers(5)
     with open_stream(device, layers, 2, 2) as (stream, store):
         before_bytes, leaving = store.host_bytes, min(store.placement.resident)
-        placement = replace(store.placement, resident=store.placement.resident - {leaving})
+        placement = with_residents(store.placement, store.placement.resident - {leaving})
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(device, "download", interrupted)
             patch.setattr(CheckpointFeed, "fill", interrupted)  # what was decoded is read once more
@@ -321,9 +332,11 @@ def test_a_layer_that_leaves_the_device_is_streamed_from_then_on(device: Device,
                 list(islice(under_way, 2))
                 under_way.close()
                 leaving = frozenset([max(store.placement.resident)])
+                staying = store.placement.resident - leaving
                 placement = Placement(
                     num_layers=6,
-                    resident=store.placement.resident - leaving,
+                    resident=staying,
+                    coded=store.placement.coded & staying,
                     disk=store.placement.disk | leaving if disk else frozenset(),
                 )
                 stream.evict(placement, slots)
@@ -338,7 +351,7 @@ def test_layers_that_leave_a_device_with_no_slots_become_slots(device: Device, m
     with open_stream(device, layers, 4, 2) as (stream, _):
         check_pass(stream)
         assert stream.num_slots == 0 == stream.bytes_per_pass
-        stream.evict(Placement(num_layers=4, resident=frozenset({0})), 2)
+        stream.evict(with_residents(stream.placement, {0}), 2)
         for _ in range(3):
             check_pass(stream)
         assert stream.num_slots == 2 and stream.bytes_per_pass == layers.stored_bytes((1, 2, 3))
@@ -582,7 +595,7 @@ def test_a_layer_that_cannot_be_decoded_ends_its_pass_and_no_other(
     """Wherever in two passes it is, with layers in memory and on disk."""
     layers, fail_at = save_layers(tmp_path, 4, "mixed"), [0]
 
-    def failing(decode: Decoder, stored: Tensors, parameters: Tensors) -> None:
+    def failing(decode: LayerDecoder, stored: Tensors, parameters: Tensors) -> None:
         fail_at[0] -= 1
         if fail_at[0] == 0:
             raise error
@@ -600,11 +613,11 @@ def test_a_layer_that_cannot_be_decoded_ends_its_pass_and_no_other(
                 check_pass(stream)
 
 
-def test_layers_are_decoded_in_one_memory_which_is_there_only_while_layers_are_streamed(make_layers: MakeLayers) -> None:
+def test_layers_are_decoded_in_one_memory_which_is_there_only_while_some_are_decoded_in_passes(make_layers: MakeLayers) -> None:
     """And all of the stream's memory goes with it."""
     layers, device = make_layers(4), WatchedDevice()
     most_bytes = max((codec.computed.num_bytes for codec in layers.codecs if codec.decode is not None), default=0)
-    for resident, scratch_bytes in ((0, most_bytes), (2, most_bytes), (4, 0)):
+    for resident, scratch_bytes in ((0, most_bytes), (2, most_bytes), (4, most_bytes if layers.form == "kept" else 0)):
         with open_stream(device, layers, resident, 2) as (stream, _):
             assert stream.scratch_bytes == scratch_bytes
             check_pass(stream)

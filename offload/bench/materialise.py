@@ -37,7 +37,7 @@ def host_tensors(source: ModelSource) -> dict[str, torch.Tensor]:
     for name, shape in architecture.expected_tensors.items():
         if not name.startswith(elsewhere):
             tensors[name] = torch.empty(shape, dtype=source.model.dtype)
-    with source.tensors.open() as feed:
+    with source.parameters.open() as feed:
         feed.fill(tensors)
     for layer, owner in borrowed.items():
         for name in architecture.layer_shapes[layer]:

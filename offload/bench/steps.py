@@ -21,7 +21,7 @@ from ..demo import ACCEPTANCE, PROMPTS, TARGET
 from ..device import open_device, pinned
 from ..planner.hardware_file import to_json
 from ..report.trace import Trace
-from ..source import check_source
+from ..source import open_drafts, open_target
 from ..text.tokenizer import open_tokenizer
 from .case_and_outcome import Case, Event, Outcome, outcome_of
 from .engines import engines_for, why_not
@@ -76,8 +76,7 @@ def hardware(size: SuiteSize, max_seconds: float) -> Row:
     """A quick look at the machine, as a profile: with it all engines of later steps plan, instead of looking for themselves."""
     settings = size.settings
     device_type = "cuda" if size.on_gpu else "cpu"
-    target = check_source(settings.model, "--model", settings.dtype, device_type)
-    drafts = [check_source(name, "--draft-model", settings.dtype, device_type) for name in settings.draft_models]
+    target, drafts = open_target(settings, device_type), open_drafts(settings, device_type)
     return to_json(measure_machine(settings, target, drafts, sampling_kinds=("greedy", "sampled")))
 
 

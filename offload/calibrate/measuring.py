@@ -13,7 +13,6 @@ from ..planner.plan import context_tokens
 from ..planner.tree_flag import read_acceptances
 from ..source import ModelSource
 from ..weights.checkpoint import Checkpoint
-from ..weights.source import CheckpointSource
 from . import QUICK, Effort, Subject, measure_hardware, own_threads
 
 
@@ -31,7 +30,7 @@ def look_at_machine(
     if settings.profile is not None:
         return find_hardware(settings.profile)
     may_need_disk = budgets.host_bytes is not None and target.model.cost.stored_bytes > budgets.host_bytes
-    disk = target.tensors.checkpoint if may_need_disk and isinstance(target.tensors, CheckpointSource) else None
+    disk = target.checkpoint if may_need_disk else None
     return measure_machine(settings, target, drafts, sampling_kinds=sampling_kinds_of(settings), disk=disk)
 
 

@@ -102,13 +102,13 @@ def _typed(name: str, flag: str, settings: EngineSettings, device: "Device") -> 
     """A preset has a shape and nothing to read from disk; a folder has both."""
     from ..planner.shapes import is_preset
     from ..source import check_source, typed_preset
-    from ..weights.source import CheckpointSource
 
     device_type = device.torch_device.type
     if is_preset(name):
         return typed_preset(name, settings.dtype, device_type), None
-    source = check_source(name, flag, settings.dtype, device_type)
-    return source.model, source.tensors.checkpoint if isinstance(source.tensors, CheckpointSource) else None
+    kernels, codec = settings.decode_kernels, settings.codec
+    source = check_source(name, flag, settings.dtype, device_type, codec=codec, decode_kernels=kernels)
+    return source.model, source.checkpoint
 
 
 def _machine(device: "Device") -> dict[str, object]:

@@ -5,17 +5,14 @@ import json
 from pathlib import Path
 
 from ..config import bytes_text, counted
-from ..model.architecture import match_weights, read_architecture
-from ..model.locate import locate_model
-from ..weights.checkpoint import open_checkpoint
+from ..model.files import open_model
 from ..weights.manifest import MANIFEST_NAME, check_manifest, write_manifest
 from .terminal import LoadBar
 
 
 def run(arguments: argparse.Namespace) -> int:
-    folder = locate_model(arguments.model, "--model")
-    checkpoint = open_checkpoint(folder)
-    architecture, _ = match_weights(read_architecture(folder), checkpoint)
+    files = open_model(arguments.model, "--model")
+    folder, checkpoint, architecture = files.folder, files.checkpoint, files.architecture
     manifest = Path(arguments.manifest) if arguments.manifest else folder / MANIFEST_NAME
     done, total = 0, sum(path.stat().st_size for path in checkpoint.files)
     with LoadBar(enabled=not arguments.quiet) as bar:
@@ -38,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         "layers": architecture.num_layers,
         "files": len(checkpoint.files),
         "tensors": len(checkpoint.tensors),
+        "weights": files.weights,
         "weight_bytes": checkpoint.num_bytes,
         "contents": contents,
         "manifest": str(manifest) if arguments.full or arguments.write_manifest else None,
@@ -46,8 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(document))
     else:
         layers, tensors = counted(architecture.num_layers, "layer"), counted(len(checkpoint.tensors), "tensor")
+        size = bytes_text(checkpoint.num_bytes)
         print(
-            f"ok: {document['architecture']} with {layers}, {tensors} of {bytes_text(checkpoint.num_bytes)} in "
+            f"ok: {document['architecture']} in {files.weights} with {layers}, {tensors} of {size} in "
             f"{counted(len(checkpoint.files), 'file')}; structure sound, contents {contents}{wrote}"
         )
     return 0

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from ..config import bytes_text, counted
 from ..errors import ModelError, OffloadError
-from ..model.architecture import match_weights, read_architecture
+from ..model.files import open_model
 from ..model.locate import find_config
 from ..planner.cost import GIB, ModelCost
 from ..planner.shapes import ModelShape, find_shape, is_preset
 from ..scale.preset import is_scale_model, scale_shape
 from ..text.tokenizer import Tokenizer, check_same_vocabulary, open_tokenizer
-from ..weights.checkpoint import Checkpoint, open_checkpoint
+from ..weights.checkpoint import Checkpoint
 from ..weights.disk_speed import measure_disk
 from .facts import Check, DiskFacts
 
@@ -72,11 +72,11 @@ def time_disk(checkpoint: Checkpoint, limit_s: float = DISK_TEST_S) -> DiskFacts
 
 
 def _inspect_folder(folder: Path, flag: str, label: str, on_gpu: bool) -> Inspected:
-    checkpoint = open_checkpoint(folder)
-    architecture, checkpoint = match_weights(read_architecture(folder), checkpoint)
-    size, files = bytes_text(checkpoint.num_bytes), counted(len(checkpoint.files), "file")
+    files = open_model(str(folder), flag)
+    architecture, checkpoint = files.architecture, files.checkpoint
+    size, num_files = bytes_text(checkpoint.num_bytes), counted(len(checkpoint.files), "file")
     layers = counted(architecture.num_layers, "layer")
-    value = f"{architecture.config.model_type}, {layers}, {size} in {files}, headers and index sound"
+    value = f"{architecture.config.model_type} in {files.weights}, {layers}, {size} in {num_files}, headers and index sound"
     tokenizer, tokenizer_check = _inspect_tokenizer(folder, label, architecture.vocab_size)
     return Inspected(
         checks=(Check(name=label, value=value), tokenizer_check),

@@ -7,7 +7,7 @@ from types import TracebackType
 
 from ..errors import UsageError
 from ..planner.plan import Plan
-from ..report.report import Memory, Report
+from ..report.report import Memory, Report, Weights
 from ..streaming.stream import PassProgress
 from . import sequence
 from .admission import Admission, Request
@@ -37,13 +37,14 @@ class Engine:
         method: str,
         emulated_link: bool,
         device_name: str,
+        weights: Weights,
         memory: Callable[[], Memory],
         close: Callable[[], None],
         replanner: Replanner | None = None,
     ) -> None:
         self.loop, self.admission, self.tokenizer = loop, admission, admission.tokenizer
         self.eos_token_ids, self.load_s = eos_token_ids, load_s
-        self.method, self.emulated_link, self.device_name = method, emulated_link, device_name
+        self.method, self.emulated_link, self.device_name, self.weights = method, emulated_link, device_name, weights
         self._memory, self._close, self.replanner = memory, close, replanner
         self.turn = RLock()
         self._live: dict[Generation, sequence.Sequence] = {}  # not asked for longest first

@@ -110,6 +110,7 @@ class Generation:
             memory=self._engine.memory(),
             emulated_link=self._engine.emulated_link,
             device_name=self._engine.device_name,
+            weights=self._engine.weights,
         )
 
     def _next_step(self) -> Step:

@@ -195,7 +195,7 @@ class _Memory:
     def fill(self, counter: ReadCounter, slot: torch.Tensor | None = None) -> None:
         """`slot`: see WeightStore.load."""
         layout = self._source.model.outside_layout
-        with self._source.tensors.open() as feed:
+        with self._source.parameters.open() as feed:
             if self._device.host_addressable:
                 feed.fill(layout.views(self._outside), counter)
             else:

@@ -5,6 +5,7 @@ The model is built on the meta device, which costs no memory and asks transforme
 
 import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -12,12 +13,22 @@ from typing import Any
 
 import torch
 
+from ..coding.tensor_codec import Packing
 from ..errors import ModelError
 from ..weights.checkpoint import Checkpoint, check_tensors, have_same_bytes
+from ..weights.packed import find_codecs, stored_shapes
+from ..weights.packed_source import Codecs
 from .attention import ATTENTION, register
 from .probe import probe_layers
 from .rope import Rope, read_rope
-from .transformers_api import PreTrainedModel, build_on_meta, keeps_float32, read_config, tied_parameters
+from .transformers_api import (
+    PreTrainedModel,
+    build_on_meta,
+    keeps_float32,
+    read_config,
+    take_quantization,
+    tied_parameters,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +46,8 @@ class Architecture:
     `layer_shapes` are the parameters of each decoder layer, named without `prefix` and number; equal layers share one object.
     `outside_shapes` are the parameters outside the layers (embedding, final norm, head), full names, tied ones once.
     `kv_shapes` are (key/value heads, head dimension) of every layer; `windows` how many tokens the attention of each sees,
-    its own included, or None.
+    its own included, or None. `quantization` is what the config says of how weights are stored, empty where they are as they
+    compute.
     """
 
     config: Any
@@ -47,6 +59,7 @@ class Architecture:
     windows: tuple[int | None, ...]
     layer_shapes: tuple[Shapes, ...]
     outside_shapes: Shapes
+    quantization: Mapping[str, Any]
 
     @property
     def expected_tensors(self) -> Shapes:
@@ -85,6 +98,7 @@ def read_architecture(folder: Path) -> Architecture:
 def architecture_of(config: Any, where: str) -> Architecture:
     """The architecture that transformers builds from `config`, which came from `where`. Errors as in `read_architecture`."""
     try:
+        quantization = take_quantization(config)
         _check_sizes(config)
         register()
         model = build_on_meta(config, ATTENTION)
@@ -111,6 +125,7 @@ def architecture_of(config: Any, where: str) -> Architecture:
         windows=windows,
         layer_shapes=tuple(kinds.setdefault(tuple(shape.items()), shape) for shape in shapes),
         outside_shapes={name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith(f"{prefix}.")},
+        quantization=MappingProxyType(quantization),
     )
 
 
@@ -123,9 +138,11 @@ def shortened(architecture: Architecture, num_layers: int) -> Architecture:
     return architecture_of(config, "a shortened model")
 
 
-def match_weights(architecture: Architecture, checkpoint: Checkpoint) -> tuple[Architecture, Checkpoint]:
-    """The architecture and the tensors as transformers would put the two together. CheckpointError naming every tensor that
-    the config asks for and the files have not.
+def match_weights(
+    architecture: Architecture, checkpoint: Checkpoint, packing: Packing | None = None
+) -> tuple[Architecture, Checkpoint, Codecs]:
+    """The architecture and the tensors as transformers would put the two together, and the codecs of those parameters that are
+    packed. CheckpointError naming every tensor that the config asks for and the files have not.
 
     Where the config ties two tensors of which the files have both, and they differ, they are not tied; where the files have
     the other of the two, it is taken. Tensors that the model has no place for are left out, with a warning.
@@ -136,22 +153,26 @@ def match_weights(architecture: Architecture, checkpoint: Checkpoint) -> tuple[A
         if name in tensors and owner in tensors:
             if not have_same_bytes(tensors[name], tensors[owner]):
                 logger.warning("config.json ties %s to %s, and the files hold two: both are used", name, owner)
-                return match_weights(_untied(architecture, str(checkpoint.folder)), checkpoint)
+                return match_weights(_untied(architecture, str(checkpoint.folder)), checkpoint, packing)
         elif name in tensors:
             tensors[owner] = tensors[name]
     checkpoint = replace(checkpoint, tensors=MappingProxyType(tensors))
-    others = check_tensors(checkpoint, architecture.expected_tensors)
-    unknown = [name for name in others if name not in tied and "rotary_emb." not in name]
+    codecs = find_codecs(checkpoint, architecture.expected_tensors, packing) if packing is not None else {}
+    others = check_tensors(checkpoint, stored_shapes(architecture.expected_tensors, codecs))
+    beside = {name.rpartition(".")[0] for name in codecs}  # scales of activations, say, which are left as they are
+    unknown = [
+        name for name in others if name not in tied and "rotary_emb." not in name and name.rpartition(".")[0] not in beside
+    ]
     if unknown:
         few, more = ", ".join(unknown[:3]), f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         logger.warning("tensors that this model has no place for are left out, as in transformers: %s%s", few, more)
-    return architecture, checkpoint
+    return architecture, checkpoint, codecs
 
 
 def _untied(architecture: Architecture, where: str) -> Architecture:
     config = copy.deepcopy(architecture.config)
     config.tie_word_embeddings = False
-    return architecture_of(config, where)
+    return replace(architecture_of(config, where), quantization=architecture.quantization)
 
 
 def _check_sizes(config: Any) -> None:
@@ -168,8 +189,6 @@ def _refuse_unsupported(config: Any, model: PreTrainedModel, where: str) -> None
     names = {name for name, _ in model.named_parameters()}
     if any("experts" in key and value for key, value in config.to_dict().items()):
         raise _unsupported("it is a mixture of experts", config, where)
-    if getattr(config, "quantization_config", None):
-        raise _unsupported("its weights are quantised", config, where)
     if not any(name.startswith("model.layers.0.") for name in names):
         raise _unsupported("its decoder layers are not at model.layers", config, where)
     kinds = set(getattr(config, "layer_types", None) or ()) - _LAYER_KINDS

@@ -37,6 +37,19 @@ def make_config(values: Mapping[str, Any]) -> Any:
     return AutoConfig.for_model(**values)
 
 
+def take_quantization(config: Any) -> dict[str, Any]:
+    """What `config` says of how weights are stored, which is taken out of it: we unpack them, not transformers. ValueError when
+    it is no object."""
+    found: dict[str, Any] = {}
+    for name in ("quantization_config", "compression_config"):
+        if (value := getattr(config, name, None)) is not None:
+            if not isinstance(value, dict) and not hasattr(value, "to_dict"):
+                raise ValueError(f"{name} is {value!r}, not an object")
+            found = dict(value if isinstance(value, dict) else value.to_dict())
+            delattr(config, name)
+    return found
+
+
 def build_on_meta(config: Any, attention: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The causal language model of `config` with parameters that have shapes and no memory. Raises anything, as above."""
     with torch.device("meta"):

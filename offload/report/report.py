@@ -2,6 +2,8 @@
 
 import functools
 import subprocess
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
@@ -32,6 +34,20 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """How the target's weights are stored: of that model, and no other, a text is exact. `name` is what people call it;
+    `layers` are the formats of each decoder layer's packed or coded tensors."""
+
+    name: str
+    layers: tuple[frozenset[str], ...]
+
+    def codecs(self, streamed: Iterable[int]) -> dict[str, int]:
+        """How many of the layers `streamed` have tensors in each format; in "none" those that travel as they compute."""
+        counts = Counter(name for layer in streamed for name in self.layers[layer] or {"none"})
+        return dict(sorted(counts.items()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     text: str | None
     prompt_token_ids: tuple[int, ...]
@@ -43,6 +59,7 @@ class Report:
     memory: Memory
     emulated_link: bool
     device_name: str
+    weights: Weights
 
     @property
     def link_utilisation(self) -> float | None:
@@ -83,6 +100,7 @@ class Report:
                 "slots": plan.num_slots,
                 "bytes_per_pass": plan.bytes_per_pass,
                 "raw_bytes_per_pass": plan.raw_bytes_per_pass,
+                "codecs": self.weights.codecs(plan.placement.streamed),
                 "link_bytes_per_s": stats.link_bytes_per_s,
                 "link_peak_bytes_per_s": plan.link_bytes_per_s,
                 "link_utilisation": self.link_utilisation,
@@ -97,7 +115,7 @@ class Report:
                 "host_shared_layers": self.memory.host_shared_layers,
             },
             "plan": {**plan.to_json(), "deviation": deviation.text() if (deviation := self.deviation) else None},
-            "environment": environment(self.device_name),
+            "environment": {**environment(self.device_name), "weights": self.weights.name},
         }
 
     def line(self) -> str:

@@ -22,7 +22,7 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Use `layer`, from `slot`, or where its parameters lie (None) when it is resident or was decoded."""
+    """Use `layer`, from `slot`, or where its parameters lie (None) when they are resident or were decoded."""
 
     layer: int
     slot: int | None
@@ -30,10 +30,11 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Make the parameters of `layer` out of what `slot` holds of it, into the one scratch memory. The slot is free then."""
+    """Make the parameters of `layer` out of what `slot` holds of it, or the device keeps of it (None), in the one scratch
+    memory. The slot is free then."""
 
     layer: int
-    slot: int
+    slot: int | None
 
 
 Action = Fetch | Decode | Compute
@@ -48,7 +49,7 @@ def pass_steps(
     num_layers: int, streamed: tuple[int, ...], num_slots: int, pass_number: int, decoded: Set[int] = frozenset()
 ) -> tuple[Action, ...]:
     """All steps of pass `pass_number` (0, 1, ...): every layer computed in order, and as many fetches as streamed layers.
-    Those of them that are in `decoded` are decoded first.
+    Those in `decoded` are decoded first.
 
     The steps depend on `pass_number` only through the slot that the cycle has reached, so they repeat with a period of at
     most `num_slots` passes.
@@ -59,7 +60,7 @@ def pass_steps(
     for layer in range(num_layers):
         slot = slots.get(layer)
         if slot is None:
-            steps.append(Compute(layer, None))
+            steps += (Decode(layer, None), Compute(layer, None)) if layer in decoded else (Compute(layer, None),)
             continue
         fetch = Fetch(streamed[(use + num_slots) % len(streamed)], slot)
         steps += (Decode(layer, slot), fetch, Compute(layer, None)) if layer in decoded else (Compute(layer, slot), fetch)

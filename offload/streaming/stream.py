@@ -61,7 +61,8 @@ class LayerStream:
         self._num_layers = store.placement.num_layers
         is_streaming = bool(store.placement.streamed)
         self._slots = [device.alloc(self.slot_bytes) for _ in range(num_slots if is_streaming else 0)]
-        self._scratch = device.alloc(store.scratch_bytes) if is_streaming and store.scratch_bytes else NO_MEMORY
+        has_scratch = (is_streaming or store.placement.coded) and store.scratch_bytes
+        self._scratch = device.alloc(store.scratch_bytes) if has_scratch else NO_MEMORY
         self._see_placement()
         self._free: list[Ticket] = []
         self._queue: deque[Fetch] = deque()
@@ -83,7 +84,7 @@ class LayerStream:
 
     @property
     def scratch_bytes(self) -> int:
-        """Device memory that streamed layers are decoded into, one at a time."""
+        """Device memory that layers are decoded into, one at a time."""
         return self._scratch.numel()
 
     @property
@@ -150,7 +151,7 @@ class LayerStream:
     def close(self) -> None:
         """Let copies under way land, so that their memory may go; and let go of ours."""
         self._abandon()
-        for memory in (self._slots, self._views, self._targets, self._resident, self._decoded):
+        for memory in (self._slots, self._views, self._targets, self._resident, self._coded, self._decoded):
             memory.clear()
         self._scratch, self.log = NO_MEMORY, None
 
@@ -182,11 +183,7 @@ class LayerStream:
                 self._queue.append(step)
                 self._send(None)
             elif isinstance(step, Decode):
-                copy, stored = self._arrived(step.slot)
-                decode = self._store.codecs[step.layer].decode
-                assert decode is not None, "only layers that are decoded have this step"
-                decode(self._views[step.slot][step.layer], self._decoded[step.layer])
-                self._free[step.slot] = self._device.release(stored)
+                copy = self._decode(step)
             elif step.slot is not None:
                 arrived, stored = self._arrived(step.slot)
                 yield self._views[step.slot][step.layer]
@@ -198,6 +195,18 @@ class LayerStream:
             else:
                 yield self._resident[step.layer]
                 log.uses.append(LayerUse(step.layer, None, self._device.mark()))
+
+    def _decode(self, step: Decode) -> CopyTicket | None:
+        """Queue it, and the slot's release behind it. The copy that it waits for, if the layer is not resident."""
+        decode = self._store.codecs[step.layer].decode
+        assert decode is not None, "only layers that are decoded have this step"
+        if step.slot is None:
+            decode(self._coded[step.layer], self._decoded[step.layer])
+            return None
+        copy, stored = self._arrived(step.slot)
+        decode(self._views[step.slot][step.layer], self._decoded[step.layer])
+        self._free[step.slot] = self._device.release(stored)
+        return copy
 
     def _arrived(self, slot: int) -> tuple[CopyTicket, torch.Tensor]:
         """The copy that `slot` waits for, and the bytes that it has brought."""
@@ -228,12 +237,12 @@ class LayerStream:
 
     def _see_placement(self) -> None:
         self._streamed = self._store.placement.streamed
-        self._resident = self._store.resident
+        self._resident, self._coded = self._store.resident, self._store.coded
         # By slot and layer: the bytes that a copy fills, and the tensors in them.
         codecs = self._store.codecs
         self._targets = [tuple(slot[:num_bytes] for num_bytes in self._store.stored_bytes) for slot in self._slots]
         self._views = [views_of_each([codec.stored for codec in codecs], slot) for slot in self._slots]
-        decoded = [layer for layer in self._streamed if codecs[layer].decode is not None]
+        decoded = [layer for layer in (*self._streamed, *self._coded) if codecs[layer].decode is not None]
         self._decoded = {layer: codecs[layer].computed.views(self._scratch) for layer in decoded}
 
     def _memory(self, num_bytes: int, spare: list[torch.Tensor]) -> torch.Tensor:

@@ -44,7 +44,7 @@ class WeightStore:
     ) -> None:
         self.codecs, self.stored_bytes = tuple(codecs), tuple(codec.stored.num_bytes for codec in codecs)
         self._device, self._source, self._prefix, self._most_host_bytes = device, source, prefix, most_host_bytes
-        self._resident = {layer: device.alloc(codecs[layer].computed.num_bytes) for layer in sorted(placement.resident)}
+        self._resident = {layer: device.alloc(self._resident_bytes(layer, placement)) for layer in sorted(placement.resident)}
         self._memory = HostLayers(device, self.stored_bytes)
         self._homes: dict[int, torch.Tensor] = {}
         self._ring: BounceRing | None = None
@@ -58,13 +58,19 @@ class WeightStore:
 
     @property
     def scratch_bytes(self) -> int:
-        """What a streamed layer is decoded into must hold: the largest that is decoded, as in `slot_bytes`."""
+        """What a layer is decoded into must hold: the largest that is decoded, as in `slot_bytes`."""
         return scratch_bytes(self.codecs)
 
     @property
     def resident(self) -> dict[int, dict[str, torch.Tensor]]:
-        """The parameters of the resident layers, used in place."""
-        return {layer: self.codecs[layer].computed.views(buffer) for layer, buffer in self._resident.items()}
+        """The parameters of the resident layers, used in place; of those that are kept as they compute."""
+        kept = {layer: buffer for layer, buffer in self._resident.items() if layer not in self.placement.coded}
+        return {layer: self.codecs[layer].computed.views(buffer) for layer, buffer in kept.items()}
+
+    @property
+    def coded(self) -> dict[int, dict[str, torch.Tensor]]:
+        """What is stored of the resident layers that are decoded in every pass."""
+        return {layer: self.codecs[layer].stored.views(self._resident[layer]) for layer in self.placement.coded}
 
     @property
     def host_bytes(self) -> int:
@@ -85,8 +91,9 @@ class WeightStore:
         self._settle(self.placement)
 
     def load(self, progress: Progress | None = None, slot: torch.Tensor | None = None) -> None:
-        """Read every layer that has a place in memory. `progress` gets bytes read. Resident layers are decoded here, once. They
-        land in `slot`, [slot_bytes] of the device that nobody uses yet, or in memory that is allocated for it."""
+        """Read every layer that has a place in memory. `progress` gets bytes read. Resident layers are decoded here, once, but
+        for those that the placement keeps coded. They land in `slot`, [slot_bytes] of the device that nobody uses yet, or in
+        memory that is allocated for it."""
         owned = {layer: self._homes[layer] for layer in self.placement.host_owners}
         with self._source.open() as feed:
             self._load_resident(feed, slot, progress)
@@ -199,13 +206,13 @@ class WeightStore:
     def _bring_home(self, layers: Sequence[int]) -> None:
         """Resident layers into their host memory. Those that were decoded are read once more, as nothing encodes them."""
         homes = self._memory.homes
-        coded = {layer: homes[layer] for layer in layers if self.codecs[layer].decode is not None}
+        decoded = {layer: homes[layer] for layer in layers if self._is_decoded(layer)}
         for layer in layers:
-            if layer not in coded:
+            if layer not in decoded:
                 self._download(self.codecs[layer].stored, self._resident[layer], homes[layer])
-        if coded:
+        if decoded:
             with self._source.open() as feed:
-                feed.fill(self._destinations(coded))
+                feed.fill(self._destinations(decoded))
 
     def _download(self, layout: LayerLayout, buffer: torch.Tensor, home: torch.Tensor) -> None:
         """Tensor by tensor: a device may need as much host memory again for what it downloads at once."""
@@ -220,24 +227,31 @@ class WeightStore:
         return {name: view for layer, buffer in buffers.items() for name, view in self._views(layer, buffer).items()}
 
     def _load_resident(self, feed: TensorFeed, slot: torch.Tensor | None, progress: Progress | None) -> None:
-        raw = {layer: buffer for layer, buffer in self._resident.items() if self.codecs[layer].decode is None}
-        coded = {layer: buffer for layer, buffer in self._resident.items() if layer not in raw}
+        kept = {layer: buffer for layer, buffer in self._resident.items() if not self._is_decoded(layer)}
+        decoded = {layer: buffer for layer, buffer in self._resident.items() if layer not in kept}
         if self._device.host_addressable:
-            feed.fill(self._destinations(raw), progress)
-            raw = {}
-        first, *copies = sorted(self._source.equal_layers.intersection(raw)) or [-1]
+            feed.fill(self._destinations(kept), progress)
+            kept = {}
+        first, *copies = sorted(self._source.equal_layers.intersection(kept)) or [-1]
         uploads = [
-            Upload(memory=buffer, lay_out=partial(self._views, layer)) for layer, buffer in raw.items() if layer not in copies
+            Upload(memory=buffer, lay_out=partial(self._views, layer)) for layer, buffer in kept.items() if layer not in copies
         ]
-        if coded:
+        if decoded:
             slot = self._device.alloc(self.slot_bytes) if slot is None else slot
-            uploads += [self._decoding(layer, slot, buffer) for layer, buffer in coded.items()]
+            uploads += [self._decoding(layer, slot, buffer) for layer, buffer in decoded.items()]
         if uploads:
             load_through_host(self._device, uploads, self._memory.roomy, feed, progress)
         for layer in copies:  # which takes a thousandth of making the same bytes again
             self._resident[layer].copy_(self._resident[first])
             if progress is not None:
                 progress(sum(map(self._source.num_bytes, self._views(layer, self._resident[layer]))))
+
+    def _is_decoded(self, layer: int) -> bool:
+        """Of a resident layer: its parameters are what the device keeps, and they are not what is stored."""
+        return self.codecs[layer].decode is not None and layer not in self.placement.coded
+
+    def _resident_bytes(self, layer: int, placement: Placement) -> int:
+        return self.stored_bytes[layer] if layer in placement.coded else self.codecs[layer].computed.num_bytes
 
     def _decoding(self, layer: int, slot: torch.Tensor, resident: torch.Tensor) -> Upload:
         """Of a resident layer, by way of `slot`."""

@@ -1,0 +1,61 @@
+"""A model's files: what they say it is, and that its tensors are there."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..coding.packings import read_packing
+from ..weights.checkpoint import Checkpoint, open_checkpoint
+from ..weights.packed_source import Codecs
+from .architecture import Architecture, match_weights, read_architecture
+from .locate import locate_model
+
+LOSSLESS = "treestream_lossless"  # what the config of a converted folder calls its quantisation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFiles:
+    """Checked against each other; no weight was read. `weights` is what people call how they are stored: "float16", "FP8".
+    `codecs` are those of the parameters that are not stored as they compute."""
+
+    folder: Path
+    architecture: Architecture
+    checkpoint: Checkpoint
+    weights: str
+    codecs: Codecs
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether what is stored are the 16-bit weights, coded."""
+        return self.architecture.quantization.get("quant_method") == LOSSLESS
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the decoder layers, as the files have it; where those are packed, the dtype that the config names."""
+        if self.codecs:
+            dtype = getattr(self.architecture.config, "dtype", None)
+            return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+        return self.checkpoint.tensors[first_parameter(self.architecture)].dtype
+
+
+def open_model(name: str, flag: str) -> ModelFiles:
+    """The files of `name`, a folder or a hub id, as `flag` gave it. ModelError or CheckpointError for whatever is wrong."""
+    folder = locate_model(name, flag)
+    checkpoint = open_checkpoint(folder)  # first: a damaged config is told from one of another architecture here
+    architecture = read_architecture(folder)
+    quantization, where = architecture.quantization, str(folder / "config.json")
+    packing = read_packing(quantization, where) if quantization else None
+    architecture, checkpoint, codecs = match_weights(architecture, checkpoint, packing)
+    first = checkpoint.tensors.get(first_parameter(architecture))
+    weights = packing.name if packing is not None else dtype_text(first.dtype if first is not None else torch.float32)
+    return ModelFiles(folder=folder, architecture=architecture, checkpoint=checkpoint, weights=weights, codecs=codecs)
+
+
+def first_parameter(architecture: Architecture) -> str:
+    """The name of one that every model has in its first layer."""
+    return f"{architecture.prefix}.0.{next(iter(architecture.layer_shapes[0]))}"
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,116 @@
+"""The tensors of a checkpoint that stores some parameters packed: as they are stored, or as they compute."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from ..coding.tensor_codec import TensorCodec, part_name
+from ..errors import CheckpointError
+from .header import quoted
+from .source import Destinations, TensorFeed, TensorSource
+
+Codecs = Mapping[str, TensorCodec]  # of the packed parameters, by full name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSource:
+    """A TensorSource of what is stored, as `inner` has it, which refuses scales that are not finite."""
+
+    inner: TensorSource
+    codecs: Codecs
+
+    @property
+    def equal_layers(self) -> frozenset[int]:
+        return self.inner.equal_layers
+
+    def num_bytes(self, name: str) -> int:
+        return self.inner.num_bytes(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.inner.dtype(name)
+
+    def open(self) -> "_StoredFeed":
+        return _StoredFeed(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodedSource:
+    """A TensorSource of parameters, of which those in `codecs` are decoded on the host from what `stored` has, by plain torch:
+    for what is loaded once."""
+
+    stored: TensorSource
+    codecs: Codecs
+
+    @property
+    def equal_layers(self) -> frozenset[int]:
+        return self.stored.equal_layers
+
+    def num_bytes(self, name: str) -> int:
+        codec = self.codecs.get(name)
+        names = [name] if codec is None else [part_name(name, part.name) for part in codec.parts]
+        return sum(map(self.stored.num_bytes, names))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a packed parameter that of its first part, in which nobody computes."""
+        codec = self.codecs.get(name)
+        return self.stored.dtype(name) if codec is None else codec.parts[0].dtype
+
+    def open(self) -> "_DecodedFeed":
+        return _DecodedFeed(self)
+
+
+class _Feed:
+    """Over the feed of another source, which it closes."""
+
+    def __init__(self, inner: TensorFeed, codecs: Codecs) -> None:
+        self._inner, self._codecs = inner, codecs
+
+    def __enter__(self) -> "_Feed":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._inner.__exit__(kind, error, trace)
+
+    def fill(self, destinations: Destinations, progress: Callable[[int], None] | None = None) -> None:
+        raise NotImplementedError
+
+
+class _StoredFeed(_Feed):
+    def __init__(self, source: StoredSource) -> None:
+        super().__init__(source.inner.open(), source.codecs)
+        self._scales = {
+            part_name(name, part.name) for name, codec in self._codecs.items() for part in codec.parts if part.is_scale
+        }
+
+    def fill(self, destinations: Destinations, progress: Callable[[int], None] | None = None) -> None:
+        """CheckpointError for a scale that is not finite; other errors are those of the source."""
+        self._inner.fill(destinations, progress)
+        for name in self._scales.intersection(destinations):
+            _check_scale(name, destinations[name])
+
+
+class _DecodedFeed(_Feed):
+    """Peak memory beyond the destinations: what is stored of one parameter, and the workspace of its decoder."""
+
+    def __init__(self, source: DecodedSource) -> None:
+        super().__init__(source.stored.open(), source.codecs)
+
+    def fill(self, destinations: Destinations, progress: Callable[[int], None] | None = None) -> None:
+        self._inner.fill({name: view for name, view in destinations.items() if name not in self._codecs}, progress)
+        for name in self._codecs.keys() & destinations.keys():
+            codec = self._codecs[name]
+            parts = {part.name: torch.empty(part.shape, dtype=part.dtype) for part in codec.parts}
+            self._inner.fill({part_name(name, part): tensor for part, tensor in parts.items()}, progress)
+            with torch.inference_mode():
+                codec.decode(parts, destinations[name])
+
+
+def _check_scale(name: str, scale: torch.Tensor) -> None:
+    if not bool(torch.isfinite(scale.float()).all()):
+        raise CheckpointError(
+            f"tensor {quoted(name)} has values that are not finite, and multiplies weights",
+            where="the checkpoint's scales",
+            cure="download this checkpoint again; if it is whole, it was not made well",
+        )
