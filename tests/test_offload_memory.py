@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.profiler import ProfilerActivity, profile
 
+from allocations import working_bytes
 from conftest import VOCAB_SIZE
 from fakes import RecordingDevice, RefusingDevice
 from layered import FORMS, open_placed, save_layers
@@ -26,20 +26,6 @@ CONTEXT = 256
 # Weights outweigh the rest, as they do in models that are streamed: a layer has 2.8 MB, eight have 22 MB.
 HEAVY = {"num_layers": 8, "hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 8, "head_dim": 32}
 GREEDY, SAMPLED = {"temperature": 0.0}, {"temperature": 1.0}
-
-
-def working_bytes(work: Callable[[], object]) -> int:
-    """Most bytes that torch's allocator had given out at a time during `work`, beyond what it had before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work()
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    assert events and now == 0, "what a request allocates is gone when it ends"
-    return most
 
 
 @pytest.mark.parametrize(
