@@ -89,6 +89,7 @@ class TypedModel:
             vocab_size=architecture.vocab_size,
             dtype_bytes=itemsize,
             num_masks=len(set(architecture.windows)),
+            weights=self.weights,
         )
 
 

@@ -12,9 +12,10 @@ from offload.errors import FitError
 from offload.planner.advice import compare_drafts
 from offload.planner.cost import ModelCost
 from offload.planner.hardware import ModelTimes, TaskTimes
-from offload.planner.memory import MAX_AUTO_SLOTS, MIN_SLOTS, MemoryPlan, plan_memory
+from offload.planner.memory import MemoryPlan, plan_memory
 from offload.planner.plan import make_workload
 from offload.planner.prediction import DraftOption, Workload, expanded_per_level, predict
+from offload.planner.residency import MAX_AUTO_SLOTS, MIN_SLOTS
 from offload.planner.search import best_choice
 from offload.planner.timeline import PartTimes, steady_round
 from offload.weights.placement import Placement, spread_evenly
@@ -98,7 +99,7 @@ def test_a_round_takes_at_least_its_longest_part_and_at_most_their_sum(
 
 def fits(workload: Workload, draft: DraftOption) -> bool:
     try:
-        workload.memory(draft, 16, MAX_AUTO_SLOTS)
+        workload.memory(draft, 16, MAX_AUTO_SLOTS, False)
     except FitError:
         return False
     return True
@@ -108,13 +109,13 @@ def brute_force(workload: Workload, drafts: list[DraftOption], max_nodes: int, m
     """The least seconds per token over every draft, slots, nodes and levels, each tree made and timed on its own."""
     found = [math.inf]
     for slots in (MIN_SLOTS, MAX_AUTO_SLOTS):
-        memory = workload.memory(None, 1, slots)
+        memory = workload.memory(None, 1, slots, False)
         found.append(predict(workload, memory, 1, 0.0, 1.0).s_per_token)
         for draft in drafts:
             for nodes in range(2, max_nodes + 1):
                 for levels in range(2, max_levels + 1):
                     shape = best_tree(draft.acceptance, nodes, levels)
-                    memory = workload.memory(draft, shape.num_nodes, slots)
+                    memory = workload.memory(draft, shape.num_nodes, slots, False)
                     draft_s = float(draft.draft_s(expanded_per_level(shape)))
                     tokens = expected_tokens(shape, draft.acceptance)
                     found.append(predict(workload, memory, shape.num_nodes, draft_s, tokens).s_per_token)
@@ -161,7 +162,7 @@ def sequoia_workload() -> tuple[Workload, DraftOption]:
         verify=NO_VERIFY,
         link_bytes_per_s=1e9,
         disk_bytes_per_s=1e9,
-        memory=lambda draft, num_nodes, slots: memory,
+        memory=lambda draft, num_nodes, slots, coded: memory,
     )
     return workload, draft_option(cost=one_layer, acceptance=SEQUOIA, times=constant_times((1, 32), (0.3, 0.3)))
 

@@ -4,14 +4,20 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ..coding.workspace import WORKSPACE_BYTES
+
 GIB = 2**30
+# A decoder works on one parameter at a time, of which a layer has several, and takes less for a small one than it may: so much
+# per byte of the layer is more than any needs.
+WORKSPACE_LAYERS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCost:
     """One decoder layer. `stored_bytes` is what link, host and disk hold of it. `computed_bytes` is what its parameters take
-    on the device: a resident layer takes as much. `scratch_bytes` is what the device needs to decode it while it runs, 0 where
-    a slot holds the parameters themselves. Every row of a pass is multiplied with `num_parameters` numbers."""
+    on the device: a resident layer takes as much, unless it stays coded, as it is stored. `scratch_bytes` is what the device
+    needs to decode it while it runs, 0 where it is stored as it computes. Every row of a pass is multiplied with
+    `num_parameters` numbers."""
 
     stored_bytes: int
     computed_bytes: int
@@ -19,12 +25,16 @@ class LayerCost:
     kv_bytes_per_row: int
     scratch_bytes: int = 0
 
+    @property
+    def is_decoded(self) -> bool:
+        return self.scratch_bytes > 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCost:
     """Sizes of one model in the dtype it runs in. Layers that are equal are one object, in each of their places.
     `outside_bytes` is what lies outside the layers: embedding, norm, head. `num_masks` is how many kinds of layers there are by
-    what their attention sees: all, or a window."""
+    what their attention sees: all, or a window. `weights` is what people call how they are stored: "float16", "FP8"."""
 
     layers: tuple[LayerCost, ...]
     outside_bytes: int
@@ -35,6 +45,7 @@ class ModelCost:
     vocab_size: int
     dtype_bytes: int
     num_masks: int = 1
+    weights: str = ""
 
     @property
     def num_layers(self) -> int:
@@ -66,9 +77,20 @@ class ModelCost:
         return max([layer.stored_bytes for layer in self.layers])
 
     @property
+    def is_decoded(self) -> bool:
+        """Whether any layer is stored otherwise than it computes."""
+        return self.scratch_bytes > 0
+
+    @property
     def scratch_bytes(self) -> int:
-        """Of the device memory in which streamed layers are decoded, one at a time."""
+        """Of the device memory in which layers are decoded in a pass, one at a time."""
         return max([layer.scratch_bytes for layer in self.layers])
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What a decoder takes besides while it runs."""
+        decoded_bytes = max([layer.computed_bytes for layer in self.layers if layer.is_decoded], default=0)
+        return min(WORKSPACE_BYTES, WORKSPACE_LAYERS * decoded_bytes)
 
     @property
     def kv_bytes_per_row(self) -> int:

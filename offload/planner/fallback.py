@@ -14,20 +14,11 @@ from ..config import EngineSettings, bytes_text, counted
 from ..errors import OutOfMemoryError
 from ..weights.placement import Placement, spread_evenly
 from .cost import computed_bytes, stored_bytes
-from .memory import (
-    CHUNK_ROWS,
-    MIN_SLOTS,
-    Budgets,
-    MemoryPlan,
-    device_ledger,
-    host_ledger,
-    layers_ledger,
-    plan_memory,
-    ring_bytes,
-)
+from .memory import CHUNK_ROWS, Budgets, MemoryPlan, device_ledger, host_ledger, plan_memory, ring_bytes
 from .notes import NOTHING_STREAMED
 from .plan import Plan
 from .prediction import DraftOption, Workload, predict_tree
+from .residency import MIN_SLOTS, layers_ledger
 
 # Turns of remedies for one pass. Each halves something or moves a layer: where so many do not help, others take what is freed.
 MAX_TURNS = 3
@@ -83,6 +74,7 @@ class Fallbacks:
         left = replace(
             placement,
             resident=placement.resident - leaving,
+            coded=placement.coded - leaving,
             disk=placement.disk | leaving if placement.disk else placement.disk,
         )
         what = f"out of device memory: {counted(len(left.resident), 'resident layer')}, not {len(resident)}"
@@ -107,6 +99,7 @@ class Fallbacks:
             plan.num_slots or None,
             max_positions=plan.max_positions,
             budgets=budgets,
+            coded=bool(plan.placement.coded),
         )
         smaller = replace(
             plan,
@@ -142,12 +135,12 @@ class Fallbacks:
     def _leaving(self, plan: Plan) -> tuple[frozenset[int], int]:
         """The fewest layers whose leaving frees device memory, spread evenly over the resident ones, and the slots then; none
         where there are not so many."""
-        target, resident = self.workload.target, sorted(plan.placement.resident)
-        before_bytes = sum(layers_ledger(target, resident, plan.num_slots).values())
+        target, resident, coded = self.workload.target, sorted(plan.placement.resident), plan.placement.coded
+        before_bytes = sum(layers_ledger(target, resident, plan.num_slots, coded).values())
         for num_slots in (plan.num_slots,) if plan.placement.streamed else range(MIN_SLOTS, 0, -1):
             for num_leaving in range(1, len(resident) + 1):
                 leaving = frozenset(resident[order] for order in spread_evenly(num_leaving, len(resident)))
-                left = layers_ledger(target, plan.placement.resident - leaving, num_slots)
+                left = layers_ledger(target, plan.placement.resident - leaving, num_slots, coded - leaving)
                 if sum(left.values()) < before_bytes:
                     return leaving, num_slots
         return frozenset(), 0
@@ -177,7 +170,7 @@ class Fallbacks:
             max_sequences=plan.max_sequences,
             context_rows=plan.context_rows,
             pass_rows=plan.pass_rows,
-            device_ledger={**on_device, **layers_ledger(target, placement.resident, plan.num_slots)},
+            device_ledger={**on_device, **layers_ledger(target, placement.resident, plan.num_slots, placement.coded)},
             host_ledger=host_ledger(target, placement, shared=self.budgets.shared),
         )
         prediction = predict_tree(self.workload, memory, plan.tree, draft)

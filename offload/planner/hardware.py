@@ -27,6 +27,9 @@ SWEEPS: Mapping["Task", Mapping[SamplingKind, int]] = {
     "draw": {"greedy": 6, "sampled": 8, "nucleus": 44},
     "verify": {"greedy": 2, "sampled": 16, "nucleus": 52},
 }
+# How often device memory is read or written at its full rate in the time of decoding a layer, times what is stored of it and
+# what comes out, where nobody has measured. Kernels that unpack bits seldom reach half of that rate.
+DECODE_SWEEPS: Mapping[str, float] = {"cuda": 2.5, "cpu": 8.0}
 LEAST_S: Mapping["Task", float] = {"draw": 0.0, "verify": 1e-3}
 REQUIRED_RATES = ("link_bytes_per_s", "flops_per_s", "device_memory_bytes_per_s")
 RATES = (*REQUIRED_RATES, "pageable_link_bytes_per_s", "disk_bytes_per_s", "device_memory_bytes", "host_memory_bytes")
@@ -96,6 +99,22 @@ class TaskTimes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeTime:
+    """Seconds of decoding a layer that is stored as `weights` says, into `computed_bytes` in a dtype of `dtype_bytes`."""
+
+    weights: str
+    dtype_bytes: int
+    computed_bytes: int
+    layer_s: float
+
+    def __post_init__(self) -> None:
+        if self.dtype_bytes < 1 or self.computed_bytes < 1:
+            raise ValueError(f"a decoder makes {self.computed_bytes} bytes of numbers of {self.dtype_bytes}")
+        if not (math.isfinite(self.layer_s) and self.layer_s > 0):
+            raise ValueError(f"a decoder takes {self.layer_s} seconds, not a positive number")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HardwareProfile:
     """Rates in bytes or floating point operations per second; None where unknown. `facts` is what is kept for people:
     provenance, versions, the link by copy size; `doubts` is what plans made with it say about it. ValueError for a rate that is
@@ -115,6 +134,7 @@ class HardwareProfile:
     layer_overhead_s: float = 0.0
     models: tuple[MeasuredModel, ...] = ()
     tasks: tuple[TaskTimes, ...] = ()
+    decoders: tuple[DecodeTime, ...] = ()
     doubts: tuple[str, ...] = ()
     facts: Mapping[str, object] = field(default_factory=dict)
 
@@ -146,6 +166,29 @@ class HardwareProfile:
         row_s = 4 * vocab_size * SWEEPS[task][sampling] / self.device_memory_bytes_per_s
         task_s = tuple(LEAST_S[task] + row_s * rows for rows in ROWS)
         return TaskTimes(task=task, sampling=sampling, vocab_size=vocab_size, rows=ROWS, task_s=task_s)
+
+    def decode_s(self, model: ModelCost) -> tuple[float, ...]:
+        """Seconds of decoding each layer: measured, in proportion to what comes out, else estimated from the memory's rate.
+        0 for a layer that is stored as it computes; nothing at all where all are."""
+        if not model.is_decoded:
+            return ()
+        known, sweep_s = self._decoder(model), DECODE_SWEEPS.get(self.device_type, 1.0) / self.device_memory_bytes_per_s
+        return tuple(
+            0.0
+            if not layer.is_decoded
+            else layer.computed_bytes * known.layer_s / known.computed_bytes
+            if known is not None
+            else (layer.stored_bytes + layer.computed_bytes) * sweep_s
+            for layer in model.layers
+        )
+
+    def knows_decoder(self, model: ModelCost) -> bool:
+        """Whether `decode_s` is measured, as far as anything is decoded."""
+        return not model.is_decoded or self._decoder(model) is not None
+
+    def _decoder(self, model: ModelCost) -> DecodeTime | None:
+        kind = model.weights, model.dtype_bytes
+        return next((known for known in self.decoders if (known.weights, known.dtype_bytes) == kind), None)
 
     def _estimate(self, model: ModelCost, context_rows: int) -> ModelTimes:
         """The roofline: whichever takes longer, reading the weights once or multiplying."""

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import ModelError
-from .hardware import RATES, REQUIRED_RATES, HardwareProfile, MeasuredModel, ModelTimes, TaskTimes
+from .hardware import RATES, REQUIRED_RATES, DecodeTime, HardwareProfile, MeasuredModel, ModelTimes, TaskTimes
 from .json_file import read_file
 
 SCHEMA_VERSION = 1
 PRESETS = Path(__file__).parents[2] / "profiles/hardware"
 _TEXTS = ("device_name", "device_type", "source")
-_KNOWN = {"schema_version", "published", "layer_overhead_s", "models", "laws", "doubts", "facts", *_TEXTS, *RATES}
+_LISTS = ("models", "laws", "decoders", "doubts")
+_KNOWN = {"schema_version", "published", "layer_overhead_s", "facts", *_LISTS, *_TEXTS, *RATES}
 
 
 def find_hardware(name: str) -> HardwareProfile:
@@ -40,6 +41,7 @@ def to_json(profile: HardwareProfile) -> dict[str, object]:
             for model in profile.models
         ],
         "laws": [_task_table(times) for times in profile.tasks],
+        "decoders": [_fields(known) for known in profile.decoders],
         "doubts": list(profile.doubts),
         "facts": dict(profile.facts),
     }
@@ -80,14 +82,18 @@ def from_json(document: object) -> HardwareProfile:
         layer_overhead_s=_number(document.get("layer_overhead_s", 0.0), "layer_overhead_s"),
         models=tuple(_measured_model(entry) for entry in _list(document, "models")),
         tasks=tuple(_task_times(entry) for entry in _list(document, "laws")),
+        decoders=tuple(_decode_time(entry) for entry in _list(document, "decoders")),
         doubts=tuple(map(str, _list(document, "doubts"))),
         facts=dict(facts),
     )
 
 
 def _model_table(times: ModelTimes) -> dict[str, object]:
-    values = {name: getattr(times, name) for name in times.__dataclass_fields__}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in _fields(times).items()}
+
+
+def _fields(times: ModelTimes | DecodeTime) -> dict[str, object]:
+    return {name: getattr(times, name) for name in times.__dataclass_fields__}
 
 
 def _task_table(times: TaskTimes) -> dict[str, object]:
@@ -157,6 +163,18 @@ def _task_times(entry: object) -> TaskTimes:
                 task_s=_numbers(task_s, "task_s"),
             )
     raise ValueError("an entry of laws is not {task, law, vocab_size, rows, task_s}")
+
+
+def _decode_time(entry: object) -> DecodeTime:
+    match entry:
+        case {"weights": str(weights), "dtype_bytes": dtype_bytes, "computed_bytes": computed_bytes, "layer_s": layer_s}:
+            return DecodeTime(
+                weights=weights,
+                dtype_bytes=_whole(dtype_bytes, "dtype_bytes"),
+                computed_bytes=_whole(computed_bytes, "computed_bytes"),
+                layer_s=_number(layer_s, "layer_s"),
+            )
+    raise ValueError("an entry of decoders is not {weights, dtype_bytes, computed_bytes, layer_s}")
 
 
 def _wholes(values: Sequence[object], name: str) -> tuple[int, ...]:

@@ -3,8 +3,8 @@
 The tree's size and the number of slots are given; as many layers become resident as the rest leaves room for.
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from tree.blocks import block_bytes
 
@@ -12,22 +12,13 @@ from ..config import EngineSettings
 from ..errors import FitError
 from ..model.buckets import widest_pass
 from ..weights.placement import RING_BUFFERS, Placement, spread_evenly
-from .cost import (
-    ModelCost,
-    activation_bytes,
-    computed_bytes,
-    ledger_lines,
-    logits_bytes,
-    recording_bytes,
-    size_text,
-    stored_bytes,
-)
+from .cost import ModelCost, activation_bytes, ledger_lines, logits_bytes, recording_bytes, size_text, stored_bytes
+from .residency import MIN_SLOTS, layers_ledger, residency
 
 DEFAULT_TEXT_TOKENS = 4096
 # A prompt pass costs a whole stream of the weights, so chunks are as large as activations in this share of memory allow.
 ACTIVATION_SHARE = 8
 CHUNK_ROWS = (4096, 2048, 1024, 512, 256, 128, 64)
-MIN_SLOTS, MAX_AUTO_SLOTS = 2, 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +55,10 @@ def plan_memory(
     *,
     max_positions: int,
     budgets: Budgets,
+    coded: bool = False,
 ) -> MemoryPlan:
     """For a tree of `tree_nodes` nodes and `num_slots` slots (None: as many as help, of MIN_SLOTS to MAX_AUTO_SLOTS).
+    `coded`: resident layers stay as they are stored, as far as there is no room for all that they compute with.
     Raises FitError when the budgets cannot hold the slots, one ring of host buffers, or the context asked for."""
     text_tokens = min(max_positions, settings.text_tokens or DEFAULT_TEXT_TOKENS)
     context_rows = settings.max_context or text_tokens + tree_nodes - 1
@@ -77,19 +70,20 @@ def plan_memory(
         )
     rows = {"max_sequences": settings.max_sequences, "tree_nodes": tree_nodes, "context_rows": context_rows}
     others = device_ledger(target, draft, **rows, pass_rows=0, replays=budgets.replays)
-    pass_rows = _pass_rows(settings, target, tree_nodes, context_rows, others, budgets.device_bytes)
+    pass_rows = _pass_rows(settings, target, tree_nodes, context_rows, others, budgets.device_bytes, coded)
     fixed = device_ledger(target, draft, **rows, pass_rows=pass_rows, replays=budgets.replays)
-    num_resident, num_slots = _residency(settings, target, fixed, num_slots, budgets)
-    resident = spread_evenly(num_resident, target.num_layers)
-    ledger = {**fixed, **layers_ledger(target, resident, num_slots)}
+    room = None if budgets.device_bytes is None else budgets.device_bytes - sum(fixed.values())
+    kept = residency(settings, target, room, num_slots, shared=budgets.shared, coded=coded)
+    ledger = {**fixed, **layers_ledger(target, kept.resident, kept.num_slots, kept.coded)}
     _check_device(ledger, budgets.device_bytes)
     host_bytes = budgets.host_bytes
     if host_bytes is not None and budgets.shared:
         host_bytes = max(host_bytes - sum(ledger.values()), 0)
-    placement = _place(target, resident, host_bytes, shared=budgets.shared)
+    placement = Placement(num_layers=target.num_layers, resident=kept.resident, coded=kept.coded)
+    placement = _with_disk(target, placement, host_bytes, shared=budgets.shared)
     return MemoryPlan(
         placement=placement,
-        num_slots=num_slots,
+        num_slots=kept.num_slots,
         max_sequences=settings.max_sequences,
         context_rows=context_rows,
         pass_rows=pass_rows,
@@ -125,18 +119,6 @@ def device_ledger(
     }
 
 
-def layers_ledger(target: ModelCost, resident: Collection[int], num_slots: int) -> dict[str, int]:
-    """Bytes of the target's layers on the device, where `num_slots` is 0 if nothing is streamed. Streamed layers that are not
-    stored as they compute are decoded into one scratch."""
-    ledger = {
-        f"{len(resident)} resident layers": computed_bytes(target, resident),
-        f"{num_slots} slots": num_slots * target.slot_bytes,
-    }
-    if num_slots and target.scratch_bytes:
-        ledger["decoded layer"] = target.scratch_bytes
-    return ledger
-
-
 def host_ledger(target: ModelCost, placement: Placement, *, shared: bool) -> dict[str, int]:
     """Bytes of the target's layers on the host; `shared` as in Budgets. A device with memory of its own may pin less than there
     is. Until that is known, the memory of the two largest host layers is such that a ring could take it over."""
@@ -165,50 +147,21 @@ def _pass_rows(
     context_rows: int,
     others: Mapping[str, int],
     budget: int | None,
+    coded: bool,
 ) -> int:
     """Rows of the largest chunk that takes its share at most, and nothing from what must be there: a chunk is never the
     reason why a budget is refused. There are rows for the trees of all texts, and one more of each."""
     least, most = settings.max_sequences * (tree_nodes + 1), settings.max_sequences * context_rows
     num_resident = min(settings.resident_layers or 0, target.num_layers)
     num_slots = (settings.slots or MIN_SLOTS) if num_resident < target.num_layers else 0
-    layers = layers_ledger(target, spread_evenly(num_resident, target.num_layers), num_slots)
+    resident = spread_evenly(num_resident, target.num_layers)
+    layers = layers_ledger(target, resident, num_slots, resident if coded else ())
     needed = sum(others.values()) + sum(layers.values())
     room = None if budget is None else min(budget // ACTIVATION_SHARE, budget - needed)
     for rows in CHUNK_ROWS:
         if rows >= least and (room is None or activation_bytes(target, rows, context_rows) <= room):
             return min(rows, most)
     return least
-
-
-def _residency(
-    settings: EngineSettings, target: ModelCost, fixed: Mapping[str, int], num_slots: int | None, budgets: Budgets
-) -> tuple[int, int]:
-    """(resident layers, slots): what the user said, the rest as many residents as the budget leaves room for."""
-    layers = target.num_layers
-    num_slots = settings.slots or num_slots
-    if settings.resident_layers is not None:
-        if settings.resident_layers > layers:
-            raise FitError(
-                f"{settings.resident_layers} resident layers asked for, the model has {layers}",
-                where="--resident-layers",
-                cure=f"give at most {layers}",
-            )
-        return settings.resident_layers, (num_slots or MIN_SLOTS) if settings.resident_layers < layers else 0
-    if budgets.device_bytes is None:
-        return 0, num_slots or MAX_AUTO_SLOTS
-    room = budgets.device_bytes - sum(fixed.values())
-    if room >= target.computed_bytes:
-        return layers, 0
-    room -= target.scratch_bytes
-    if budgets.shared:
-        room -= ring_bytes(target)  # what does not fit comes from disk through the same memory
-    num_slots = num_slots or min(max(room // target.slot_bytes, MIN_SLOTS), MAX_AUTO_SLOTS)
-    sizes = [layer.computed_bytes for layer in target.layers]
-    room = max(room - num_slots * target.slot_bytes, 0)
-    num_resident = min(room // min(sizes), layers - 1)  # at most; where layers are equal, just so many
-    while sum([sizes[layer] for layer in spread_evenly(num_resident, layers)]) > room:
-        num_resident -= 1
-    return num_resident, num_slots
 
 
 def _check_device(ledger: Mapping[str, int], budget: int | None) -> None:
@@ -220,9 +173,8 @@ def _check_device(ledger: Mapping[str, int], budget: int | None) -> None:
         )
 
 
-def _place(target: ModelCost, resident: frozenset[int], budget: int | None, *, shared: bool) -> Placement:
+def _with_disk(target: ModelCost, placement: Placement, budget: int | None, *, shared: bool) -> Placement:
     """Host layers as the budget allows; the others on disk, spread evenly so that reading never pauses."""
-    placement = Placement(num_layers=target.num_layers, resident=resident)
     streamed = placement.streamed
     if budget is None or sum(host_ledger(target, placement, shared=shared).values()) <= budget:
         return placement
@@ -240,4 +192,4 @@ def _place(target: ModelCost, resident: frozenset[int], budget: int | None, *, s
         num_disk += 1
     chosen = spread_evenly(num_disk, len(sizes))
     disk = frozenset(layer for order, layer in enumerate(streamed) if order in chosen)
-    return Placement(num_layers=target.num_layers, resident=resident, disk=disk)
+    return replace(placement, disk=disk)

@@ -12,13 +12,14 @@ from tree.shape import TreeShape
 from tree.spec import OptimalTree
 
 from ..config import EngineSettings
-from ..errors import FitError, UsageError
 from ..weights.placement import Placement
 from .cost import ModelCost, computed_bytes, stored_bytes
+from .given_tree import ROOT, Candidate, with_tree
 from .hardware import HardwareProfile
-from .memory import MAX_AUTO_SLOTS, MIN_SLOTS, Budgets, MemoryPlan, plan_memory
+from .memory import Budgets, MemoryPlan, plan_memory
 from .notes import NO_TREE, plan_notes, why_no_tree
 from .prediction import DraftOption, Prediction, Workload, predict_tree
+from .residency import MAX_AUTO_SLOTS, MIN_SLOTS
 from .room import reserve_memory, with_room
 from .search import MAX_NODES, NODES, Choice, best_choice
 
@@ -26,19 +27,6 @@ from .search import MAX_NODES, NODES, Choice, best_choice
 TYPICAL_CONTEXT_TOKENS = 512
 ASSUMED_DISK_BYTES_PER_S = 3e9  # of a profile that does not say: sequential reads of a common NVMe drive on PCIe 3
 SLOTS = (MIN_SLOTS, MAX_AUTO_SLOTS)
-ROOT = TreeShape.root_only()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Candidate:
-    """A tree in the memory that it would have, and what is predicted of it. `draft` is the place of its draft among those
-    offered; `notes` say why it is what it is."""
-
-    draft: int | None
-    tree: TreeShape
-    memory: MemoryPlan
-    prediction: Prediction
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,9 +115,11 @@ def make_workload(
 ) -> Workload:
     """What the search needs to know of this target on this machine."""
 
-    def memory(draft: DraftOption | None, num_nodes: int, num_slots: int) -> MemoryPlan:
+    def memory(draft: DraftOption | None, num_nodes: int, num_slots: int, coded: bool) -> MemoryPlan:
         cost = draft.cost if draft else None
-        return plan_memory(settings, target, cost, num_nodes, num_slots, max_positions=max_positions, budgets=budgets)
+        return plan_memory(
+            settings, target, cost, num_nodes, num_slots, max_positions=max_positions, budgets=budgets, coded=coded
+        )
 
     return Workload(
         target=target,
@@ -138,7 +128,10 @@ def make_workload(
         link_bytes_per_s=settings.emulate_link_bytes_per_s or hardware.link_bytes_per_s,
         disk_bytes_per_s=hardware.disk_bytes_per_s or ASSUMED_DISK_BYTES_PER_S,
         disk_is_assumed=hardware.disk_bytes_per_s is None,
+        decode_s=hardware.decode_s(target),
+        decode_is_assumed=not hardware.knows_decoder(target),
         doubts=hardware.doubts,
+        codings=(False, True) if target.is_decoded and budgets.device_bytes is not None else (False,),
         memory=memory,
     )
 
@@ -170,7 +163,7 @@ def plan_run(
     draft at all, to the planner. Raises FitError when the budgets hold no plan."""
     slots = (settings.slots,) if settings.slots else SLOTS
     plain = best_choice(workload, [None], slots)
-    best = _choose(settings, workload, drafts, slots, plain) if tree is None else _with_tree(tree, workload, drafts, slots)
+    best = _choose(settings, workload, drafts, slots, plain) if tree is None else with_tree(tree, workload, drafts, slots)
     room_nodes, memory, prediction = best.tree.num_nodes, best.memory, best.prediction
     if tree is None and best.draft is not None and not settings.fixed_plan and settings.max_context is None:
         room_nodes, memory, prediction = with_room(workload, drafts[best.draft], best.tree, memory, prediction)
@@ -203,7 +196,7 @@ def plan_run(
 
 def _choose(
     settings: EngineSettings, workload: Workload, drafts: Sequence[DraftOption], slots: Sequence[int], plain: Choice | None
-) -> _Candidate:
+) -> Candidate:
     """The best tree, or the root alone, and then why. A draft that would not pay stays beside the root where it takes next to
     nothing from it: a later look at the machine may say otherwise."""
     max_nodes = max(settings.max_context // 4, 1) if settings.max_context else MAX_NODES
@@ -211,11 +204,11 @@ def _choose(
     speculative = best_choice(workload, drafts, slots, max_nodes=max_nodes, sizes=sizes) if drafts and sizes else None
     choice = speculative or plain
     if choice is None:
-        workload.memory(None, 1, slots[0])  # raises, and says by how much
+        workload.memory(None, 1, slots[0], workload.codings[-1])  # raises, and says by how much
         raise AssertionError("no plan, and yet the smallest fits")
     if speculative is None or plain is None or settings.needs_tree or speculative.s_per_token < plain.s_per_token:
         shape = tree_of(choice, workload.target.vocab_size)
-        return _Candidate(
+        return Candidate(
             draft=drafts.index(choice.draft) if choice.draft else None,
             tree=shape,
             memory=choice.memory,
@@ -227,9 +220,9 @@ def _choose(
     notes = (why_no_tree(drafts, prediction, predict_tree(workload, speculative.memory, shape, speculative.draft)),)
     reserve = None if settings.fixed_plan or settings.max_context else reserve_memory(workload, speculative, plain)
     if reserve is None or speculative.draft is None:
-        return _Candidate(draft=None, tree=ROOT, memory=plain.memory, prediction=prediction, notes=notes)
+        return Candidate(draft=None, tree=ROOT, memory=plain.memory, prediction=prediction, notes=notes)
     draft, prediction = drafts.index(speculative.draft), predict_tree(workload, reserve, ROOT, None)
-    return _Candidate(draft=draft, tree=ROOT, memory=reserve, prediction=prediction, notes=notes)
+    return Candidate(draft=draft, tree=ROOT, memory=reserve, prediction=prediction, notes=notes)
 
 
 def tree_of(choice: Choice, vocab_size: int) -> TreeShape:
@@ -243,48 +236,3 @@ def tree_of(choice: Choice, vocab_size: int) -> TreeShape:
         max_branching=vocab_size,
         max_level_width=choice.max_level_width,
     )
-
-
-def _with_tree(
-    tree: TreeShape | OptimalTree, workload: Workload, drafts: Sequence[DraftOption], slots: Sequence[int]
-) -> _Candidate:
-    """The tree that was asked for, with the draft, of those that fit beside it, and the slots that suit it best. The root alone
-    needs no draft. FitError when nothing fits."""
-    offered: list[tuple[int | None, DraftOption | None]] = [(None, None)]
-    if drafts and tree.num_nodes > 1:
-        offered = list(enumerate(drafts))
-    shapes = [ROOT if draft is None else shape_for(tree, draft.acceptance, workload.target.vocab_size) for _, draft in offered]
-    candidates = [
-        _Candidate(draft=place, tree=shape, memory=memory, prediction=predict_tree(workload, memory, shape, draft))
-        for (place, draft), shape in zip(offered, shapes, strict=True)
-        for memory in _memories(workload, draft, shape.num_nodes, slots)
-    ]
-    if not candidates:
-        workload.memory(offered[0][1], shapes[0].num_nodes, slots[0])  # raises, and says by how much
-        raise AssertionError("no plan, and yet the first draft fits")
-    return min(candidates, key=lambda candidate: candidate.prediction.s_per_token)
-
-
-def shape_for(tree: TreeShape | OptimalTree, acceptance: Acceptance, vocab_size: int) -> TreeShape:
-    """A shape as it is; for a request, the best one for `acceptance` in which no node has more children than there are
-    tokens. UsageError for a shape that has such a node."""
-    if isinstance(tree, TreeShape):
-        if tree.max_branching > vocab_size:
-            raise UsageError(
-                f"a node with {tree.max_branching} children, and a vocabulary of {vocab_size} tokens",
-                where="--tree",
-                cure="take a narrower tree",
-            )
-        return tree
-    return best_tree(acceptance, tree.num_nodes, tree.num_levels, max_branching=vocab_size)
-
-
-def _memories(workload: Workload, draft: DraftOption | None, num_nodes: int, slots: Sequence[int]) -> list[MemoryPlan]:
-    """One for every number of slots that fits."""
-    found: list[MemoryPlan] = []
-    for num_slots in slots:
-        try:
-            found.append(workload.memory(draft, num_nodes, num_slots))
-        except FitError:
-            break
-    return found

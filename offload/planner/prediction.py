@@ -46,7 +46,9 @@ class DraftOption:
 class Workload:
     """What does not depend on the choice: the target, the rates, and what memory allows.
 
-    `memory(draft, nodes, slots)` raises FitError where nothing fits. `doubts` is what has to be said about the times.
+    `decode_s` are the seconds of decoding each layer in a pass, 0 for those that are stored as they compute; empty where all
+    are. `memory(draft, nodes, slots, coded)` raises FitError where nothing fits; it is tried with each of `codings`: whether
+    resident layers stay coded. `doubts` is what has to be said about the times.
     """
 
     target: ModelCost
@@ -55,9 +57,12 @@ class Workload:
     link_bytes_per_s: float
     disk_bytes_per_s: float
     disk_is_assumed: bool = False
+    decode_s: tuple[float, ...] = ()
+    decode_is_assumed: bool = False
     move_bytes_per_s: float = np.inf  # of host memory; counts where some could not be pinned, which is measured then
     doubts: tuple[str, ...] = ()
-    memory: Callable[[DraftOption | None, int, int], MemoryPlan]
+    codings: tuple[bool, ...] = (False,)
+    memory: Callable[[DraftOption | None, int, int, bool], MemoryPlan]
 
     def after_s(self, nodes: npt.ArrayLike) -> Floats:
         """Seconds after the last layer of a pass over a tree of so many nodes: head, verification."""
@@ -67,12 +72,14 @@ class Workload:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """Seconds of one steady round and its parts. pass_s is a pass alone, weights arriving and being used; in a round part of
-    it hides under the rest, and exposed_pass_s is what is left of it after drafting."""
+    it hides under the rest, and exposed_pass_s is what is left of it after drafting. compute_s is the layers' part, of which
+    decode_s makes their parameters."""
 
     expected_tokens: float
     pass_s: float
     exposed_pass_s: float
     compute_s: float
+    decode_s: float = 0.0
     draft_s: float
     after_s: float
     round_s: float
@@ -87,11 +94,13 @@ def predict(workload: Workload, memory: MemoryPlan, num_nodes: int, draft_s: flo
     nodes, after_s = np.full(2, num_nodes), float(workload.after_s(num_nodes))
     # Passes back to back with nothing between them, and rounds.
     times = rounds(workload, memory, nodes, np.array([0.0, draft_s]), np.array([0.0, after_s]))
+    decode_s = sum(workload.decode_s[layer] for layer in memory.placement.decoded) if workload.decode_s else 0.0
     return Prediction(
         expected_tokens=expected_tokens,
         pass_s=float(times.round_s[0]),
         exposed_pass_s=float(times.pass_s[1]),
-        compute_s=float(workload.target.equivalent_layers * workload.times.layer(num_nodes)),
+        compute_s=float(workload.target.equivalent_layers * workload.times.layer(num_nodes)) + decode_s,
+        decode_s=decode_s,
         draft_s=draft_s,
         after_s=after_s,
         round_s=float(times.round_s[1]),
@@ -107,6 +116,7 @@ def rounds(workload: Workload, memory: MemoryPlan, nodes: Ints, draft_s: Floats,
         move_s=[layer.stored_bytes / workload.move_bytes_per_s for layer in layers],
         before_s=draft_s,
         layer_s=_compute_s(workload, nodes),
+        decode_s=workload.decode_s,
         after_s=after_s,
         wake_s=workload.times.wake_s,
     )

@@ -49,6 +49,8 @@ def measured_anew(
         workload,
         times=hardware.times(workload.target, "target", context_rows, settings.sampling),
         verify=hardware.task_times("verify", vocab_size, settings.sampling),
+        decode_s=hardware.decode_s(workload.target),
+        decode_is_assumed=not hardware.knows_decoder(workload.target),
         doubts=hardware.doubts,
     )
     if draft is not None:
@@ -68,7 +70,7 @@ def refit(
         rest_s=tuple(max(seconds + later_s, 0.0) for seconds in workload.times.rest_s),  # Python, whatever the tree
         wake_s=slower * workload.times.wake_s,
     )
-    workload = replace(workload, times=times)
+    workload = replace(workload, times=times, decode_s=tuple(slower * seconds for seconds in workload.decode_s))
     if seen.copied_s > 0:
         workload = replace(workload, link_bytes_per_s=plan.bytes_per_pass / seen.copied_s)
     if draft is None or plan.tree.num_nodes == 1:
@@ -109,7 +111,7 @@ def choose_again(
     another is hardly better; in any case with what is to be expected of it. If the plan's tree has more `tokens` a pass than
     `draft` says, which scales ranks alike and so never has nodes accepted for certain, then any tree has as many times more."""
     memory = memory_of(plan)
-    fixed = replace(workload, memory=lambda draft, num_nodes, num_slots: memory)
+    fixed = replace(workload, memory=lambda draft, num_nodes, num_slots, coded: memory, codings=(False,))
     plain = predict_tree(workload, memory, TreeShape.root_only(), None)
     sizes = [size for size in NODES if 1 < size <= plan.room_nodes]
     found = best_choice(fixed, [draft], (plan.num_slots,), max_nodes=plan.room_nodes, sizes=sizes) if draft and sizes else None

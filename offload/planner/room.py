@@ -18,7 +18,7 @@ def with_room(
     for room_nodes in ROOMS:
         if room_nodes <= shape.num_nodes:
             break
-        roomy = _memory(workload, draft, room_nodes, memory.num_slots)
+        roomy = _memory(workload, draft, room_nodes, memory)
         if roomy is not None:
             predicted = predict_tree(workload, roomy, shape, draft)
             if predicted.s_per_token <= prediction.s_per_token * (1 + COST):
@@ -28,15 +28,16 @@ def with_room(
 
 def reserve_memory(workload: Workload, speculative: Choice, plain: Choice) -> MemoryPlan | None:
     """That of the root alone with the draft of `speculative` beside it; None where the draft would take more than COST."""
-    memory = _memory(workload, speculative.draft, 1, plain.memory.num_slots)
+    memory = _memory(workload, speculative.draft, 1, plain.memory)
     if memory is None:
         return None
     predicted = predict_tree(workload, memory, TreeShape.root_only(), None)
     return memory if predicted.s_per_token <= plain.s_per_token * (1 + COST) else None
 
 
-def _memory(workload: Workload, draft: DraftOption | None, num_nodes: int, num_slots: int) -> MemoryPlan | None:
+def _memory(workload: Workload, draft: DraftOption | None, num_nodes: int, like: MemoryPlan) -> MemoryPlan | None:
+    """With slots and resident layers as `like` has them."""
     try:
-        return workload.memory(draft, num_nodes, num_slots)
+        return workload.memory(draft, num_nodes, like.num_slots, bool(like.placement.coded))
     except FitError:
         return None

@@ -1,4 +1,5 @@
-"""Pure: the tree, the draft, the slots and the resident layers that give the least seconds per token together.
+"""Pure: the tree, the draft, the slots and the resident layers, decoded for good or in every pass, that give the least seconds
+per token together.
 
 They compete for the same memory and hide under the same stream, so they are chosen together: minimise E[round] / E[tokens]
 over all of them (a ratio of expectations, as renewal-reward has it). For an acceptance and a bound on the width of levels the
@@ -9,6 +10,7 @@ are timed together.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -60,12 +62,12 @@ def best_choice(
     found: list[Choice | None] = []
     for draft in drafts:
         if draft is None:
-            found += [_plain(workload, num_slots) for num_slots in slots]
+            found += [_plain(workload, num_slots, coded) for num_slots, coded in product(slots, workload.codings)]
             continue
         if draft.acceptance not in trees:
             trees[draft.acceptance] = _Trees(draft.acceptance, grid[-1], max_levels, workload.target.vocab_size)
-        for num_slots in slots:
-            found.append(_Search(workload, draft, trees[draft.acceptance], num_slots).run(grid))
+        for num_slots, coded in product(slots, workload.codings):
+            found.append(_Search(workload, draft, trees[draft.acceptance], num_slots, coded).run(grid))
     return min((choice for choice in found if choice is not None), key=_order, default=None)
 
 
@@ -73,10 +75,10 @@ def _order(choice: Choice) -> tuple[float, int, int]:
     return choice.s_per_token, choice.num_nodes, choice.num_levels
 
 
-def _plain(workload: Workload, num_slots: int) -> Choice | None:
+def _plain(workload: Workload, num_slots: int, coded: bool) -> Choice | None:
     """The root alone, without a draft."""
     try:
-        memory = workload.memory(None, 1, num_slots)
+        memory = workload.memory(None, 1, num_slots, coded)
     except FitError:
         return None
     s_per_token = predict(workload, memory, 1, 0.0, 1.0).s_per_token
@@ -103,10 +105,10 @@ class _Trees:
 
 
 class _Search:
-    """All trees for one draft and one number of slots."""
+    """All trees for one draft and one number of slots, with resident layers `coded` or not."""
 
-    def __init__(self, workload: Workload, draft: DraftOption, trees: _Trees, num_slots: int) -> None:
-        self._workload, self._draft, self._trees, self._num_slots = workload, draft, trees, num_slots
+    def __init__(self, workload: Workload, draft: DraftOption, trees: _Trees, num_slots: int, coded: bool) -> None:
+        self._workload, self._draft, self._trees, self._num_slots, self._coded = workload, draft, trees, num_slots, coded
 
     def run(self, grid: Sequence[int]) -> Choice | None:
         """The best choice, None where nothing fits. First over all sizes and numbers of levels, then with bounds on
@@ -127,7 +129,7 @@ class _Search:
         plans: dict[int, MemoryPlan] = {}
         for size in grid:
             try:
-                plans[size] = self._workload.memory(self._draft, size, self._num_slots)
+                plans[size] = self._workload.memory(self._draft, size, self._num_slots, self._coded)
             except FitError:
                 break  # a larger tree takes no less
         return plans

@@ -24,15 +24,17 @@ WARM_ROUNDS = 2  # after which rounds repeat; with wake_s, a few go on to swing,
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartTimes:
     """Seconds of a round's parts. By layer: copy_s over the link, read_s from disk into the ring, move_s from memory that is
-    not pinned into the ring; layer_s is the compute of a layer, a number or one per candidate [C]. Each a number or [C]:
-    before_s is drafting, after_s what follows the last layer: head, verification, commit. A layer that waited for its copy
-    takes as much longer, but at most wake_s."""
+    not pinned into the ring; layer_s is the compute of a layer, a number or one per candidate [C]; decode_s what is decoded in
+    front of it, 0 for a layer that is stored as it computes, empty where all are. Each a number or [C]: before_s is drafting,
+    after_s what follows the last layer: head, verification, commit. A layer that waited for its copy takes as much longer, but
+    at most wake_s."""
 
     copy_s: Sequence[float]
     read_s: Sequence[float]
     move_s: Sequence[float]
     before_s: npt.ArrayLike
     layer_s: Sequence[float | Floats]
+    decode_s: Sequence[float] = ()
     after_s: npt.ArrayLike
     wake_s: float = 0.0
 
@@ -50,16 +52,24 @@ def steady_round(placement: Placement, num_slots: int, parts: PartTimes) -> Roun
     before_s, after_s = (np.asarray(x, dtype=np.float64) for x in (parts.before_s, parts.after_s))
     if not placement.streamed:
         pass_s = np.sum(np.asarray(parts.layer_s, dtype=np.float64), axis=0)
+        if parts.decode_s:
+            pass_s = pass_s + sum(parts.decode_s[layer] for layer in placement.coded)
         return RoundTimes(round_s=before_s + pass_s + after_s, pass_s=pass_s)
     timeline = _Timeline(placement, parts, np.zeros(np.broadcast(before_s, parts.layer_s[0], after_s).shape))
     for _ in range(num_slots):
         timeline.fetch()
     began = drafted = timeline.now
+    decode_s = parts.decode_s or [0.0] * placement.num_layers
     for _ in range(WARM_ROUNDS + 1):
         began = timeline.now
         drafted = timeline.now = began + before_s
         for layer, layer_s in enumerate(parts.layer_s):
             if layer in placement.resident:
+                timeline.now = timeline.now + (decode_s[layer] if layer in placement.coded else 0.0) + layer_s
+            elif decode_s[layer]:
+                timeline.wait()
+                timeline.now = timeline.now + decode_s[layer]
+                timeline.fetch()
                 timeline.now = timeline.now + layer_s
             else:
                 timeline.wait()

@@ -31,6 +31,11 @@ class Placement:
         return tuple([layer for layer in range(self.num_layers) if layer not in self.resident])
 
     @property
+    def decoded(self) -> tuple[int, ...]:
+        """In every pass, if they are not stored as they compute."""
+        return tuple([layer for layer in range(self.num_layers) if layer in self.coded or layer not in self.resident])
+
+    @property
     def host(self) -> tuple[int, ...]:
         return tuple(layer for layer in self.streamed if layer not in self.disk)
 
