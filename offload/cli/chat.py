@@ -14,7 +14,7 @@ from .answer import Answerer
 from .dialogue import AnswerSettings, Dialogue
 from .flags_to_settings import check_and_announce_models, check_small_files, engine_settings
 from .signals import leaving_at_once
-from .terminal import LoadBar, full_statistics, say, say_plan
+from .terminal import LoadBar, full_statistics, say, say_plan, say_weights
 from .turns import Turn, line_reader, read_turn
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with LoadBar(enabled=not arguments.quiet) as progress:
         engine = open_engine(settings, seed=arguments.seed, progress=progress.update, admit=admit)
+    say_weights(engine.weights, quiet=arguments.quiet)
     say_plan(engine.plan, arguments)
     with engine:
         return _converse(Answerer(engine, dialogue, arguments), settings.model)

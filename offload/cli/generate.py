@@ -15,7 +15,7 @@ from .acceptance import AcceptanceRecorder, provenance, write_json
 from .flags_to_settings import check_and_announce_models, check_small_files, check_writable, engine_settings
 from .parser import DEMO_PROMPT
 from .signals import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated, leaving_at_once
-from .terminal import LoadBar, full_statistics, plan_summary, say
+from .terminal import LoadBar, full_statistics, plan_summary, say, say_weights
 
 if TYPE_CHECKING:
     from ..engine.admission import Admission, Request
@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         engine = open_engine(
             settings, seed=arguments.seed, progress=progress.update, trace=trace, expect=asked.expect, admit=asked.admit
         )
+    say_weights(engine.weights, quiet=arguments.quiet)
     if arguments.verbose:
         say(plan_summary(engine.plan))
     with engine:

@@ -9,7 +9,7 @@ from ..errors import UsageError, reason
 from ..serve.settings import ServeSettings
 from .flags_to_settings import check_and_announce_models, check_small_files, engine_settings
 from .parser import DEMO_NAME
-from .terminal import say, say_plan
+from .terminal import say, say_plan, say_weights
 
 if TYPE_CHECKING:
     from ..engine.admission import Admission
@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
             require_tokenizer(admission.tokenizer)
 
         engine = open_engine(settings, progress=progress, admit=admit)
+        say_weights(engine.weights, quiet=arguments.quiet)
         say_plan(engine.plan, arguments)
         return engine
 

@@ -10,7 +10,7 @@ from ..config import bytes_text, counted
 
 if TYPE_CHECKING:
     from ..planner.plan import Plan
-    from ..report.report import Report
+    from ..report.report import Report, Weights
 
 
 def say(text: str) -> None:
@@ -101,6 +101,12 @@ def full_statistics(report: "Report") -> str:
     deviation = report.deviation
     off = [deviation.text(), *([f"  {deviation.advice}"] if deviation.advice else [])] if deviation is not None else []
     return "\n".join([*lines, *ledgers(report.plan), report.line(), *off])
+
+
+def say_weights(weights: "Weights", *, quiet: bool) -> None:
+    """Of which model texts are exact, where its name does not say it: its weights are packed or coded."""
+    if weights.is_coded and not quiet:
+        say(f"weights: {weights.name}; the text is exactly what they give")
 
 
 def say_plan(plan: "Plan", arguments: argparse.Namespace) -> None:

@@ -41,6 +41,10 @@ class Weights:
     name: str
     layers: tuple[frozenset[str], ...]
 
+    @property
+    def is_coded(self) -> bool:
+        return any(self.layers)
+
     def codecs(self, streamed: Iterable[int]) -> dict[str, int]:
         """How many of the layers `streamed` have tensors in each format; in "none" those that travel as they compute."""
         counts = Counter(name for layer in streamed for name in self.layers[layer] or {"none"})
