@@ -13,6 +13,7 @@ from ..planner.hardware import HardwareProfile
 from ..planner.tree_flag import DEFAULT_ACCEPTANCE, read_acceptance
 from ..weights.checkpoint import Checkpoint
 from ..weights.disk_speed import measure_disk
+from .decoding import measure_decoding
 from .draw_and_verify import measure_drawing, measure_verification
 from .effort import Effort
 from .link import busy_link, measure_idle_link
@@ -50,6 +51,7 @@ def measure_hardware(
         for subject in subjects:
             progress(f"{subject.role} layers")
             models.append(measure_model(watch, subject, tasks[0]))
+        decoders = [measure_decoding(watch, subject.model) for subject in subjects if subject.role == "target"]
     if disk is not None:
         progress("disk")
     times, layer = models[0].times[0], cost.common_layer
@@ -64,6 +66,7 @@ def measure_hardware(
         device_memory_bytes_per_s=layer.computed_bytes / times.layer_s[0],
         models=tuple(models),
         tasks=tuple(tasks),
+        decoders=tuple(decoder for decoder in decoders if decoder is not None),
         doubts=watch.doubts,
     )
 
