@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+
+# Read when triton is imported, which models of transformers do: kernels run in its interpreter where there is no GPU.
+os.environ["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
+
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fakes import DEVICES
@@ -21,9 +25,6 @@ from offload.model.rope import Rope
 from offload.model.transformers_api import _PassLayer
 from offload.planner.hardware import HardwareProfile
 
-# Read when triton is imported, which torch and transformers do at times: kernels run in its interpreter where there is no GPU.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Matrices this small gain nothing from a second thread, and threads that wait for each other lose a busy machine.
 torch.set_num_threads(1)
 # How long an example takes is up to who else uses the machine.

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from ..errors import ModelError
+from .lossless_packing import METHOD, read_lossless
 from .tensor_codec import Packing
 
 # By `quant_method`: reads the rest of the object. ValueError says what is wrong with it.
-READERS: Final[dict[str, Callable[[Mapping[str, object]], Packing]]] = {}
+READERS: Final[dict[str, Callable[[Mapping[str, object]], Packing]]] = {METHOD: read_lossless}
 
 
 def read_packing(quantization: Mapping[str, object], where: str) -> Packing:

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import torch
 
+from ..coding.lossless_packing import METHOD
 from ..coding.packings import read_packing
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.packed_source import Codecs
 from .architecture import Architecture, match_weights, read_architecture
 from .locate import locate_model
-
-LOSSLESS = "treestream_lossless"  # what the config of a converted folder calls its quantisation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +27,7 @@ class ModelFiles:
     @property
     def is_lossless(self) -> bool:
         """Whether what is stored are the 16-bit weights, coded."""
-        return self.architecture.quantization.get("quant_method") == LOSSLESS
+        return self.architecture.quantization.get("quant_method") == METHOD
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,0 +1,181 @@
+"""16-bit weights into the code of lossless_layout.py. Nothing is believed: what was written is decoded and compared."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .lossless_layout import BLOCK, MAX_WEIGHTS, NUM_CODES, Coded
+from .lossless_numpy import CHUNK_BLOCKS, Bits, Bytes, decode_blocks, encode_blocks, exponents_of
+
+CHUNK: Final = CHUNK_BLOCKS * BLOCK  # weights
+RUN: Final = 8 * CHUNK  # weights that one thread takes at a time
+PIECE: Final = 2**14  # weights that torch converts in the thread that asks: more of them wake its own threads
+SAMPLE: Final = 2**16  # weights that choose the base
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What the code of a tensor needs to know of all of it. `escapes` and `exceptions` count those of each RUN."""
+
+    base: int
+    escapes: tuple[int, ...]
+    exceptions: tuple[int, ...]
+
+    @property
+    def num_escapes(self) -> int:
+        return sum(self.escapes)
+
+    @property
+    def num_exceptions(self) -> int:
+        return sum(self.exceptions)
+
+
+class Encoder:
+    """Its threads share a tensor; each takes a few MiB beside it. Tensors are contiguous, on the CPU, of a dtype in FORMATS."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="lossless-encoder")
+
+    def __enter__(self) -> "Encoder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def survey(self, tensor: torch.Tensor) -> Survey | None:
+        """None for a tensor that is too long for the code, or empty."""
+        weights = _Weights(tensor)
+        if not 0 < weights.size <= MAX_WEIGHTS:
+            return None
+        base = _best_base(weights)
+        counts = list(self._pool.map(lambda start: _count_run(weights, base, start), range(0, weights.size, RUN)))
+        return Survey(base=base, escapes=tuple(count[0] for count in counts), exceptions=tuple(count[1] for count in counts))
+
+    def encode(self, tensor: torch.Tensor, survey: Survey, into: Coded) -> None:
+        """Fills all of `into`, whose shapes `survey` decided. ValueError, which says what is wrong with the tensor, when it is
+        not the one that was surveyed or when the code does not give it back."""
+        weights = _Weights(tensor)
+        into.base.fill_(survey.base)
+        into.escapes[-1:].fill_(0)
+        starts = zip(_starts(survey.escapes), _starts(survey.exceptions), strict=True)
+        runs = [
+            _Run(weights=weights, survey=survey, number=number, first_escape=first_escape, first_exception=first_exception)
+            for number, (first_escape, first_exception) in enumerate(starts)
+        ]
+        for _ in self._pool.map(lambda run: run.encode(into), runs):
+            pass
+
+
+class _Weights:
+    """The bits of a tensor, and the bfloat16 numbers that it is coded as."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.bits: Bits = tensor.detach().view(-1).view(torch.int16).numpy().view(np.uint16)
+        self.is_half = tensor.dtype == torch.float16
+        self.size = self.bits.size
+
+    def coded(self, bits: Bits) -> Bits:
+        """Those `bits` as bfloat16, cut off where that is too short."""
+        if not self.is_half:
+            return bits
+        coded = np.empty_like(bits)
+        for piece in _pieces(bits.size):
+            wide = torch.from_numpy(bits[piece].view(np.int16)).view(torch.float16).float()
+            coded[piece] = wide.numpy().view(np.uint32) >> 16
+        return coded
+
+    def exceptions(self, bits: Bits, coded: Bits) -> NDArray[np.bool_]:
+        """Which of `bits` do not come out of `coded` on every device."""
+        if not self.is_half:
+            return np.not_equal(bits, coded)
+        wrong: NDArray[np.bool_] = (bits & 0x7FFF) > 0x7C00  # NaN, whose payload not every device converts
+        for piece in _pieces(bits.size):
+            wide = torch.from_numpy((coded[piece].astype(np.uint32) << 16).view(np.int32)).view(torch.float32)
+            wrong[piece] |= wide.half().view(torch.int16).numpy().view(np.uint16) != bits[piece]
+        return wrong
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    weights: _Weights
+    survey: Survey
+    number: int
+    first_escape: int
+    first_exception: int
+
+    def encode(self, into: Coded) -> None:
+        low_bytes, codes, escapes = into.bytes.numpy(), into.codes.numpy(), into.escapes.numpy()
+        offsets = into.offsets.numpy()
+        escape, end = self.first_escape, self.first_escape + self.survey.escapes[self.number]
+        places: list[NDArray[np.intp]] = []
+        for chunk in _chunks(self.number * RUN, self.weights.size):
+            blocks = slice(chunk.start // BLOCK, -(-chunk.stop // BLOCK))
+            bits = self.weights.bits[chunk]
+            coded = self.weights.coded(bits)
+            of_chunk = codes[:, chunk.start // 8 : -(-chunk.stop // 8)]
+            found, before = encode_blocks(coded, self.survey.base, low_bytes[chunk], of_chunk)
+            if escape + found.size > end:
+                raise _changed()
+            escapes[escape : escape + found.size] = found
+            offsets[blocks] = escape + before
+            decoded = decode_blocks(low_bytes[chunk], of_chunk, self.survey.base, escapes, escape)
+            wrong = self.weights.exceptions(bits, decoded)
+            if wrong.any():
+                places.append(np.flatnonzero(wrong) + chunk.start)
+            escape += found.size
+        if escape != end or sum(map(len, places)) != self.survey.exceptions[self.number]:
+            raise _changed()
+        self._write_exceptions(places, into)
+
+    def _write_exceptions(self, places: list[NDArray[np.intp]], into: Coded) -> None:
+        first = self.first_exception
+        for positions in places:
+            which = slice(first, first + positions.size)
+            into.positions.numpy()[which] = positions
+            into.exceptions.view(torch.int16).numpy().view(np.uint16)[which] = self.weights.bits[positions]
+            first += positions.size
+
+
+def _changed() -> ValueError:
+    return ValueError("has changed while it was encoded: its file was written to, or memory fails")
+
+
+def _count_run(weights: _Weights, base: int, start: int) -> tuple[int, int]:
+    """(escapes, exceptions)"""
+    num_escapes = num_exceptions = 0
+    for chunk in _chunks(start, weights.size):
+        bits = weights.bits[chunk]
+        coded = weights.coded(bits)
+        num_escapes += np.count_nonzero(exponents_of(coded) - np.uint8(base) >= NUM_CODES)
+        if weights.is_half:
+            num_exceptions += np.count_nonzero(weights.exceptions(bits, coded))
+    return num_escapes, num_exceptions
+
+
+def _best_base(weights: _Weights) -> int:
+    """Of the consecutive exponents that most of some weights have."""
+    step = -(-weights.size // SAMPLE) | 1  # odd: rows are not, so it is not always the same columns
+    exponents: Bytes = exponents_of(weights.coded(np.ascontiguousarray(weights.bits[::step])))
+    counts = np.bincount(exponents, minlength=256)
+    return int(np.convolve(counts, np.ones(NUM_CODES, np.int64), mode="valid").argmax())
+
+
+def _chunks(start: int, size: int) -> Iterator[slice]:
+    end = min(start + RUN, size)
+    for first in range(start, end, CHUNK):
+        yield slice(first, min(first + CHUNK, end))
+
+
+def _pieces(size: int) -> Iterator[slice]:
+    for first in range(0, size, PIECE):
+        yield slice(first, min(first + PIECE, size))
+
+
+def _starts(counts: tuple[int, ...]) -> list[int]:
+    return [0, *np.cumsum(counts[:-1]).tolist()] if counts else []

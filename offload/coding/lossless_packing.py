@@ -1,0 +1,54 @@
+"""The packing of a folder that `convert` made: 16-bit weights in the code of lossless_layout.py, other tensors as they are."""
+
+import math
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+
+from .lossless import FORMATS, lossless_codec
+from .lossless_layout import MAX_WEIGHTS, prefix_of
+from .tensor_codec import Part, TensorCodec
+
+METHOD: Final = "treestream_lossless"  # the `quant_method` in its config.json: nobody else takes it for weights
+VERSION: Final = 1
+
+
+def read_lossless(quantization: Mapping[str, object]) -> "LosslessPacking":
+    """ValueError continues the sentence "the config ..."."""
+    if (version := quantization.get("version")) != VERSION:
+        raise ValueError(f"has version {str(version)[:20]} of the code, and we read {VERSION}")
+    return LosslessPacking()
+
+
+class LosslessPacking:
+    """A Packing. What is coded has its parts beside it; the files say no more than that."""
+
+    name = "16 bit, coded without loss"
+
+    def codec_of(self, parameter: str, shape: tuple[int, ...], beside: Mapping[str, Part]) -> TensorCodec | None:
+        prefix = prefix_of(parameter)
+        parts = {name.removeprefix(prefix): part for name, part in beside.items() if name.startswith(prefix)}
+        if "codes" not in parts:
+            return None
+        num_weights = math.prod(shape)
+        if not 0 < num_weights <= MAX_WEIGHTS:
+            raise ValueError(f"has {num_weights} weights, and is coded")
+        dtype = parts["exceptions"].dtype if "exceptions" in parts else torch.bfloat16
+        if dtype not in FORMATS:
+            raise ValueError(f"is coded as {dtype}, which has no such code")
+        num_escapes, num_exceptions = (
+            math.prod(parts[name].shape) if name in parts else 0 for name in ("escapes", "exceptions")
+        )
+        codec = lossless_codec(parameter, shape, max(num_escapes - 1, 0), num_exceptions, dtype)
+        _check_parts(codec.parts, beside)
+        return codec
+
+
+def _check_parts(needed: tuple[Part, ...], found: Mapping[str, Part]) -> None:
+    for part in needed:
+        if part.name not in found:
+            raise ValueError(f"is coded, and {part.name} is missing")
+        if (found[part.name].shape, found[part.name].dtype) != (part.shape, part.dtype):
+            there = f"{found[part.name].shape} of {found[part.name].dtype}"
+            raise ValueError(f"is coded, and has a {part.name} of {there} in place of {part.shape} of {part.dtype}")
