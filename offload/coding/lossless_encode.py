@@ -1,5 +1,6 @@
 """16-bit weights into the code of lossless_layout.py. Nothing is believed: what was written is decoded and compared."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,10 +38,11 @@ class Survey:
 
 
 class Encoder:
-    """Its threads share a tensor; each takes a few MiB beside it. Tensors are contiguous, on the CPU, of a dtype in FORMATS."""
+    """Its threads, as many as there are cores for this process, share a tensor; each takes a few MiB beside it. Tensors are
+    contiguous, on the CPU, of a dtype in FORMATS."""
 
-    def __init__(self, num_threads: int) -> None:
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="lossless-encoder")
+    def __init__(self, num_threads: int | None = None) -> None:
+        self._pool = ThreadPoolExecutor(num_threads or len(os.sched_getaffinity(0)), thread_name_prefix="lossless-encoder")
 
     def __enter__(self) -> "Encoder":
         return self

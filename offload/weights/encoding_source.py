@@ -1,0 +1,151 @@
+"""The tensors of a checkpoint in 16 bit, some of which are coded while they are loaded: the disk reads all of their bytes, host
+memory and link hold seven tenths."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from ..coding.lossless import FORMATS, lossless_codec, pays
+from ..coding.lossless_encode import Encoder, Survey
+from ..coding.lossless_layout import Coded, prefix_of
+from ..coding.tensor_codec import TensorCodec, part_name
+from ..errors import CheckpointError
+from .header import quoted
+from .packed_source import Codecs
+from .source import Destinations, TensorFeed, TensorSource
+
+Progress = Callable[[int], None]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding:
+    """How a parameter of that shape and dtype is coded."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    survey: Survey
+    codec: TensorCodec
+
+
+def lossless_source(inner: TensorSource, parameters: Shapes, progress: Progress | None = None) -> "EncodingSource":
+    """Of all that `inner` has, with those of `parameters`, {name: shape}, coded for which it pays. Reads them all once, to know
+    how many bytes they will take; `progress` gets the bytes read since its last call."""
+    encodings: dict[str, Encoding] = {}
+    with inner.open() as feed, Encoder() as encoder:
+        raw = RawTensors(feed)
+        for name, shape in parameters.items():
+            if may_be_coded(shape, inner.dtype(name)):
+                encoding = encoding_of(name, raw.read(name, shape, inner.dtype(name), progress), encoder)
+                if encoding is not None:
+                    encodings[name] = encoding
+    places = {
+        part_name(name, part.name): (name, number)
+        for name, encoding in encodings.items()
+        for number, part in enumerate(encoding.codec.parts)
+    }
+    return EncodingSource(inner=inner, encodings=encodings, places=places)
+
+
+def may_be_coded(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """A matrix in 16 bit: vectors are too few bytes to matter."""
+    return len(shape) > 1 and dtype in FORMATS
+
+
+def encoding_of(name: str, tensor: torch.Tensor, encoder: Encoder) -> Encoding | None:
+    """None where a code does not pay."""
+    survey, shape = encoder.survey(tensor), tuple(tensor.shape)
+    if survey is None:
+        return None
+    codec = lossless_codec(name, shape, survey.num_escapes, survey.num_exceptions, tensor.dtype)
+    return Encoding(shape=shape, dtype=tensor.dtype, survey=survey, codec=codec) if pays(codec, shape) else None
+
+
+class RawTensors:
+    """Tensors of a feed, one at a time, in memory that grows to the largest of them."""
+
+    def __init__(self, feed: TensorFeed) -> None:
+        self._feed, self._memory = feed, torch.empty(0, dtype=torch.uint8)
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, progress: Progress | None) -> torch.Tensor:
+        """Its memory is that of the next one, too."""
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        if self._memory.numel() < num_bytes:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # what was there goes first
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8)
+        tensor = self._memory[:num_bytes].view(dtype).view(shape)
+        self._feed.fill({name: tensor}, progress)
+        return tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodingSource:
+    """A TensorSource of what is stored: the parts of the parameters in `encodings`, other tensors as `inner` has them. `places`
+    says of each part whose it is, and which. What is read for a parameter counts as its first part's."""
+
+    inner: TensorSource
+    encodings: Mapping[str, Encoding]
+    places: Mapping[str, tuple[str, int]]
+
+    @property
+    def codecs(self) -> Codecs:
+        return {name: encoding.codec for name, encoding in self.encodings.items()}
+
+    @property
+    def equal_layers(self) -> frozenset[int]:
+        return self.inner.equal_layers
+
+    def num_bytes(self, name: str) -> int:
+        parameter, part = self.places.get(name, (name, 0))
+        return self.inner.num_bytes(parameter) if part == 0 else 0
+
+    def dtype(self, name: str) -> torch.dtype:
+        if name not in self.places:
+            return self.inner.dtype(name)
+        parameter, part = self.places[name]
+        return self.encodings[parameter].codec.parts[part].dtype
+
+    def open(self) -> "_EncodingFeed":
+        return _EncodingFeed(self)
+
+
+class _EncodingFeed:
+    """Peak memory beyond the destinations: the largest parameter, and what reader and encoder take."""
+
+    def __init__(self, source: EncodingSource) -> None:
+        self._source, self._encoder, self._inner = source, Encoder(), source.inner.open()
+        self._raw = RawTensors(self._inner)
+
+    def __enter__(self) -> "_EncodingFeed":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._inner.__exit__(kind, error, trace)
+        self._encoder.__exit__(kind, error, trace)
+
+    def fill(self, destinations: Destinations, progress: Progress | None = None) -> None:
+        """All parts of a parameter, or none. CheckpointError for one that is not what it was when it was looked at."""
+        places, names = self._source.places, dict[str, None]()
+        for name in destinations:
+            if name in places:
+                names[places[name][0]] = None  # in order, and once
+        self._inner.fill({name: view for name, view in destinations.items() if name not in places}, progress)
+        for name in names:
+            encoding = self._source.encodings[name]
+            parts = {part.name: destinations[part_name(name, part.name)] for part in encoding.codec.parts}
+            tensor = self._raw.read(name, encoding.shape, encoding.dtype, progress)
+            encode_into(name, tensor, encoding, parts, self._encoder)
+
+
+def encode_into(name: str, tensor: torch.Tensor, encoding: Encoding, parts: Destinations, encoder: Encoder) -> None:
+    """CheckpointError when the code of `tensor` does not give it back."""
+    try:
+        encoder.encode(tensor, encoding.survey, Coded.of(parts, prefix_of(name)))
+    except ValueError as error:
+        raise CheckpointError(
+            f"tensor {quoted(name)} {error}",
+            where="16-bit weights, coded without loss",
+            cure="run again; if it happens again, check the disk and the memory of this machine",
+        ) from error
