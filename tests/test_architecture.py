@@ -29,8 +29,17 @@ ALLOWED: dict[str, set[str]] = {
     "text": {*FLOOR, "model.transformers_api"},  # which reads tokenizers, too
     "model": {*MACHINE, "releases"},  # whether a family or a release is to blame for a pass that fails
     # shapes come from where models are found, without building any; buckets say what recordings of the draft will take, and
-    # the workspace what decoding will
-    "planner": {*FLOOR, "coding.workspace", "device", "weights", "model.locate", "model.rope", "model.buckets"},
+    # the workspace what decoding will; of packed files it reads the same headers, without torch
+    "planner": {
+        *FLOOR,
+        "coding.gguf_types",
+        "coding.workspace",
+        "device",
+        "weights",
+        "model.locate",
+        "model.rope",
+        "model.buckets",
+    },
     "report": {*FLOOR, "device.base", "planner", "text"},  # records and words: it reads no weights and moves none
     "demo": FLOOR,  # data, and the script that made it
     # makes tensors instead of reading them; computes what the demo target computes

@@ -103,7 +103,7 @@ def test_costs_of_the_demo_pair_are_those_of_the_loaded_model(folder: Path) -> N
 def assert_costs_agree(folder: Path) -> None:
     architecture, shape = read_architecture(folder), find_shape(str(folder), "--model")
     for dtype in (torch.bfloat16, torch.float32):
-        assert shape.cost(dtype.itemsize) == TypedModel(architecture=architecture, dtype=dtype).cost
+        assert shape.cost(dtype.itemsize) == TypedModel(architecture=architecture, dtype=dtype, weights=shape.weights).cost
     assert (shape.max_positions, shape.name) == (architecture.max_positions, str(folder))
 
 

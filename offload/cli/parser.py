@@ -85,6 +85,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=temperature, default=0.0, metavar="T", help="above 0: time for sampling; default 0"
     )
     add_codec_flag(group)
+    group.add_argument("--weights", metavar="NAME", help="a preset with weights stored so: fp8, int4, q4_k_m, lossless, ...")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--profile", metavar="FILE|NAME", help="hardware profile, or one of profiles/hardware: l40")
     machine.add_argument("--link", type=rate("--link"), metavar="RATE", help="host to device, e.g. 25GB/s")

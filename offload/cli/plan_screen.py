@@ -16,20 +16,24 @@ COLUMN = 40
 SHOWN_WINS = 3
 
 
-def json_document(made: "Plan") -> dict[str, object]:
+def json_document(made: "Plan", target: "ModelShape") -> dict[str, object]:
     """The object of `plan --json`, field by field in docs/cli.md."""
     placement, prediction = made.placement, made.prediction
     return {
         "schema_version": 1,
         "fits": True,
+        "weights": target.weights,
         "resident_layers": len(placement.resident),
+        "coded_layers": len(placement.coded),
         "streamed_layers": len(placement.streamed),
         "disk_layers": len(placement.disk),
         "slots": made.num_slots,
         "bytes_per_pass": made.bytes_per_pass,
+        "raw_bytes_per_pass": made.raw_bytes_per_pass,
         "link_bytes_per_s": made.link_bytes_per_s,
         "predicted_pass_s": prediction.pass_s,
         "predicted_compute_s": prediction.compute_s,
+        "predicted_decode_s": prediction.decode_s,
         "predicted_draft_s": prediction.draft_s,
         "predicted_round_s": prediction.round_s,
         "predicted_s_per_token": prediction.s_per_token,
@@ -65,9 +69,9 @@ def screen(
     wins: Sequence["Win"],
 ) -> str:
     draft = drafts[made.draft].name if made.draft is not None else "no draft"
+    layers = f"{counted(target.num_layers, 'layer')} x {target.layer_parameters / 1e6:.3g} M parameters in {target.weights}"
     lines = [
-        f"{target.name}, {counted(target.num_layers, 'layer')} x {target.layer_parameters / 1e6:.3g} M parameters | {draft} | "
-        f"{hardware.device_name}" + (" (published figures)" if hardware.published else ""),
+        f"{target.name}, {layers} | {draft} | {hardware.device_name}" + (" (published figures)" if hardware.published else ""),
         "",
         *_ledgers(made),
         "",
@@ -101,10 +105,11 @@ def _verdict(made: "Plan") -> list[str]:
     if placement.streamed:
         rate = rate_text(made.link_bytes_per_s or 0.0)
         from_disk = f", {bytes_text(made.disk_bytes_per_pass)} of it from disk" if placement.disk else ""
+        decoding = f", of it decoding {seconds_text(prediction.decode_s)} s" if prediction.decode_s else ""
         bound = "" if prediction.compute_s < prediction.pass_s else ", which is more than the link needs"
         first = (
             f"FITS. One pass streams {bytes_text(made.bytes_per_pass)}{from_disk}: {seconds_text(prediction.pass_s)} s "
-            f"at {rate} (compute {seconds_text(prediction.compute_s)} s{bound})"
+            f"at {rate} (compute {seconds_text(prediction.compute_s)} s{decoding}{bound})"
         )
     else:
         first = f"FITS. Nothing is streamed: {seconds_text(prediction.pass_s)} s a pass"

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..coding.workspace import WORKSPACE_BYTES
 
@@ -30,11 +31,12 @@ class LayerCost:
         return self.scratch_bytes > 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelCost:
     """Sizes of one model in the dtype it runs in. Layers that are equal are one object, in each of their places.
     `outside_bytes` is what lies outside the layers: embedding, norm, head. `num_masks` is how many kinds of layers there are by
-    what their attention sees: all, or a window. `weights` is what people call how they are stored: "float16", "FP8"."""
+    what their attention sees: all, or a window. `weights` is what people call how they are stored: "float16", "FP8".
+    Without slots: a search asks for the same sums thousands of times."""
 
     layers: tuple[LayerCost, ...]
     outside_bytes: int
@@ -51,27 +53,27 @@ class ModelCost:
     def num_layers(self) -> int:
         return len(self.layers)
 
-    @property
+    @cached_property
     def common_layer(self) -> LayerCost:
         """The kind of layer that there are most of. Times of a layer are times of this one."""
         return Counter(self.layers).most_common(1)[0][0]
 
-    @property
+    @cached_property
     def equivalent_layers(self) -> float:
         """How many layers of the common kind take as long to compute as all that there are."""
         return sum([layer.num_parameters for layer in self.layers]) / self.common_layer.num_parameters
 
-    @property
+    @cached_property
     def stored_bytes(self) -> int:
         """Of all layers, on disk or in host memory."""
         return sum([layer.stored_bytes for layer in self.layers])
 
-    @property
+    @cached_property
     def computed_bytes(self) -> int:
         """Of all layers, on the device."""
         return sum([layer.computed_bytes for layer in self.layers])
 
-    @property
+    @cached_property
     def slot_bytes(self) -> int:
         """Of a buffer that any layer fits in, on its way: the largest stored layer."""
         return max([layer.stored_bytes for layer in self.layers])
@@ -81,18 +83,23 @@ class ModelCost:
         """Whether any layer is stored otherwise than it computes."""
         return self.scratch_bytes > 0
 
-    @property
+    @cached_property
     def scratch_bytes(self) -> int:
         """Of the device memory in which layers are decoded in a pass, one at a time."""
         return max([layer.scratch_bytes for layer in self.layers])
 
-    @property
+    @cached_property
     def workspace_bytes(self) -> int:
         """What a decoder takes besides while it runs."""
         decoded_bytes = max([layer.computed_bytes for layer in self.layers if layer.is_decoded], default=0)
         return min(WORKSPACE_BYTES, WORKSPACE_LAYERS * decoded_bytes)
 
-    @property
+    @cached_property
+    def largest_kv_bytes_per_row(self) -> int:
+        """Keys and values of one token in the layer that has most of them."""
+        return max([layer.kv_bytes_per_row for layer in self.layers])
+
+    @cached_property
     def kv_bytes_per_row(self) -> int:
         """Keys and values of one token in all layers: 327,680 bytes for Llama-2-70B in float16."""
         return sum([layer.kv_bytes_per_row for layer in self.layers])
@@ -127,7 +134,7 @@ def activation_bytes(model: ModelCost, rows: int, context_rows: int) -> int:
     """Working memory of one pass over `rows` rows that sees `context_rows` rows at most, its own among them: the widest of
     three moments of a layer. Besides what each names, the masks, the embedded tokens and the layer's input are alive."""
     hidden, heads = model.hidden_size, model.num_heads * model.head_dim
-    kv_heads = max([layer.kv_bytes_per_row for layer in model.layers]) // (2 * model.dtype_bytes)  # times their size
+    kv_heads = model.largest_kv_bytes_per_row // (2 * model.dtype_bytes)  # times their size
     # Normed input; queries, keys, values; queries times cosine, turned by half, and that times sine.
     rotation = rows * (3 * hidden + 4 * heads + 2 * kv_heads)
     # Normed input; queries and output; keys and values repeated for all heads; the mask as kernels want it: additive, padded.

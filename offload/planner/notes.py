@@ -29,6 +29,7 @@ def plan_notes(workload: Workload, memory: MemoryPlan) -> Iterator[str]:
     placement = memory.placement
     if not placement.streamed:
         yield NOTHING_STREAMED
+    yield from _decoding_notes(workload, memory)
     if placement.disk:
         disk_s = stored_bytes(workload.target, placement.disk) / workload.disk_bytes_per_s
         if disk_s > stored_bytes(workload.target, placement.streamed) / workload.link_bytes_per_s:
@@ -36,3 +37,19 @@ def plan_notes(workload: Workload, memory: MemoryPlan) -> Iterator[str]:
         if workload.disk_is_assumed:
             yield f"the disk is taken to read {workload.disk_bytes_per_s / 1e9:g} GB/s, as nobody said: --disk names its rate"
     yield from workload.doubts
+
+
+def _decoding_notes(workload: Workload, memory: MemoryPlan) -> Iterator[str]:
+    """Of the slowest decoder, where it is slower than the link; and of times that nobody measured."""
+    layers, name = workload.target.layers, workload.target.weights
+    streamed = [layer for layer in memory.placement.streamed if layers[layer].is_decoded]
+    if streamed:
+        slowest = max(streamed, key=lambda layer: workload.decode_s[layer])
+        copy_s, decode_s = layers[slowest].stored_bytes / workload.link_bytes_per_s, workload.decode_s[slowest]
+        if decode_s > copy_s:
+            yield (
+                f"{name} is decoded more slowly than it comes: a layer takes {seconds_text(decode_s)} s, and "
+                f"{seconds_text(copy_s)} s over the link"
+            )
+    if workload.decode_is_assumed and (streamed or memory.placement.coded):
+        yield f"how long decoding takes ({name}) is estimated from the rate of the device's memory: nobody measured it"

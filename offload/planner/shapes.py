@@ -1,4 +1,5 @@
-"""What planning needs to know of a model, from its config.json alone: no weights, no torch, no network.
+"""What planning needs to know of a model, from its config.json, and from the headers of its files where weights are packed: no
+weights, no torch, no network.
 
 model/architecture.py reads the same off the model that transformers builds, and takes seconds to import: `plan` answers in half
 of one. A test holds both to the same sizes, family by family.
@@ -6,27 +7,31 @@ of one. A test holds both to the same sizes, family by family.
 The facts of well-known models are in profiles/models, so that a plan for one needs nothing of it on this machine.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import ModelError
+from ..errors import CheckpointError, ModelError
 from ..model.locate import find_config
 from ..model.rope import read_rope
 from .cost import LayerCost, ModelCost, kv_bytes_per_row
 from .json_file import read_file
+from .quantization import Packed, read_quantization
+from .stored import Stored, aligned_bytes, by_bits
+from .weight_files import has_weights, stored_in_folder
 
 PRESETS = Path(__file__).parents[2] / "profiles/models"
 CURE = "give the config.json of a dense Llama, Mistral, Qwen2 or Qwen3"
 MAX_LAYERS = 2048  # as model/architecture.py, which would refuse to build it
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-ALIGNMENT_BYTES = 256  # as weights/layout.py, which imports torch; a test holds both to the same sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """A dense decoder of equal layers: grouped-query attention, a gated MLP, two norms. Sizes count elements."""
+    """A dense decoder of equal layers: grouped-query attention, a gated MLP, two norms. Sizes count elements. `stored` says how
+    its weights are stored, None as they compute, in `dtype`; `has_weights`: they are on this machine."""
 
     name: str
     num_layers: int
@@ -43,11 +48,18 @@ class ModelShape:
     mlp_bias: bool = False
     query_key_norm: bool = False
     dtype: str = "float16"
+    stored: Stored | None = None
+    has_weights: bool = False
+
+    @property
+    def weights(self) -> str:
+        """What people call how they are stored."""
+        return self.stored.name if self.stored is not None else self.dtype
 
     @property
     def layer_parameters(self) -> int:
         """Elements of one decoder layer: 855,654,400 for Llama-2-70B."""
-        return sum(self._layer_tensors())
+        return sum(map(math.prod, self.layer_tensors.values()))
 
     @property
     def outside_parameters(self) -> int:
@@ -60,38 +72,54 @@ class ModelShape:
 
     def cost(self, dtype_bytes: int) -> ModelCost:
         """Bytes in a dtype of `dtype_bytes`, every tensor aligned as in a layer's buffer."""
-        layer_bytes = _aligned_bytes(self._layer_tensors(), dtype_bytes)
-        layer = LayerCost(
-            stored_bytes=layer_bytes,
-            computed_bytes=layer_bytes,
-            num_parameters=self.layer_parameters,
-            kv_bytes_per_row=kv_bytes_per_row(self.num_kv_heads, self.head_dim, dtype_bytes),
-        )
+        sizes = {name: math.prod(shape) for name, shape in self.layer_tensors.items()}
+        computed_bytes = aligned_bytes(sizes.values(), dtype_bytes)
+
+        def layer_cost(packed: Mapping[str, int]) -> LayerCost:
+            kept = [size for name, size in sizes.items() if name not in packed]
+            return LayerCost(
+                stored_bytes=sum(packed.values()) + aligned_bytes(kept, dtype_bytes),
+                computed_bytes=computed_bytes,
+                num_parameters=self.layer_parameters,
+                kv_bytes_per_row=kv_bytes_per_row(self.num_kv_heads, self.head_dim, dtype_bytes),
+                scratch_bytes=computed_bytes if packed else 0,
+            )
+
+        packed = self.stored.layers if self.stored is not None else ({},) * self.num_layers
+        kinds = {frozenset(layer.items()): layer_cost(layer) for layer in packed}
         return ModelCost(
-            layers=(layer,) * self.num_layers,
-            outside_bytes=_aligned_bytes(self._outside_tensors(), dtype_bytes),
+            layers=tuple(kinds[frozenset(layer.items())] for layer in packed),
+            outside_bytes=aligned_bytes(self._outside_tensors(), dtype_bytes),
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
             num_heads=self.num_heads,
             head_dim=self.head_dim,
             vocab_size=self.vocab_size,
             dtype_bytes=dtype_bytes,
+            weights=self.weights,
         )
 
-    def _layer_tensors(self) -> list[int]:
+    @property
+    def layer_tensors(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of one decoder layer, as the families call them."""
         hidden, inner = self.hidden_size, self.intermediate_size
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = [hidden * queries, hidden * keys, hidden * keys, queries * hidden]
-        sizes = attention + 3 * [hidden * inner] + 2 * [hidden]
-        if self.query_key_value_bias:
-            sizes += [queries, keys, keys]
+        outputs = {"q": queries, "k": keys, "v": keys}
+        tensors: dict[str, tuple[int, ...]] = {}
+        for name, rows in outputs.items():
+            tensors[f"self_attn.{name}_proj.weight"] = (rows, hidden)
+            if self.query_key_value_bias:
+                tensors[f"self_attn.{name}_proj.bias"] = (rows,)
+        tensors["self_attn.o_proj.weight"] = (hidden, queries)
         if self.output_bias:
-            sizes += [hidden]
-        if self.mlp_bias:
-            sizes += [inner, inner, hidden]
+            tensors["self_attn.o_proj.bias"] = (hidden,)
+        for name, (rows, columns) in {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}.items():
+            tensors[f"mlp.{name}_proj.weight"] = (rows, columns)
+            if self.mlp_bias:
+                tensors[f"mlp.{name}_proj.bias"] = (rows,)
         if self.query_key_norm:
-            sizes += [self.head_dim, self.head_dim]
-        return sizes
+            tensors |= {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}
+        return tensors | {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
 
     def _outside_tensors(self) -> list[int]:
         embedding = self.vocab_size * self.hidden_size
@@ -111,7 +139,21 @@ def find_shape(name: str, flag: str) -> ModelShape:
             where=flag,
             cure=f"give a folder with config.json, a hub id that is downloaded, or one of {', '.join(preset_names())}",
         )
-    return replace(shape_from_config(_read_json(path), where=str(path)), name=name)
+    shape = shape_from_config(_read_json(path), where=str(path))
+    return replace(_with_files(shape, path.parent), name=name)
+
+
+def _with_files(shape: ModelShape, folder: Path) -> ModelShape:
+    """With what the files of `folder` hold, where weights are packed. Files that are not all there say nothing."""
+    if not has_weights(folder):
+        return shape
+    if shape.stored is None:
+        return replace(shape, has_weights=True)
+    try:
+        stored = stored_in_folder(folder, shape.stored.name, shape.layer_tensors, shape.num_layers)
+    except CheckpointError:
+        stored = shape.stored
+    return replace(shape, stored=stored, has_weights=True)
 
 
 def preset_names() -> tuple[str, ...]:
@@ -130,15 +172,14 @@ def shape_from_config(config: Mapping[str, object], *, where: str) -> ModelShape
     family = config.get("model_type")
     if family not in FAMILIES:
         raise _invalid(f"model_type is {family!r}, and shapes are known of {', '.join(FAMILIES)}", where)
-    if config.get("quantization_config"):
-        raise _invalid("quantization_config is set, and only unquantised weights are streamed", where)
+    packed = _quantization(config, where)
     hidden_size, num_heads = _count(config, "hidden_size", where), _count(config, "num_attention_heads", where)
     num_kv_heads = _count(config, "num_key_value_heads", where, default=num_heads if family == "llama" else None)
     head_dim = _count(config, "head_dim", where, default=128 if family == "qwen3" else hidden_size // num_heads)
     if num_heads % num_kv_heads:
         raise _invalid(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}", where)
     attention_bias = family in ("llama", "qwen3") and _flag(config, "attention_bias", where)
-    return ModelShape(
+    shape = ModelShape(
         name=str(family),
         num_layers=_count(config, "num_hidden_layers", where, most=MAX_LAYERS),
         hidden_size=hidden_size,
@@ -155,6 +196,9 @@ def shape_from_config(config: Mapping[str, object], *, where: str) -> ModelShape
         query_key_norm=family == "qwen3",
         dtype=_dtype(config, where),
     )
+    if packed is None:
+        return shape
+    return replace(shape, stored=by_bits(packed.name, shape.layer_tensors, shape.num_layers, packed.bits))
 
 
 def read_preset_config(name: str) -> tuple[dict[str, object], str]:
@@ -212,8 +256,11 @@ def _dtype(config: Mapping[str, object], where: str) -> str:
     return str(value)
 
 
-def _aligned_bytes(tensors: list[int], dtype_bytes: int) -> int:
-    return sum(-(-size * dtype_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for size in tensors)
+def _quantization(config: Mapping[str, object], where: str) -> Packed | None:
+    try:
+        return read_quantization(config)
+    except ValueError as error:
+        raise _invalid(str(error), where) from error
 
 
 def _invalid(what: str, where: str) -> ModelError:

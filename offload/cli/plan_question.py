@@ -1,0 +1,122 @@
+"""What `plan` is asked: the models, the machine and the settings that its flags mean. No torch."""
+
+import argparse
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..config import EngineSettings, check_draft_passes, sampling_kind
+from ..errors import ModelError
+from ..planner.tree_flag import read_acceptances, read_tree
+from .flags_to_settings import plan_flags
+
+if TYPE_CHECKING:
+    from tree.shape import TreeShape
+    from tree.spec import OptimalTree
+
+    from ..planner.hardware import HardwareProfile
+    from ..planner.memory import Budgets
+    from ..planner.plan import Plan
+    from ..planner.prediction import DraftOption, Workload
+    from ..planner.shapes import ModelShape
+
+MODEL, DRAFT, MACHINE = "llama-2-70b", "llama-2-7b", "rtx-4090"
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+RESERVE_BYTES = 2**30  # of a device's memory when no budget is given: context, workspaces, fragmentation
+VOCABULARY_PADDING = 0.01  # families pad one vocabulary differently; the tokenizers are compared when a pair is loaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """All that a plan follows from."""
+
+    settings: EngineSettings
+    target: "ModelShape"
+    drafts: tuple["ModelShape", ...]
+    hardware: "HardwareProfile"
+    tree: "TreeShape | OptimalTree | None"
+    budgets: "Budgets"
+    dtype_bytes: int
+
+    def answer(self, tree: "TreeShape | OptimalTree | None") -> "Plan":
+        from ..planner.plan import plan_run
+
+        return plan_run(
+            self.settings,
+            tree,
+            self.workload(),
+            self.options(),
+            max_positions=self.target.max_positions,
+            budgets=self.budgets,
+        )
+
+    def workload(self) -> "Workload":
+        from ..planner.plan import make_workload
+
+        return make_workload(
+            self.settings,
+            self.target.cost(self.dtype_bytes),
+            self.hardware,
+            self.budgets,
+            max_positions=self.target.max_positions,
+        )
+
+    def options(self) -> list["DraftOption"]:
+        from ..planner.plan import make_option
+
+        return [
+            make_option(self.settings, self.hardware, draft.name, draft.cost(self.dtype_bytes), acceptance)
+            for draft, acceptance in zip(self.drafts, read_acceptances(self.settings), strict=False)
+        ]
+
+
+def read_question(arguments: argparse.Namespace) -> Question:
+    """What the flags ask. UsageError, ModelError and CheckpointError as the flags deserve."""
+    from ..planner.hardware_file import find_hardware
+    from ..planner.memory import Budgets
+    from ..planner.shapes import find_shape
+
+    settings = replace(_settings(arguments), sampling=sampling_kind(arguments.temperature), context_tokens=arguments.context)
+    tree = read_tree(settings.tree, has_draft=bool(settings.draft_models))
+    target = _with_weights(find_shape(settings.model, "--model"), arguments.weights, settings.codec)
+    drafts = tuple(find_shape(name, "--draft-model") for name in settings.draft_models)
+    for draft in drafts:
+        if abs(draft.vocab_size / target.vocab_size - 1) > VOCABULARY_PADDING:
+            raise ModelError(
+                f"the draft's vocabulary has {draft.vocab_size} tokens, the target's {target.vocab_size}",
+                where=f"--draft-model {draft.name}",
+                cure="use a draft model of the same family: it must share the target's tokenizer",
+            )
+    hardware = find_hardware(settings.profile or MACHINE)
+    rates = {"flops_per_s": arguments.flops, "disk_bytes_per_s": arguments.disk, "link_bytes_per_s": arguments.link}
+    hardware = replace(hardware, **{name: rate for name, rate in rates.items() if rate is not None})
+    device_bytes = settings.gpu_memory_bytes
+    anything = settings.profile is None and settings.resident_layers is not None  # on whatever machine they fit
+    if device_bytes is None and hardware.device_memory_bytes is not None and not anything:
+        device_bytes = max(hardware.device_memory_bytes - RESERVE_BYTES, 0)
+    replays = hardware.device_type != "cpu"
+    check_draft_passes(settings.draft_passes, replays, hardware.device_name)
+    host_bytes = settings.host_memory_bytes if settings.host_memory_bytes is not None else hardware.host_memory_bytes
+    return Question(
+        settings=settings,
+        target=target,
+        drafts=drafts,
+        hardware=hardware,
+        tree=tree,
+        budgets=Budgets(device_bytes=device_bytes, host_bytes=host_bytes, replays=replays and settings.draft_passes != "eager"),
+        dtype_bytes=DTYPE_BYTES[target.dtype if settings.dtype == "auto" else settings.dtype],
+    )
+
+
+def _settings(arguments: argparse.Namespace) -> EngineSettings:
+    model, draft_model = arguments.model, arguments.draft_model
+    if model is None:
+        model, draft_model = MODEL, [DRAFT] if draft_model is None else draft_model
+    return EngineSettings.parse(model=model, draft_model=draft_model, acceptance=arguments.acceptance, **plan_flags(arguments))
+
+
+def _with_weights(shape: "ModelShape", name: str | None, codec: str) -> "ModelShape":
+    """As `--weights` and `--codec` want them stored."""
+    from ..planner.what_if import coded_without_loss, with_weights, without_code
+
+    shape = shape if name is None else with_weights(shape, name)
+    return coded_without_loss(shape) if codec == "lossless" else without_code(shape) if codec == "none" else shape
