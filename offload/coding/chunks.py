@@ -1,7 +1,9 @@
-"""Rows in pieces, so that a decoder stays within WORKSPACE_BYTES."""
+"""Rows in pieces, so that a decoder stays within WORKSPACE_BYTES, and columns in groups that share a scale."""
 
 from collections.abc import Iterator
 from typing import Final
+
+import torch
 
 from .workspace import WORKSPACE_BYTES
 
@@ -16,3 +18,13 @@ def row_chunks(num_rows: int, row_bytes: int, *, device_type: str, multiple: int
     step = max(workspace_bytes // max(row_bytes, 1) // multiple, 1) * multiple
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
+
+
+def by_group(values: torch.Tensor, group: int) -> Iterator[tuple[torch.Tensor, slice]]:
+    """Views of `values`, [rows, columns], as [rows, groups, columns of a group], and which groups they are: all that are of
+    `group` columns, then the last if it is cut short."""
+    num_whole, rest = divmod(values.shape[1], group)
+    if num_whole:
+        yield values[:, : num_whole * group].unflatten(1, (num_whole, group)), slice(num_whole)
+    if rest:
+        yield values[:, num_whole * group :].unsqueeze(1), slice(num_whole, num_whole + 1)

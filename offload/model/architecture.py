@@ -16,7 +16,7 @@ import torch
 from ..coding.tensor_codec import Packing
 from ..errors import ModelError
 from ..weights.checkpoint import Checkpoint, check_tensors, have_same_bytes
-from ..weights.packed import find_codecs, stored_shapes
+from ..weights.packed import find_codecs, module_and_part, stored_shapes
 from ..weights.packed_source import Codecs
 from .attention import ATTENTION, register
 from .probe import probe_layers
@@ -161,7 +161,7 @@ def match_weights(
     others = check_tensors(checkpoint, stored_shapes(architecture.expected_tensors, codecs))
     beside = {name.rpartition(".")[0] for name in codecs}  # scales of activations, say, which are left as they are
     unknown = [
-        name for name in others if name not in tied and "rotary_emb." not in name and name.rpartition(".")[0] not in beside
+        name for name in others if name not in tied and "rotary_emb." not in name and module_and_part(name)[0] not in beside
     ]
     if unknown:
         few, more = ", ".join(unknown[:3]), f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""

@@ -13,8 +13,8 @@ def find_codecs(checkpoint: Checkpoint, parameters: Shapes, packing: Packing) ->
     """Of those of `parameters`, {name: shape}, that are packed. CheckpointError, which names all that are packed wrongly."""
     beside: dict[str, dict[str, Part]] = {}
     for name, tensor in checkpoint.tensors.items():
-        stem, _, last = name.rpartition(".")
-        beside.setdefault(stem, {})[last] = Part(name=last, shape=tensor.shape, dtype=tensor.dtype)
+        module, part = module_and_part(name)
+        beside.setdefault(module, {})[part] = Part(name=part, shape=tensor.shape, dtype=tensor.dtype)
     codecs: dict[str, TensorCodec] = {}
     problems: list[str] = []
     for name, shape in parameters.items():
@@ -29,6 +29,16 @@ def find_codecs(checkpoint: Checkpoint, parameters: Shapes, packing: Packing) ->
         cure = "use the config.json that belongs to these weights, or download them again"
         raise problems_error(problems, where=str(checkpoint.folder), cure=cure)
     return codecs
+
+
+def module_and_part(name: str) -> tuple[str, str]:
+    """What a tensor's name says before its last dot, and after it; `weight.absmax` and its like are after it, too: parts that
+    bitsandbytes stores beside `weight`."""
+    module, is_inner, part = name.partition(".weight.")
+    if is_inner:
+        return module, f"weight.{part}"
+    module, _, part = name.rpartition(".")
+    return module, part
 
 
 def stored_shapes(parameters: Shapes, codecs: Mapping[str, TensorCodec]) -> dict[str, tuple[int, ...]]:

@@ -6,9 +6,9 @@ from types import TracebackType
 
 import torch
 
+from ..coding.scales import bad_scale
 from ..coding.tensor_codec import TensorCodec, part_name
 from ..errors import CheckpointError
-from .header import quoted
 from .source import Destinations, TensorFeed, TensorSource
 
 Codecs = Mapping[str, TensorCodec]  # of the packed parameters, by full name
@@ -108,9 +108,9 @@ class _DecodedFeed(_Feed):
 
 
 def _check_scale(name: str, scale: torch.Tensor) -> None:
-    if not bool(torch.isfinite(scale.float()).all()):
+    if (problem := bad_scale(name, scale)) is not None:
         raise CheckpointError(
-            f"tensor {quoted(name)} has values that are not finite, and multiplies weights",
+            problem,
             where="the checkpoint's scales",
             cure="download this checkpoint again; if it is whole, it was not made well",
         )

@@ -1,0 +1,68 @@
+"""Fields of a configuration that may hold anything. Errors continue a sentence about it: "... has bits of 'x'"."""
+
+import reprlib
+from collections.abc import Collection, Mapping
+from typing import TypeVar
+
+Config = Mapping[str, object]
+T = TypeVar("T", bound=str | int)
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+MAX_COUNT = 2**31 - 1  # no tensor's side is longer, and kernels count so far
+
+
+def one_of(config: Config, key: str, allowed: Collection[T], default: T | None = None) -> T:
+    """`config[key]`, which is one of `allowed`; `default` where it is not there or null."""
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    for known in allowed:
+        if type(value) is type(known) and value == known:
+            return known
+    raise ValueError(f"has {key} {said(value)}, not {' or '.join(map(str, allowed))}")
+
+
+def count(config: Config, key: str, default: int | None = None) -> int:
+    """`config[key]`, a size; `default` where it is not there or null."""
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    if type(value) is not int or not 1 <= value <= MAX_COUNT:
+        raise ValueError(f"has {key} {said(value)}, which is no size")
+    return value
+
+
+def group_size(config: Config, key: str) -> int | None:
+    """`config[key]`, a size; None for -1: all in one group."""
+    return None if type(config.get(key)) is int and config[key] == -1 else count(config, key)
+
+
+def block_size(config: Config, key: str) -> tuple[int, int] | None:
+    """`config[key]`, [rows, columns]; None where it is not there or null."""
+    value = config.get(key)
+    if value is None:
+        return None
+    if isinstance(value, list | tuple) and len(value) == 2:
+        rows, columns = value
+        if type(rows) is int and type(columns) is int and 1 <= rows <= MAX_COUNT and 1 <= columns <= MAX_COUNT:
+            return rows, columns
+    raise ValueError(f"has {key} {said(value)}, which are no two sizes")
+
+
+def section(config: Config, key: str) -> Config:
+    """`config[key]`, an object; an empty one where it is not there or null."""
+    value = config.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"has {key} {said(value)}, which is no object")
+    return value
+
+
+def said(value: object) -> str:
+    """Fit to print: short, and whatever it is."""
+    try:
+        return _SHORT.repr(value).encode("ascii", "backslashreplace").decode()
+    except ValueError:  # an integer of thousands of digits
+        return "a number that is too long"
