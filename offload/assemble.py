@@ -58,7 +58,7 @@ def open_engine(
         device = choose_passes(device, settings.draft_passes) if device else device_of(settings)
         stack.callback(device.close)
         stack.enter_context(device.translated())
-        target, drafts = _models(settings, device.torch_device.type)
+        target, drafts = _models(settings, device.torch_device.type, progress)
         settings = expect(settings, target.tokenizer, target.architecture.max_positions) if expect is not None else settings
         budgets = host = _budgets(settings, device)
         if target.tensors.equal_layers:  # what exceeds the host's memory is borrowed, see lend_memory
@@ -131,9 +131,9 @@ def _replanner(
     return Replanner(measure, measuring_s)
 
 
-def _models(settings: EngineSettings, device_type: str) -> tuple[ModelSource, list[ModelSource]]:
+def _models(settings: EngineSettings, device_type: str, progress: LoadProgress | None) -> tuple[ModelSource, list[ModelSource]]:
     """The target, and drafts that speak its tokens."""
-    target, drafts = open_target(settings, device_type), open_drafts(settings, device_type)
+    target, drafts = open_target(settings, device_type, progress), open_drafts(settings, device_type)
     for draft in drafts:
         sizes = (target.architecture.vocab_size, draft.architecture.vocab_size)
         check_same_vocabulary(target.tokenizer, draft.tokenizer, sizes, "--draft-model")

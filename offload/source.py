@@ -1,7 +1,8 @@
 """A model that was looked at and not yet loaded: what it is, where its tensors are, how large it will be."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,10 +20,15 @@ from .scale.preset import is_scale_model
 from .text.tokenizer import Tokenizer, open_tokenizer
 from .weights.checkpoint import Checkpoint
 from .weights.codec import LayerCodec, coded
+from .weights.encoding_source import lossless_source
 from .weights.layout import LayerLayout, of_one_dtype
 from .weights.packed import stored_shapes
 from .weights.packed_source import Codecs, DecodedSource, StoredSource
 from .weights.source import CheckpointSource, TensorSource
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]  # bytes read, and to be read in all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,16 +123,20 @@ class ModelSource:
 
 
 def check_source(
-    name: str, flag: str, dtype: str, device_type: str, *, codec: str = "auto", decode_kernels: str = "auto"
+    name: str,
+    flag: str,
+    dtype: str,
+    device_type: str,
+    *,
+    codec: str = "auto",
+    decode_kernels: str = "auto",
+    progress: Progress | None = None,
 ) -> ModelSource:
-    """The model `name`, a folder or a hub id, as `flag` gave it. Errors of errors.py for whatever is wrong with it."""
-    if is_scale_model(name):
-        folder, architecture, made = open_scale_model(name, flag)
-        source = _Source(
-            folder=folder, architecture=architecture, stored=made.dtype(first_parameter(architecture)), tensors=made
-        )
-    else:
-        source = _of_files(open_model(name, flag), codec)
+    """The model `name`, a folder or a hub id, as `flag` gave it. Errors of errors.py for whatever is wrong with it. `progress`
+    gets the bytes read and those to be read where `codec` says that weights are looked at."""
+    source = _made(name, flag) if is_scale_model(name) else _of_files(open_model(name, flag), codec)
+    if codec == "lossless" and not source.codecs:
+        source = _coded(source, progress)
     tokenizer = open_tokenizer(source.folder)
     if tokenizer is not None and tokenizer.num_tokens > source.architecture.vocab_size:
         raise ModelError(
@@ -152,8 +162,8 @@ def check_source(
     )
 
 
-def open_target(settings: EngineSettings, device_type: str) -> ModelSource:
-    return _open(settings, settings.model, "--model", device_type, settings.codec)
+def open_target(settings: EngineSettings, device_type: str, progress: Progress | None = None) -> ModelSource:
+    return _open(settings, settings.model, "--model", device_type, settings.codec, progress)
 
 
 def open_drafts(settings: EngineSettings, device_type: str) -> list[ModelSource]:
@@ -161,8 +171,11 @@ def open_drafts(settings: EngineSettings, device_type: str) -> list[ModelSource]
     return [_open(settings, name, "--draft-model", device_type, "auto") for name in settings.draft_models]
 
 
-def _open(settings: EngineSettings, name: str, flag: str, device_type: str, codec: str) -> ModelSource:
-    return check_source(name, flag, settings.dtype, device_type, codec=codec, decode_kernels=settings.decode_kernels)
+def _open(
+    settings: EngineSettings, name: str, flag: str, device_type: str, codec: str, progress: Progress | None = None
+) -> ModelSource:
+    kernels = settings.decode_kernels
+    return check_source(name, flag, settings.dtype, device_type, codec=codec, decode_kernels=kernels, progress=progress)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +189,12 @@ class _Source:
     checkpoint: Checkpoint | None = None
     weights: str = ""
     codecs: Codecs = field(default_factory=dict)
+
+
+def _made(name: str, flag: str) -> _Source:
+    folder, architecture, tensors = open_scale_model(name, flag)
+    stored = tensors.dtype(first_parameter(architecture))
+    return _Source(folder=folder, architecture=architecture, stored=stored, tensors=tensors)
 
 
 def _of_files(files: ModelFiles, codec: str) -> _Source:
@@ -194,6 +213,34 @@ def _of_files(files: ModelFiles, codec: str) -> _Source:
         weights=files.weights,
         codecs=codecs,
     )
+
+
+def _coded(source: _Source, progress: Progress | None) -> _Source:
+    """With the decoder layers coded without loss while they are loaded."""
+    architecture, tensors = source.architecture, source.tensors
+    prefix, equal = architecture.prefix, sorted(tensors.equal_layers)
+    parameters: dict[str, tuple[int, ...]] = {}
+    copies: dict[str, str] = {}
+    for layer, shapes in enumerate(architecture.layer_shapes):
+        for name, shape in shapes.items():
+            if layer in equal[1:]:
+                copies[f"{prefix}.{layer}.{name}"] = f"{prefix}.{equal[0]}.{name}"
+            else:
+                parameters[f"{prefix}.{layer}.{name}"] = shape
+    total_bytes, read_bytes = sum(map(tensors.num_bytes, parameters)), 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal read_bytes
+        read_bytes += num_bytes
+        if progress is not None:
+            progress(read_bytes, total_bytes)
+
+    coded_tensors = lossless_source(tensors, parameters, copies, count)
+    if not coded_tensors.codecs:
+        logger.warning("--codec lossless: there is nothing to gain by a code for %s", dtype_text(source.stored))
+        return source
+    weights = f"{dtype_text(source.stored)}, coded without loss"
+    return replace(source, tensors=coded_tensors, codecs=coded_tensors.codecs, weights=weights)
 
 
 def typed_preset(name: str, dtype: str, device_type: str) -> TypedModel:

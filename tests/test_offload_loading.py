@@ -123,7 +123,7 @@ class CodedModel(TypedModel):
         return tuple(xor_codec(codec.computed, layer) for layer, codec in enumerate(raw))
 
 
-def check_coded(name: str, flag: str, dtype: str, device_type: str, **_flags: str) -> ModelSource:
+def check_coded(name: str, flag: str, dtype: str, device_type: str, **_flags: object) -> ModelSource:
     source = check_source(name, flag, dtype, device_type)
     model = CodedModel(architecture=source.architecture, dtype=source.model.dtype)
     return replace(source, model=model, tensors=XorSource(source.tensors, source.architecture.prefix, model.codecs))

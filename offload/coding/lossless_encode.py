@@ -154,9 +154,9 @@ def _count_run(weights: _Weights, base: int, start: int) -> tuple[int, int]:
     for chunk in _chunks(start, weights.size):
         bits = weights.bits[chunk]
         coded = weights.coded(bits)
-        num_escapes += np.count_nonzero(exponents_of(coded) - np.uint8(base) >= NUM_CODES)
+        num_escapes += int(np.count_nonzero(exponents_of(coded) - np.uint8(base) >= NUM_CODES))
         if weights.is_half:
-            num_exceptions += np.count_nonzero(weights.exceptions(bits, coded))
+            num_exceptions += int(np.count_nonzero(weights.exceptions(bits, coded)))
     return num_escapes, num_exceptions
 
 

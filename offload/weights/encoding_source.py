@@ -30,9 +30,12 @@ class Encoding:
     codec: TensorCodec
 
 
-def lossless_source(inner: TensorSource, parameters: Shapes, progress: Progress | None = None) -> "EncodingSource":
-    """Of all that `inner` has, with those of `parameters`, {name: shape}, coded for which it pays. Reads them all once, to know
-    how many bytes they will take; `progress` gets the bytes read since its last call."""
+def lossless_source(
+    inner: TensorSource, parameters: Shapes, copies: Mapping[str, str], progress: Progress | None = None
+) -> "EncodingSource":
+    """Of all that `inner` has, with those of `parameters`, {name: shape}, coded for which it pays, and `copies`, {name: that of
+    one of them with the same bytes}. Reads `parameters` once, to know how many bytes they will take; `progress` gets the bytes
+    read since its last call."""
     encodings: dict[str, Encoding] = {}
     with inner.open() as feed, Encoder() as encoder:
         raw = RawTensors(feed)
@@ -41,6 +44,7 @@ def lossless_source(inner: TensorSource, parameters: Shapes, progress: Progress 
                 encoding = encoding_of(name, raw.read(name, shape, inner.dtype(name), progress), encoder)
                 if encoding is not None:
                     encodings[name] = encoding
+    encodings |= {name: encodings[original] for name, original in copies.items() if original in encodings}
     places = {
         part_name(name, part.name): (name, number)
         for name, encoding in encodings.items()
