@@ -48,7 +48,8 @@ ALLOWED: dict[str, set[str]] = {
     "calibrate": {*MODEL, "source"},
     "engine": {*MODEL, "report", "source"},
     "assemble": {*MODEL, "calibrate", "engine", "report", "source"},
-    "doctor": {*MODEL, "releases", "scale.preset"},  # looks at files, devices and sizes as a run would, and runs nothing
+    # looks at files, devices and sizes as a run would, times copies and a decoder, and runs nothing
+    "doctor": {*MODEL, "calibrate", "releases", "scale.preset", "source"},
     # HTTP around one engine; whoever starts a server says how its engine is opened
     "serve": {*FLOOR, "engine", "planner", "releases", "report", "text"},
     "bench": {*MODEL, "assemble", "calibrate", "demo", "engine", "releases", "report", "scale", "source"},

@@ -12,6 +12,8 @@ from offload.calibrate.decoding import TIMES, measure_decoding
 from offload.calibrate.stopwatch import Stopwatch
 from offload.coding.tensor_codec import Part, TensorCodec
 from offload.device.cpu import CpuDevice
+from offload.doctor.decoding import time_decoding
+from offload.doctor.facts import Check, DecodeFacts
 from offload.source import TypedModel, check_source
 
 Models = Callable[..., Path]
@@ -65,4 +67,21 @@ def test_a_look_at_the_machine_times_the_targets_decoder_and_the_plan_takes_that
 def test_a_model_that_is_stored_as_it_computes_has_no_decoder_to_time(models: Models) -> None:
     model, device = check_source(str(models()), "--model", "float32", "cpu").model, CpuDevice()
     assert measure_decoding(Stopwatch(device, BRIEF), model) is None
+    device.close()
+
+
+def test_a_doctor_times_the_decoder_of_a_model_and_tells_of_one_that_fails(coded_model: TypedModel, models: Models) -> None:
+    device = CpuDevice()
+    timed = time_decoding(device, coded_model)
+    assert isinstance(timed, DecodeFacts) and timed.layer_s > 0
+    assert (timed.weights, timed.stored_bytes) == ("halves", coded_model.codecs[3].stored.num_bytes)
+
+    def fail(parts: Mapping[str, torch.Tensor], parameter: torch.Tensor) -> None:
+        raise RuntimeError("no compiler\nwas found")
+
+    packed = {name: replace(codec, decode=fail) for name, codec in coded_model.packed.items()}
+    failed = time_decoding(device, replace(coded_model, packed=packed))
+    assert isinstance(failed, Check) and failed.value == "halves: no compiler"
+    assert "--decode-kernels none" in str(failed.cure) and failed.exit_code == 0
+    assert time_decoding(device, replace(coded_model, packed={})) is None
     device.close()

@@ -20,6 +20,7 @@ from offload.doctor import gather, model_checks, nvml
 from offload.doctor.facts import (
     Check,
     CopyFacts,
+    DecodeFacts,
     DiskFacts,
     Facts,
     GpuActivity,
@@ -61,6 +62,7 @@ GPU = GpuFacts(
 )
 COPIES = CopyFacts(tried_bytes=8 * GIB, pinned_bytes=8 * GIB, register_s=0.9, bytes_per_s=26.3e9)
 NEED = Need(host_bytes=128 * GIB, least_host_bytes=4 * GIB, least_device_bytes=6 * GIB)
+SLOW_DECODING = DecodeFacts(weights="GGUF Q4_K", stored_bytes=502_000_000, layer_s=0.04)
 DISK = DiskFacts(read_bytes=4 * GIB, read_s=1.5, total_bytes=128 * GIB, is_direct=True)
 HEALTHY = Facts(
     device="auto",
@@ -93,6 +95,14 @@ def with_gpu(**changes: object) -> Facts:
     return replace(HEALTHY, gpu=replace(GPU, **changes))
 
 
+def test_a_decoder_that_is_faster_than_the_link_is_said_to_be() -> None:
+    facts = replace(HEALTHY, decoding=replace(SLOW_DECODING, layer_s=0.001))
+    assert found(facts, "decoder") == Finding(
+        name="decoder", status="ok", value="GGUF Q4_K: 1 ms a layer, 19.1 ms over the link"
+    )
+    assert "decoder" not in [finding.name for finding in judge(replace(facts, copies=None))], "nothing to compare it with"
+
+
 def test_a_healthy_machine_has_nothing_to_cure() -> None:
     findings = judge(HEALTHY)
     assert {finding.status for finding in findings} == {"ok"} and {finding.cure for finding in findings} == {None}
@@ -111,6 +121,7 @@ def test_a_healthy_machine_has_nothing_to_cure() -> None:
         (with_gpu(activity=replace(ACTIVITY, slowdowns=("power brake",))), "clocks", "power brake", "power supply"),
         (replace(HEALTHY, disk=replace(DISK, read_s=20.0)), "disk", "0.2 GB/s", "NVMe"),
         (replace(HEALTHY, copies=replace(COPIES, bytes_per_s=9e9)), "PCIe", "29% of the wire's rate", "NUMA"),
+        (replace(HEALTHY, decoding=SLOW_DECODING), "decoder", "Q4_K: 40 ms a layer, 19.1 ms over the link", "passes wait"),
         (replace(HEALTHY, gpu=None, copies=None), "GPU", "CPU device", "nvidia-smi"),
         (replace(HEALTHY, gpu_usable=False, cuda_version=None, copies=None), "GPU", "without CUDA", "pytorch.org"),
         (replace(HEALTHY, gpu_usable=False, copies=None), "GPU", "with driver 580.65", "CUDA_VISIBLE_DEVICES"),

@@ -16,18 +16,23 @@ TIMES = 4  # layers in one measurement, each out of other memory than the one be
 
 def measure_decoding(watch: Stopwatch, model: TypedModel) -> DecodeTime | None:
     """Of the kind of layer that most of those are which passes decode. None where all are stored as they compute."""
-    decoded = Counter(codec for codec in model.codecs if codec.decode is not None)
-    if not decoded:
+    codec = common_codec(model)
+    if codec is None:
         return None
-    codec, num_layers = decoded.most_common(1)[0]
     with watch.device.translated(), torch.inference_mode():
-        (layer_s,) = watch.seconds([_decoding(watch, codec, num_layers)])
+        (layer_s,) = watch.seconds([_decoding(watch, codec, model.codecs.count(codec))])
     return DecodeTime(
         weights=model.weights,
         dtype_bytes=model.dtype.itemsize,
         computed_bytes=codec.computed.num_bytes,
         layer_s=max(layer_s, 1e-9),
     )
+
+
+def common_codec(model: TypedModel) -> LayerCodec | None:
+    """The codec of most of the layers that are decoded in passes; None where none is."""
+    decoded = Counter(codec for codec in model.codecs if codec.decode is not None)
+    return decoded.most_common(1)[0][0] if decoded else None
 
 
 def _decoding(watch: Stopwatch, codec: LayerCodec, num_layers: int) -> Work:

@@ -59,6 +59,15 @@ class CopyFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeFacts:
+    """A test on the device: a layer that is stored as `weights` says, in `stored_bytes`, is decoded in `layer_s`."""
+
+    weights: str
+    stored_bytes: int
+    layer_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HostFacts:
     """`cgroup_limit_bytes` and `memlock_bytes` are None where nothing is limited. `nodes` are the machine's NUMA nodes,
     `own_nodes` those whose CPUs this process may use. `versions` maps packages to None where they are missing;
@@ -107,8 +116,9 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """None stands for what is not there or could not be asked: no GPU, no copies without a usable one, no model named.
-    `device` is as --device has it; `gpu_usable` says whether torch can use one, `cuda_version` what torch was built for."""
+    """None stands for what is not there or could not be asked: no GPU, no copies without a usable one, no model named, no
+    decoding without one that is decoded. `device` is as --device has it; `gpu_usable` says whether torch can use one,
+    `cuda_version` what torch was built for."""
 
     device: str
     host: HostFacts
@@ -116,6 +126,7 @@ class Facts:
     gpu_usable: bool
     cuda_version: str | None
     copies: CopyFacts | None
+    decoding: DecodeFacts | None = None
     need: Need | None
     disk: DiskFacts | None
     checks: tuple[Check, ...]
@@ -125,7 +136,7 @@ def need_of(target: ModelCost, draft: ModelCost | None, *, on_gpu: bool) -> Need
     """What a pair needs. On the CPU device both kinds of memory are the host's."""
     buffers = MIN_LAYERS * target.slot_bytes
     draft_bytes = draft.outside_bytes + draft.computed_bytes if draft else 0
-    device_bytes = target.outside_bytes + buffers + target.scratch_bytes + draft_bytes
+    device_bytes = target.outside_bytes + buffers + target.scratch_bytes + target.workspace_bytes + draft_bytes
     on_host = 0 if on_gpu else device_bytes
     return Need(
         host_bytes=target.stored_bytes + on_host,

@@ -5,7 +5,7 @@ import platform
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ..device import Device, cuda, numa, open_device, pinned
 from ..device.cgroup import cgroup_memory
@@ -13,7 +13,9 @@ from ..device.host import available_bytes
 from ..errors import OffloadError
 from ..planner.cost import GIB
 from ..releases import installed, untested
-from .facts import Check, CopyFacts, DiskFacts, Facts, GpuActivity, GpuFacts, HostFacts, need_of
+from ..source import TypedModel
+from .decoding import time_decoding
+from .facts import Check, CopyFacts, DecodeFacts, DiskFacts, Facts, GpuActivity, GpuFacts, HostFacts, need_of
 from .model_checks import Inspected, compare_vocabularies, inspect_model, time_disk
 from .nvml import find_gpu, open_nvml, read_activity, read_gpu
 
@@ -36,18 +38,21 @@ def gather_facts(*, model: str | None, draft_model: str | None, device: str) -> 
     need = need_of(target.cost, draft.cost, on_gpu=on_gpu) if target.cost else None
     host = gather_host()
     test_bytes = min(need.host_bytes if need else PIN_TEST_BYTES, PIN_TEST_BYTES, host.available_bytes // PIN_TEST_SHARE)
-    gpu, copies = _gather_gpu(device, usable, max(test_bytes, PAGE_BYTES)) if device != "cpu" else (None, None)
+    tests = _Tests(gpu=None)
+    if device != "cpu":
+        tests = _gather_gpu(device, usable, max(test_bytes, PAGE_BYTES), target.model)
     disk, disk_checks = _gather_disk(target)
     return Facts(
         device=device,
         host=host,
-        gpu=gpu,
+        gpu=tests.gpu,
         gpu_usable=usable,
         cuda_version=cuda.version(),
-        copies=copies,
+        copies=tests.copies,
+        decoding=tests.decoding if isinstance(tests.decoding, DecodeFacts) else None,
         need=need,
         disk=disk,
-        checks=(*target.checks, *disk_checks, *draft.checks, *compare_vocabularies(target, draft)),
+        checks=(*target.checks, *tests.checks, *disk_checks, *draft.checks, *compare_vocabularies(target, draft)),
     )
 
 
@@ -90,14 +95,27 @@ def time_copies(device: Device, num_bytes: int, while_copying: Callable[[], None
     )
 
 
-def _gather_gpu(device_name: str, usable: bool, test_bytes: int) -> tuple[GpuFacts | None, CopyFacts | None]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tests:
+    """What a GPU was found to be and to do."""
+
+    gpu: GpuFacts | None
+    copies: CopyFacts | None = None
+    decoding: DecodeFacts | Check | None = None
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        return (self.decoding,) if isinstance(self.decoding, Check) else ()
+
+
+def _gather_gpu(device_name: str, usable: bool, test_bytes: int, model: TypedModel | None) -> _Tests:
     with open_nvml() as nvml:
         uuid = cuda.uuid(int(device_name.partition(":")[2] or 0)) if usable else None
         handle = find_gpu(nvml, uuid) if nvml is not None else None
         gpu = read_gpu(nvml, handle) if handle is not None else None
         if not usable:
-            return gpu, None
-        device = open_device(device_name)
+            return _Tests(gpu=gpu)
+        device, decoding = open_device(device_name), None
         busy: list[GpuActivity] = []
 
         def look() -> None:
@@ -106,12 +124,13 @@ def _gather_gpu(device_name: str, usable: bool, test_bytes: int) -> tuple[GpuFac
 
         try:
             copies = time_copies(device, test_bytes, look)
+            decoding = time_decoding(device, model) if model is not None else None
         except OffloadError:  # a GPU without room for the test; that it has none is a finding of its own
             copies = None
         finally:
             gpu = gpu or _without_driver(device)
             device.close()
-        return (replace(gpu, activity=busy[-1]) if busy else gpu), copies
+        return _Tests(gpu=replace(gpu, activity=busy[-1]) if busy else gpu, copies=copies, decoding=decoding)
 
 
 def _gather_disk(target: Inspected) -> tuple[DiskFacts | None, tuple[Check, ...]]:

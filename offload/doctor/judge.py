@@ -7,7 +7,7 @@ from ..config import bytes_text
 from ..errors import FitError, ModelError
 from ..planner.cost import GIB
 from ..releases import INSTALL
-from .facts import Check, CopyFacts, DiskFacts, Facts, GpuFacts, HostFacts, Need
+from .facts import Check, CopyFacts, DecodeFacts, DiskFacts, Facts, GpuFacts, HostFacts, Need
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -47,6 +47,8 @@ def judge(facts: Facts) -> list[Finding]:
         findings += [_link(gpu, facts.copies), _clocks(gpu), memory, _numa(gpu, host)]
     if facts.copies is not None:
         findings.append(_pinned(facts.copies, need))
+    if facts.copies is not None and facts.decoding is not None:
+        findings.append(_decoder(facts.decoding, facts.copies))
     findings += [_system(host), _host_memory(host, need), _cgroup(host, need), _memlock(host, facts.copies)]
     if facts.disk is not None:
         findings.append(_disk(facts.disk))
@@ -112,6 +114,17 @@ def _link(gpu: GpuFacts, copies: CopyFacts | None) -> Finding:
         cure = "look at NUMA and pinned below; let nothing else use the link"
         return _warns("PCIe", f"{value}, {copies.bytes_per_s / wire:.0%} of the wire's rate", cure)
     return Finding(name="PCIe", status="ok", value=value)
+
+
+def _decoder(decoding: DecodeFacts, copies: CopyFacts) -> Finding:
+    """Decoding hides under the link as long as it is the faster of the two."""
+    copy_s = decoding.stored_bytes / copies.bytes_per_s
+    value = f"{decoding.weights}: {decoding.layer_s * 1e3:.3g} ms a layer, {copy_s * 1e3:.3g} ms over the link"
+    if decoding.layer_s > copy_s:
+        return _warns(
+            "decoder", value, "passes wait for it: take weights in a format with a faster decoder, see docs/formats.md"
+        )
+    return Finding(name="decoder", status="ok", value=value)
 
 
 def _clocks(gpu: GpuFacts) -> Finding:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..coding.kernels import has_kernels
 from ..config import bytes_text, counted
 from ..errors import ModelError, OffloadError
 from ..model.files import open_model
@@ -10,6 +11,7 @@ from ..model.locate import find_config
 from ..planner.cost import GIB, ModelCost
 from ..planner.shapes import ModelShape, find_shape, is_preset
 from ..scale.preset import is_scale_model, scale_shape
+from ..source import TypedModel, resolve_dtype
 from ..text.tokenizer import Tokenizer, check_same_vocabulary, open_tokenizer
 from ..weights.checkpoint import Checkpoint
 from ..weights.disk_speed import measure_disk
@@ -23,9 +25,10 @@ DISK_TEST_BYTES = 4 * GIB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspected:
-    """What could be learned of a model. Without `checkpoint`, its weights were not there or not sound."""
+    """What could be learned of a model. Without `model` and `checkpoint`, its weights were not there or not sound."""
 
     checks: tuple[Check, ...]
+    model: TypedModel | None = None
     cost: ModelCost | None = None
     vocab_size: int | None = None
     tokenizer: Tokenizer | None = None
@@ -77,10 +80,19 @@ def _inspect_folder(folder: Path, flag: str, label: str, on_gpu: bool) -> Inspec
     size, num_files = bytes_text(checkpoint.num_bytes), counted(len(checkpoint.files), "file")
     layers = counted(architecture.num_layers, "layer")
     value = f"{architecture.config.model_type} in {files.weights}, {layers}, {size} in {num_files}, headers and index sound"
+    device_type = "cuda" if on_gpu else "cpu"
+    model = TypedModel(
+        architecture=architecture,
+        dtype=resolve_dtype("auto", files.dtype, device_type),
+        weights=files.weights,
+        packed=files.codecs,
+        kernels=on_gpu and has_kernels(),
+    )
     tokenizer, tokenizer_check = _inspect_tokenizer(folder, label, architecture.vocab_size)
     return Inspected(
         checks=(Check(name=label, value=value), tokenizer_check),
-        cost=_cost_of_folder(folder, flag, on_gpu),
+        model=model,
+        cost=model.cost,
         vocab_size=architecture.vocab_size,
         tokenizer=tokenizer,
         checkpoint=checkpoint,
@@ -101,14 +113,6 @@ def _inspect_tokenizer(folder: Path, label: str, vocab_size: int) -> tuple[Token
         cure = "use the tokenizer files that belong to this model"
         return tokenizer, Check(name=name, value=value, cure=cure, exit_code=ModelError.exit_code)
     return tokenizer, Check(name=name, value=f"{tokenizer.num_tokens} tokens")
-
-
-def _cost_of_folder(folder: Path, flag: str, on_gpu: bool) -> ModelCost | None:
-    """None for a family that runs but whose shape cannot be told from its config alone."""
-    try:
-        return _cost(find_shape(str(folder), flag), on_gpu)
-    except ModelError:
-        return None
 
 
 def _cost(shape: ModelShape, on_gpu: bool) -> ModelCost:
