@@ -29,7 +29,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 
 
 def source_of(checkpoint: Checkpoint) -> EncodingSource:
-    return lossless_source(CheckpointSource(checkpoint), {name: info.shape for name, info in checkpoint.tensors.items()})
+    return lossless_source(CheckpointSource(checkpoint), {name: info.shape for name, info in checkpoint.tensors.items()}, {})
 
 
 def parts_of(name: str, codec: TensorCodec) -> dict[str, torch.Tensor]:
@@ -65,7 +65,7 @@ def test_matrices_are_coded_where_it_pays(checkpoint: Checkpoint) -> None:
 def test_bytes_read_are_those_of_the_files(checkpoint: Checkpoint) -> None:
     surveyed: list[int] = []
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    source = lossless_source(CheckpointSource(checkpoint), shapes, surveyed.append)
+    source = lossless_source(CheckpointSource(checkpoint), shapes, {}, surveyed.append)
     matrices = (UP, DOWN, TRUE_HALF)
     assert sum(surveyed) == sum(checkpoint.tensors[name].num_bytes for name in matrices)
     read: list[int] = []
