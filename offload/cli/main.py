@@ -37,6 +37,8 @@ def main(argv: list[str]) -> int:
             from .serve import run
         elif arguments.command == "bench":
             from .bench import run
+        elif arguments.command == "convert":
+            from .convert import run
         elif arguments.command == "verify":
             from .verify import run
         else:

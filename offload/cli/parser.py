@@ -7,7 +7,7 @@ from ..config import CODECS, DECODE_KERNELS, DRAFT_PASSES, DTYPES, SMALL_UPLOADS
 from ..errors import UsageError
 from .flag_types import flops, percent, positive, probability, rate, seconds, temperature, top_k, whole
 
-COMMANDS = ("generate", "chat", "serve", "plan", "bench", "profile", "doctor", "verify", "version")
+COMMANDS = ("generate", "chat", "serve", "plan", "bench", "profile", "doctor", "convert", "verify", "version")
 DEMO_NAME = "treestream-demo"
 DEMO_PROMPT = "The Congress of the United States should"
 
@@ -62,13 +62,21 @@ def build_parser() -> Parser:
     add_serve_flags(serve)
     bench = commands.add_parser("bench", help="latency, side by side with baselines", allow_abbrev=False)
     add_bench_flags(bench)
+    convert = commands.add_parser("convert", help="code a model's 16-bit weights, without loss", allow_abbrev=False)
+    convert.add_argument("--model", required=True, metavar="PATH", help="folder or hub id")
+    convert.add_argument(
+        "--codec", default="lossless", choices=("lossless", "residual"), help="lossless: seven tenths of the bytes (default)"
+    )
+    convert.add_argument(
+        "--output", required=True, metavar="DIR", help="a new folder, or one in which this was interrupted: it goes on"
+    )
     verify = commands.add_parser("verify", help="check a checkpoint before a long run", allow_abbrev=False)
     verify.add_argument("--model", required=True, metavar="PATH", help="folder or hub id")
     verify.add_argument("--full", action="store_true", help="compare contents with the manifest, too")
     verify.add_argument("--write-manifest", action="store_true", help="hash every file and write the manifest")
     verify.add_argument("--manifest", metavar="FILE", help="default: treestream.manifest.json in the model folder")
     version = commands.add_parser("version", help="versions of everything that matters", allow_abbrev=False)
-    for command in (doctor, verify, version):
+    for command in (doctor, convert, verify, version):
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
         add_verbosity_flags(command)
     return parser

@@ -39,11 +39,11 @@ class _Bar:
 
 
 class LoadBar(_Bar):
-    """Says that the machine is looked at; then bytes, rate and time left while weights are read."""
+    """Says that the machine is looked at; then bytes, rate and time left while weights are read, or what is `doing`."""
 
-    def __init__(self, *, enabled: bool) -> None:
+    def __init__(self, *, enabled: bool, doing: str = "loading") -> None:
         super().__init__(enabled=enabled)
-        self._drawn_s = 0.0
+        self._doing, self._drawn_s = doing, 0.0
 
     def __enter__(self) -> "LoadBar":
         if self._enabled:
@@ -58,7 +58,7 @@ class LoadBar(_Bar):
         if not self._enabled or (now_s - self._drawn_s < 0.05 and read_bytes < total_bytes):
             return
         self._drawn_s = now_s
-        self._bar.update(self._task, description="loading", completed=read_bytes, total=total_bytes)
+        self._bar.update(self._task, description=self._doing, completed=read_bytes, total=total_bytes)
 
 
 class PartBar(_Bar):

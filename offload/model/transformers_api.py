@@ -58,7 +58,11 @@ def build_on_meta(config: Any, attention: str, dtype: torch.dtype | None = None)
 
 def build(config: Any, attention: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """`build_on_meta` where the caller has said where parameters go."""
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype, trust_remote_code=False)
+    named = config.dtype
+    try:
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype, trust_remote_code=False)
+    finally:
+        config.dtype = named  # in its place is what was asked for, and a packed model's files say it nowhere else
 
 
 def read_tokenizer(folder: Path) -> Any:

@@ -41,16 +41,21 @@ def write_manifest(checkpoint: Checkpoint, path: Path, progress: Progress | None
     `progress` gets the bytes read since its last call, from several threads but never from two at once. Raises
     DeviceError when a file cannot be read and UsageError when `path` cannot be written.
     """
-    files = {name: asdict(digest) for name, digest in _digest_files(checkpoint.files, progress).items()}
-    text = json.dumps({"schema_version": SCHEMA_VERSION, "files": files}, indent=2, sort_keys=True)
+    digests = digest_files(checkpoint.files, progress)
     try:
-        _write_atomically(path, text + "\n")
+        write_atomically(path, manifest_text(digests))
     except OSError as error:
         raise UsageError(
             f"cannot write the manifest: {error.strerror}",
             where=str(path),
             cure="name a file in a folder that is writable and has space",
         ) from error
+
+
+def manifest_text(digests: Mapping[str, FileDigest]) -> str:
+    """Of a manifest of files by name."""
+    files = {name: asdict(digest) for name, digest in digests.items()}
+    return json.dumps({"schema_version": SCHEMA_VERSION, "files": files}, indent=2, sort_keys=True) + "\n"
 
 
 def check_manifest(checkpoint: Checkpoint, path: Path, progress: Progress | None = None) -> None:
@@ -73,7 +78,7 @@ def check_manifest(checkpoint: Checkpoint, path: Path, progress: Progress | None
     comparable = [files[name] for name, size in sizes.items() if size == expected[name].bytes]
     problems += [
         f"{quoted(name)} has other contents than when the manifest was written"
-        for name, digest in _digest_files(comparable, progress).items()
+        for name, digest in digest_files(comparable, progress).items()
         if digest != expected[name]
     ]
     if problems:
@@ -93,7 +98,7 @@ def _read_manifest(path: Path) -> dict[str, FileDigest]:
         files = manifest.get("files")
         if not isinstance(files, dict):
             raise ValueError("has no files")
-        return {name: _parse_digest(name, entry) for name, entry in files.items()}
+        return {name: parse_digest(name, entry) for name, entry in files.items()}
     except (OSError, ValueError) as error:
         reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
         raise ModelError(
@@ -103,7 +108,8 @@ def _read_manifest(path: Path) -> dict[str, FileDigest]:
         ) from error
 
 
-def _parse_digest(name: str, entry: object) -> FileDigest:
+def parse_digest(name: str, entry: object) -> FileDigest:
+    """What the manifest has at `name`. ValueError continues the sentence "the manifest ..."."""
     if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
         raise ValueError(f"has an entry {quoted(name)} without exactly bytes and sha256")
     size, sha256 = entry["bytes"], entry["sha256"]
@@ -112,7 +118,7 @@ def _parse_digest(name: str, entry: object) -> FileDigest:
     return FileDigest(bytes=size, sha256=sha256)
 
 
-def _digest_files(files: Sequence[Path], progress: Progress | None) -> Mapping[str, FileDigest]:
+def digest_files(files: Sequence[Path], progress: Progress | None) -> Mapping[str, FileDigest]:
     """By file name. Several files at a time: hashlib lets go of the GIL. Memory: 4 MiB for each of 4 threads."""
     lock = threading.Lock()
     stopped = threading.Event()
@@ -161,7 +167,8 @@ def _disk_error(file: Path, offset: int, error: OSError) -> DeviceError:
     )
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """A reader of `path` sees what it was or all of `text`, which is ASCII; so does who comes after a crash."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with open(descriptor, "w", encoding="ascii") as stream:

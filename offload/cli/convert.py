@@ -1,0 +1,70 @@
+"""`convert`: a model's 16-bit weights coded without loss into another folder, which loads as fast as the disk reads."""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from ..config import bytes_text, counted, rate_text, seconds_text
+from ..errors import ModelError, UsageError
+from ..model.files import ModelFiles, open_model
+from ..weights.checkpoint import open_checkpoint
+from ..weights.conversion import Conversion, Converted, convert
+from .terminal import LoadBar
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.codec == "residual":
+        cure = "convert --codec lossless"
+        raise UsageError("residual coding is not there yet", where="--codec residual", cure=cure)
+    conversion = conversion_of(arguments.model, arguments.output)
+    checkpoint = conversion.checkpoint
+    done_bytes, start_s = 0, time.monotonic()
+    with LoadBar(enabled=not arguments.quiet, doing="converting") as bar:
+
+        def progress(num_bytes: int) -> None:
+            nonlocal done_bytes
+            done_bytes += num_bytes
+            bar.update(done_bytes, checkpoint.num_bytes)
+
+        converted = convert(conversion, progress)
+    elapsed_s = time.monotonic() - start_s
+    if arguments.json:
+        document = {"schema_version": 1, "model": str(checkpoint.folder), "output": str(conversion.output), "codec": "lossless"}
+        print(json.dumps({**document, **asdict(converted), "elapsed_s": elapsed_s}))
+    else:
+        print(_summary(converted, conversion.output, elapsed_s))
+    return 0
+
+
+def conversion_of(model: str, output: str) -> Conversion:
+    """Of the model of that name. ModelError for one that is packed, and for whatever is wrong with its files."""
+    files = open_model(model, "--model")
+    _refuse_packed(files)
+    architecture = files.architecture
+    matrices = [
+        f"{architecture.prefix}.{layer}.{name}" for layer, shapes in enumerate(architecture.layer_shapes) for name in shapes
+    ]
+    checkpoint = open_checkpoint(files.folder)  # all that the files have, what the model has no place for included
+    return Conversion(checkpoint=checkpoint, matrices=matrices, output=Path(output).expanduser())
+
+
+def _refuse_packed(files: ModelFiles) -> None:
+    if files.codecs:
+        what = "they are coded already" if files.is_lossless else f"they are packed: {files.weights}"
+        raise ModelError(
+            f"there is nothing to gain from coding its weights: {what}",
+            where=str(files.folder),
+            cure="use the model as it is: packed weights travel packed",
+        )
+
+
+def _summary(converted: Converted, output: Path, elapsed_s: float) -> str:
+    kept = f", {converted.num_kept} of them kept from an earlier attempt" if converted.num_kept else ""
+    return (
+        f"ok: {bytes_text(converted.raw_bytes)} in {bytes_text(converted.stored_bytes)}, "
+        f"{converted.stored_bytes / converted.raw_bytes:.3f} of it; {converted.num_coded} of "
+        f"{counted(converted.num_tensors, 'tensor')} coded, every bit compared; {counted(converted.num_files, 'file')}{kept} "
+        f"in {seconds_text(elapsed_s)} s, {rate_text(converted.raw_bytes / max(elapsed_s, 1e-9))}; the model is in {output}"
+    )

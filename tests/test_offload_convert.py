@@ -1,0 +1,312 @@
+"""A converted folder is the model: the same weights, bit for bit, in fewer bytes, or no model at all."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import offload.demo
+from allocations import working_bytes
+from coding import same_bits
+from command_line import CHANGED, DOES_NOT_FIT, INVALID, assert_error, assert_usage_error, run_command
+from offload.cli.convert import conversion_of
+from offload.model.files import open_model
+from offload.weights.conversion import Converted, convert
+from offload.weights.conversion_state import STATE_NAME
+from offload.weights.packed_source import DecodedSource
+from offload.weights.safetensors_writer import SafetensorsWriter
+from offload.weights.source import CheckpointSource
+
+ROOT = Path(__file__).parents[1]
+DEMO = Path(offload.demo.__file__).parent / "target"
+MARK = {
+    "quantization_config": {"quant_method": "treestream_lossless", "version": 1},
+    "transformers_weights": "treestream_lossless.safetensors",
+}
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Converted]:
+    output = tmp_path_factory.mktemp("converted") / "deeper" / "model"
+    return output, convert(conversion_of(str(DEMO), str(output)))
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(DEMO, tmp_path / "demo"))
+
+
+def raw_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def rewrite(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """The weights of `folder`, each as `change` has it."""
+    for path in folder.glob("*.safetensors"):
+        save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path)
+    return folder
+
+
+def assert_is_the_model(output: Path, model: Path) -> None:
+    files = open_model(str(output), "--model")
+    expected = raw_tensors(model)
+    assert files.codecs and files.checkpoint.num_bytes < 0.8 * sum(2 * tensor.numel() for tensor in expected.values())
+    found = {name: torch.empty(shape, dtype=files.dtype) for name, shape in files.architecture.expected_tensors.items()}
+    with DecodedSource(stored=CheckpointSource(files.checkpoint), codecs=files.codecs).open() as feed:
+        feed.fill(found)
+    assert found and all(same_bits(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_a_converted_folder_has_the_weights_of_the_model(converted: tuple[Path, Converted]) -> None:
+    output, summary = converted
+    assert_is_the_model(output, DEMO)
+    assert summary.num_kept == 0 and summary.num_coded == 42 and summary.num_tensors == 56
+    assert summary.stored_bytes == open_model(str(output), "--model").checkpoint.num_bytes
+
+
+def test_float16_that_was_bfloat16_is_converted_as_float16(demo: Path, tmp_path: Path) -> None:
+    convert(conversion_of(str(rewrite(demo, lambda tensor: tensor.half())), str(tmp_path / "new")))
+    assert open_model(str(tmp_path / "new"), "--model").dtype == torch.float16
+    assert_is_the_model(tmp_path / "new", demo)
+
+
+def test_files_are_those_that_safetensors_reads(converted: tuple[Path, Converted]) -> None:
+    for path in converted[0].glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            assert names and all(file.get_slice(name).get_shape() is not None for name in names)
+
+
+def test_everything_else_comes_along(converted: tuple[Path, Converted], demo: Path, tmp_path: Path) -> None:
+    for name in ("LICENSE", "LICENSE.txt", "chat_template.jinja", "merges.txt", "README.md"):
+        (demo / name).write_text(name)
+    (demo / "modeling_model.py").write_text("print()")
+    convert(conversion_of(str(demo), str(tmp_path / "new")))
+    old, new = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (demo, tmp_path / "new"))
+    weights = {name for name in old if name.endswith(".safetensors")}
+    changed = {"config.json", "model.safetensors.index.json", *weights}
+    assert new.keys() == old.keys() - {"modeling_model.py"} | {"treestream.manifest.json"}
+    assert all(new[name] == old[name] for name in old.keys() - changed - {"modeling_model.py"})
+    assert json.loads(new["config.json"]) == {**json.loads(old["config.json"]), **MARK}
+
+
+def test_a_model_in_one_file_stays_in_one(demo: Path, tmp_path: Path) -> None:
+    save_file(raw_tensors(DEMO), tmp_path / "model.safetensors")
+    for path in demo.glob("model*"):
+        path.unlink()
+    shutil.move(tmp_path / "model.safetensors", demo)
+    convert(conversion_of(str(demo), str(tmp_path / "new")))
+    assert [path.name for path in (tmp_path / "new").glob("model*")] == ["model.safetensors"]
+    assert_is_the_model(tmp_path / "new", demo)
+
+
+def test_transformers_refuses_a_converted_folder_rather_than_read_it_wrongly(converted: tuple[Path, Converted]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(OSError, match="treestream_lossless"):
+        AutoModelForCausalLM.from_pretrained(converted[0])
+
+
+def test_verify_finds_damage_in_a_converted_folder(
+    converted: tuple[Path, Converted], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(converted[0], tmp_path / "copy"))
+    assert run_command(capsys, "verify", "--model", copy, "--full").code == 0
+    damaged = sorted(copy.glob("*.safetensors"))[1]
+    with damaged.open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+    assert_error(run_command(capsys, "verify", "--model", copy, "--full"), CHANGED, damaged.name)
+
+
+def test_conversion_says_what_it_did(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished = run_command(capsys, "convert", "--model", demo, "--output", tmp_path / "new", "--json", "--quiet")
+    assert (finished.code, finished.stderr) == (0, "")
+    document = json.loads(finished.stdout)
+    assert (document["schema_version"], document["codec"], document["num_coded"]) == (1, "lossless", 42)
+    assert 0 < document["stored_bytes"] < 0.8 * document["raw_bytes"]
+    finished = run_command(capsys, "convert", "--model", demo, "--output", tmp_path / "other")
+    assert finished.code == 0 and "42 of 56 tensors coded, every bit compared" in finished.stdout
+
+
+def test_killed_at_any_point_it_goes_on_and_is_a_model_only_when_whole(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/converting.py"), "29", str(DEMO), str(tmp_path / "new")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    *killed, last, whole = lines
+    assert done.returncode == 0 and killed, done.stderr
+    for one in killed:
+        assert one["status"] == 9 and not {"config.json", "model.safetensors.index.json"} <= set(one["files"]), one
+    assert any("model-00001-of-00004.safetensors" in one["files"] for one in killed) and last["kept"] > 0
+    assert whole["status"] == 0 and STATE_NAME not in whole["files"] and not [n for n in whole["files"] if "part" in n]
+    assert_is_the_model(tmp_path / "new", DEMO)
+
+
+def interrupted(output: Path, *, after_files: int) -> None:
+    """A conversion of the demo that ends after some files, as by Ctrl-C."""
+    total = sum(path.stat().st_size for path in sorted(DEMO.glob("*.safetensors"))[:after_files])
+    done = 0
+
+    def progress(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if done > total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(conversion_of(str(DEMO), str(output)), progress)
+
+
+def test_an_interruption_leaves_finished_files_and_nothing_half(tmp_path: Path) -> None:
+    interrupted(tmp_path / "new", after_files=2)
+    names = {path.name for path in (tmp_path / "new").iterdir()}
+    assert names == {"model-00001-of-00004.safetensors", "model-00002-of-00004.safetensors", STATE_NAME}
+    assert convert(conversion_of(str(DEMO), str(tmp_path / "new"))).num_kept == 2
+    assert_is_the_model(tmp_path / "new", DEMO)
+
+
+def test_a_finished_file_that_was_damaged_meanwhile_is_made_again(tmp_path: Path) -> None:
+    interrupted(tmp_path / "new", after_files=2)
+    with (tmp_path / "new" / "model-00002-of-00004.safetensors").open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"\xff\x00\xff\x00\xff")
+    (tmp_path / "new" / "model-00001-of-00004.safetensors").unlink()
+    assert convert(conversion_of(str(DEMO), str(tmp_path / "new"))).num_kept == 0
+    assert_is_the_model(tmp_path / "new", DEMO)
+
+
+def test_progress_is_all_bytes_of_the_model_interrupted_or_not(tmp_path: Path) -> None:
+    interrupted(tmp_path / "new", after_files=3)
+    seen: list[int] = []
+    summary = convert(conversion_of(str(DEMO), str(tmp_path / "new")), seen.append)
+    assert sum(seen) == summary.raw_bytes
+
+
+def foreign(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "letter.txt").write_text("mine")
+
+
+def begun_elsewhere(folder: Path) -> None:
+    interrupted(folder, after_files=1)
+    state = json.loads((folder / STATE_NAME).read_text())
+    (folder / STATE_NAME).write_text(json.dumps({**state, "source": "0" * 64}))
+
+
+def damaged_state(folder: Path) -> None:
+    folder.mkdir()
+    (folder / STATE_NAME).write_text('{"schema_version": 1, "files": {"a": 3}}')
+
+
+@pytest.mark.parametrize(
+    ("prepare", "says"),
+    [
+        (foreign, "is not empty"),
+        (begun_elsewhere, "another model"),
+        (damaged_state, STATE_NAME),
+        (lambda folder: folder.write_text("mine"), "cannot be made"),
+        (lambda folder: shutil.copytree(DEMO, folder), "holds a model"),
+    ],
+)
+def test_folders_with_anything_else_are_left_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], prepare: Callable[[Path], Any], says: str
+) -> None:
+    output = tmp_path / "new"
+    prepare(output)
+    before = {path: path.stat().st_mtime_ns for path in [output, *output.rglob("*")]}
+    assert_usage_error(run_command(capsys, "convert", "--model", DEMO, "--output", output), says, str(output))
+    assert before == {path: path.stat().st_mtime_ns for path in [output, *output.rglob("*")]}
+
+
+def test_the_model_is_no_output(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in (demo, demo / ".." / demo.name):
+        assert_usage_error(run_command(capsys, "convert", "--model", demo, "--output", name), "the model itself")
+
+
+def test_two_conversions_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    inner: list[str] = []
+
+    def begin_another(_: int) -> None:
+        if not inner:
+            with pytest.raises(Exception, match="another conversion") as refused:
+                convert(conversion_of(str(DEMO), str(tmp_path / "new")))
+            inner.append(str(refused.value))
+
+    convert(conversion_of(str(DEMO), str(tmp_path / "new")), begin_another)
+    assert len(inner) == 1
+    assert_is_the_model(tmp_path / "new", DEMO)
+
+
+def test_packed_models_gain_nothing(
+    converted: tuple[Path, Converted], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished = run_command(capsys, "convert", "--model", converted[0], "--output", tmp_path / "new")
+    assert_error(finished, INVALID, "nothing to gain", "coded already")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("change", [lambda tensor: tensor.float(), lambda tensor: (tensor.float() * 0.7777).half()])
+def test_weights_that_no_code_shortens_are_refused(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    finished = run_command(capsys, "convert", "--model", rewrite(demo, change), "--output", tmp_path / "new")
+    assert_error(finished, INVALID, "nothing to gain", "float")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_later_codec_is_named_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished = run_command(capsys, "convert", "--model", DEMO, "--codec", "residual", "--output", tmp_path / "new")
+    assert_usage_error(finished, "residual", "lossless")
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**6, 10**6))
+    finished = run_command(capsys, "convert", "--model", DEMO, "--output", tmp_path / "new")
+    assert_error(finished, DOES_NOT_FIT, "of disk", "0.95 MiB are free")
+    assert not list((tmp_path / "new").glob("*.safetensors*"))
+
+
+def test_a_disk_that_fills_up_is_said_and_what_is_finished_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = SafetensorsWriter.add
+
+    def add_until_full(writer: SafetensorsWriter, name: str, dtype: str, tensor: torch.Tensor) -> None:
+        if "layers.4" in name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add(writer, name, dtype, tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetensorsWriter, "add", add_until_full)
+        finished = run_command(capsys, "convert", "--model", DEMO, "--output", tmp_path / "new")
+    assert_error(finished, DOES_NOT_FIT, "disk is full", "run the same command again")
+    assert list((tmp_path / "new").glob("*.safetensors")) and not list((tmp_path / "new").glob("*.part"))
+    assert convert(conversion_of(str(DEMO), str(tmp_path / "new"))).num_kept > 0
+
+
+def test_memory_is_for_one_matrix_and_its_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What torch gives out beyond the matrix and its code are chunks of the encoder."""
+    largest = max(2 * tensor.numel() for tensor in raw_tensors(DEMO).values())
+    converting = conversion_of(str(DEMO), str(tmp_path / "new"))
+    assert working_bytes(lambda: convert(converting)) <= 2 * largest
