@@ -26,6 +26,7 @@ from offload.model.transformers_api import (
     make_config,
     register_attention,
     rope_frequencies,
+    take_quantization,
     tied_parameters,
 )
 from offload.releases import bounds_of
@@ -51,6 +52,14 @@ class Kept:
 def test_this_release_is_in_the_range() -> None:
     bounds = bounds_of("transformers")
     assert bounds is not None and re.search(r'"transformers>=.*,<.*"', (ROOT / "setup.py").read_text(encoding="utf-8")), HERE
+
+
+def test_how_weights_are_packed_is_taken_out_of_a_config_and_their_dtype_stays() -> None:
+    quantization = {"quant_method": "fp8", "bits": 8}
+    config = make_config({"model_type": "llama", **SIZES, "dtype": "float16", "quantization_config": quantization})
+    assert take_quantization(config) == quantization and take_quantization(config) == {}, HERE
+    build_on_meta(config, "sdpa")
+    assert config.dtype == torch.float16, HERE
 
 
 def test_a_model_takes_our_cache_under_the_name_that_it_has_here() -> None:
