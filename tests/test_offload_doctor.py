@@ -34,7 +34,9 @@ from offload.doctor.judge import Finding, exit_code, judge, worst_status
 from offload.errors import FitError
 from offload.planner.cost import GIB
 from offload.planner.shapes import find_shape
+from offload.source import check_source
 from offload.weights.checkpoint import open_checkpoint
+from packed_models import write_packed
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = HostFacts(
@@ -475,3 +477,22 @@ def test_a_gpu_that_was_asked_for_and_is_not_there_is_a_failed_line(
     monkeypatch.setattr(gather, "find_gpu", lambda nvml, uuid: None)
     ran = run_command(capsys, "doctor", "--device", "cuda")
     assert ran.code == DOES_NOT_FIT and ran.stdout.splitlines()[1].startswith("FAIL  GPU")
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_packed_model_is_named_and_its_bytes_are_those_of_a_run(tmp_path: Path, on_gpu: bool) -> None:
+    folder = str(write_packed("gptq-ordered", tmp_path).folder)
+    inspected = model_checks.inspect_model(folder, "--model", "model", on_gpu=on_gpu)
+    assert "llama in GPTQ int4, 3 layers" in inspected.checks[0].value and inspected.checks[0].cure is None
+    dtype = "bfloat16" if on_gpu else "float32"
+    assert inspected.cost == check_source(folder, "--model", dtype, "cpu").model.cost
+    assert inspected.cost is not None and inspected.cost.stored_bytes < inspected.cost.computed_bytes / 2
+
+
+def test_weights_packed_in_a_way_that_nobody_knows_fail_with_the_methods_that_we_do(tmp_path: Path) -> None:
+    folder = write_packed("fp8", tmp_path).folder
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "aqlm"
+    (folder / "config.json").write_text(json.dumps(config))
+    (check,) = model_checks.inspect_model(str(folder), "--model", "model", on_gpu=False).checks
+    assert "aqlm" in check.value and "compressed-tensors" in str(check.cure) and check.exit_code == INVALID

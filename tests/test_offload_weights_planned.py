@@ -15,11 +15,15 @@ from safetensors.torch import load_file, save_file
 from command_line import INVALID, assert_error, assert_usage_error, run_command
 from conftest import save_tiny_model
 from offload.coding.gguf_types import BLOCKS
+from offload.coding.packings import READERS
+from offload.demo import TARGET
 from offload.errors import ModelError, UsageError
 from offload.planner.gguf_mixtures import MIXTURES
-from offload.planner.quantization import LOSSLESS_NAME, read_quantization
+from offload.planner.quantization import LOSSLESS_NAME, METHODS, read_quantization
 from offload.planner.shapes import ModelShape, find_shape, shape_from_config
 from offload.planner.what_if import NAMES, coded_without_loss, with_weights, without_code
+from offload.source import check_source
+from packed_models import FORMS, write_packed
 
 ROOT = Path(__file__).resolve().parents[1]
 Capsys = pytest.CaptureFixture[str]
@@ -112,7 +116,9 @@ def test_a_folder_with_weights_of_its_own_is_not_asked_what_if(models: Models) -
 def test_only_16_bit_weights_are_coded_without_loss_and_decoded_while_loading() -> None:
     shape = find_shape("llama-2-7b", "--model")
     coded = coded_without_loss(shape)
-    assert coded.weights == LOSSLESS_NAME and without_code(coded) == shape
+    assert coded.weights == "float16, coded without loss"
+    converted = replace(coded, stored=replace(coded.stored, name=LOSSLESS_NAME)) if coded.stored else coded
+    assert without_code(converted) == shape
     for other in (replace(shape, dtype="float32"), with_weights(shape, "fp8")):
         assert coded_without_loss(other) is other and without_code(other) is other
 
@@ -238,7 +244,7 @@ def test_coding_without_loss_is_advised_where_it_helps_and_done_where_it_is_aske
     for flags in (("--codec", "none"), ("--codec", "lossless"), ("--weights", "fp8"), ("--gpu-memory", "200GiB")):
         assert "convert" not in said(*flags)
     coded = plan_json(capsys, "--codec", "lossless", "--resident-layers", 0)
-    assert coded["weights"] == LOSSLESS_NAME
+    assert coded["weights"] == "float16, coded without loss"
     assert coded["bytes_per_pass"] == pytest.approx(0.705 * 80 * 855_654_400 * 2, rel=1e-3)
     assert coded == plan_json(capsys, "--weights", "lossless", "--resident-layers", 0)
 
@@ -292,3 +298,24 @@ def test_a_plan_for_a_packed_folder_imports_no_torch(tmp_path: Path) -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ran.stdout.splitlines()[-1] == "0 []" and ran.stderr == ""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sizes_and_names_of_packed_models_are_those_of_the_models_that_run(form: str, tmp_path: Path) -> None:
+    folder = write_packed(form, tmp_path).folder
+    shape = find_shape(str(folder), "--model")
+    assert shape.stored is not None and not shape.stored.is_estimated
+    for dtype in ("float32", "bfloat16"):
+        model = check_source(str(folder), "--model", dtype, "cpu").model
+        assert shape.cost(model.dtype.itemsize) == model.cost
+
+
+def test_methods_that_plans_know_are_those_that_are_unpacked() -> None:
+    assert set(METHODS) == set(READERS)
+
+
+def test_coding_without_loss_takes_about_what_a_plan_says() -> None:
+    planned_cost = coded_without_loss(find_shape(str(TARGET), "--model")).cost(2)
+    cost = check_source(str(TARGET), "--model", "float16", "cpu", codec="lossless").model.cost
+    assert planned_cost.stored_bytes == pytest.approx(cost.stored_bytes, rel=0.02)
+    assert (planned_cost.weights, planned_cost.computed_bytes) == (cost.weights, cost.computed_bytes)

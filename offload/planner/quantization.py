@@ -32,8 +32,7 @@ def read_quantization(config: Config) -> Packed | None:
         return None
     if not isinstance(quantization, Mapping):
         raise ValueError("quantization_config is no object")
-    method = quantization.get("quant_method", "bitsandbytes" if "load_in_4bit" in quantization else None)
-    match method:
+    match method := _method(quantization):
         case "gptq" | "awq":
             bits = _number(quantization, "bits" if "bits" in quantization else "w_bit")
             group = _number(quantization, "group_size" if "group_size" in quantization else "q_group_size")
@@ -56,6 +55,15 @@ def read_quantization(config: Config) -> Packed | None:
         case method if method == LOSSLESS_METHOD:
             return Packed(name=LOSSLESS_NAME, bits=LOSSLESS_BITS)
     raise ValueError(f"quantization_config has quant_method {str(method)[:40]!r}; we read {', '.join(METHODS)}")
+
+
+def _method(quantization: Config) -> object:
+    """Old files name no method: their fields are one's own."""
+    if (method := quantization.get("quant_method")) is not None:
+        return method
+    if "config_groups" in quantization:
+        return "compressed-tensors"
+    return "bitsandbytes" if "load_in_4bit" in quantization else None
 
 
 def _fp8(block: object) -> Packed:

@@ -50,6 +50,7 @@ def _packed(tensors: Shapes, found: Mapping[str, TensorInfo]) -> dict[str, int]:
         if own is not None and own.dtype_name in _UNPACKED:
             continue
         names = [f"{stem}.{part}" for part in _PARTS] + [f"{parameter}_{part}" for part in _CODED]
+        names += [name for name in found if name.startswith(f"{parameter}.quant_state.")]  # of bitsandbytes
         parts = [found[name] for name in names if name in found] if parameter.endswith(".weight") else []
         if own is not None:
             parts.append(own)

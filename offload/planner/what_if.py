@@ -64,8 +64,8 @@ def coded_without_loss(shape: ModelShape) -> ModelShape:
     """`shape` with 16-bit weights in the code that `convert --codec lossless` makes; others are left as they are."""
     if shape.stored is not None or shape.dtype not in BITS_16:
         return shape
-    stored = by_bits(LOSSLESS_NAME, shape.layer_tensors, shape.num_layers, LOSSLESS_BITS)
-    return replace(shape, stored=stored)
+    name = f"{shape.dtype}, coded without loss"
+    return replace(shape, stored=by_bits(name, shape.layer_tensors, shape.num_layers, LOSSLESS_BITS))
 
 
 def without_code(shape: ModelShape) -> ModelShape:
