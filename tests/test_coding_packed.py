@@ -11,6 +11,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import packed_models
+from allocations import working_bytes
 from offload.coding import chunks
 from offload.coding.packings import read_packing
 from offload.coding.tensor_codec import Part, TensorCodec
@@ -87,6 +88,17 @@ def test_kernels_make_the_bits_of_their_twins(form: str) -> None:
         found = torch.full(shape, torch.nan, dtype=dtype, device=KERNEL_DEVICE)
         codec.kernel({part.name: parts[part.name].to(KERNEL_DEVICE) for part in codec.parts}, found)
         assert_same_bits(found.cpu(), decoded(codec, parts, shape, dtype))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_decoders_keep_within_their_workspace(form: str, dtype: torch.dtype) -> None:
+    """On matrices that are four times as large."""
+    shape = (512, 4096)
+    parts, _ = FORMS[form].pack(*shape, generator())
+    codec, parameter = codec_of(FORMS[form].quantization, shape, parts), torch.empty(shape, dtype=dtype)
+    taken = {part.name: parts[part.name] for part in codec.parts}
+    assert 0 < working_bytes(lambda: codec.decode(taken, parameter)) <= chunks.CPU_WORKSPACE_BYTES
 
 
 @pytest.mark.parametrize("form", FORMS)

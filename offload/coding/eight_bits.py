@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from .chunks import by_group, row_chunks
-from .scales import NUMBERS, POWERS, scale_values
+from .lookup import look_up
+from .scales import NUMBERS, POWERS, scale_values, stored_scale
 from .stored_parts import Beside, Shape, last_name, matrix, need
 from .tensor_codec import TensorCodec
 
 Tensors = Mapping[str, torch.Tensor]
-_WORKSPACE_PER_WEIGHT_BYTES = 8  # float32, and one scale for each weight in the worst case
+_WORKSPACE_PER_WEIGHT_BYTES = 12  # its value, and where blocks are small its scale, as stored and in float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,20 +36,30 @@ class BlocksDecoder:
     blocks: Blocks
 
     def __call__(self, parts: Tensors, parameter: torch.Tensor) -> None:
-        blocks, (num_rows, num_columns) = self.blocks, parameter.shape
-        block_rows, block_columns = blocks.block
-        grid = grid_of((num_rows, num_columns), blocks.block)
-        scale = scale_values(parts[blocks.scale]).view(grid)
-        zero_point = None if blocks.zero_point is None else parts[blocks.zero_point].to(torch.float32).view(grid)
+        num_rows, num_columns = parameter.shape
         row_bytes = num_columns * _WORKSPACE_PER_WEIGHT_BYTES
         for chunk in row_chunks(num_rows, row_bytes, device_type=parameter.device.type):
-            values = parts[blocks.weight][chunk].to(torch.float32)  # [rows, columns]
-            down = torch.arange(chunk.start, chunk.stop, device=parameter.device) // block_rows  # [rows]
-            for group, across in by_group(values, block_columns):
-                if zero_point is not None:
-                    group -= zero_point[down, across, None]
-                group *= scale[down, across, None]
-            parameter[chunk] = values
+            parameter[chunk] = self._rows(parts, chunk, (num_rows, num_columns))
+
+    def _rows(self, parts: Tensors, chunk: slice, shape: tuple[int, int]) -> torch.Tensor:
+        blocks, grid = self.blocks, grid_of(shape, self.blocks.block)
+        values = _values(parts[blocks.weight][chunk])  # [rows, columns]
+        down = torch.arange(chunk.start, chunk.stop, device=values.device) // blocks.block[0]  # [rows]
+        scale = scale_values(stored_scale(parts[blocks.scale]).view(grid)[down])  # [rows, blocks across]
+        zero_point = None if blocks.zero_point is None else parts[blocks.zero_point].view(grid)[down].to(torch.float32)
+        for group, across in by_group(values, blocks.block[1]):
+            if zero_point is not None:
+                group -= zero_point[:, across, None]
+            group *= scale[:, across, None]
+        return values
+
+
+def _values(codes: torch.Tensor) -> torch.Tensor:
+    """In float32. Of FP8 torch converts one at a time on a processor."""
+    if codes.dtype == torch.int8:
+        return codes.to(torch.float32)
+    numbers = torch.arange(256, dtype=torch.uint8, device=codes.device).view(codes.dtype).to(torch.float32)
+    return look_up(codes.view(torch.uint8), numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +67,7 @@ class BlocksKernel:
     blocks: Blocks
 
     def __call__(self, parts: Tensors, parameter: torch.Tensor) -> None:
-        from .kernels_packed import decode_blocks  # triton, which need not be installed
+        from .packed_kernels import decode_blocks  # triton, which need not be installed
 
         blocks = self.blocks
         zero_point = None if blocks.zero_point is None else parts[blocks.zero_point]

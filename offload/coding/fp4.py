@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from .chunks import row_chunks
+from .lookup import look_up_pairs
 from .scales import scale_values
 
 Tensors = Mapping[str, torch.Tensor]
@@ -43,10 +44,11 @@ class Fp4Decoder:
         target = target.view(-1, num_rows, num_columns)  # [matrices, rows, columns]
         packed = parts[groups.packed].view(len(target), num_rows, num_columns // 2)
         scale = parts[groups.scale].view(len(target), num_rows, num_columns // groups.group)
+        numbers = e2m1_values(parameter.device)
         row_bytes = num_columns * _WORKSPACE_PER_WEIGHT_BYTES
         for number, matrix in enumerate(target):
             for chunk in row_chunks(num_rows, row_bytes, device_type=parameter.device.type):
-                values = e2m1_values(packed[number, chunk])  # [rows, columns]
+                values = look_up_pairs(packed[number, chunk], numbers)  # [rows, columns]
                 factor = scale_values(scale[number, chunk])  # [rows, groups]
                 if groups.whole is not None:
                     whole = parts[groups.whole].to(torch.float32)
@@ -60,14 +62,14 @@ class Fp4Kernel:
     groups: Fp4Groups
 
     def __call__(self, parts: Tensors, parameter: torch.Tensor) -> None:
-        from .kernels_packed import decode_fp4  # triton, which need not be installed
+        from .packed_kernels import decode_fp4  # triton, which need not be installed
 
         decode_fp4(self.groups, parts, parameter)
 
 
-def e2m1_values(packed: torch.Tensor) -> torch.Tensor:
-    """[..., n] bytes as [..., 2 n] float32."""
-    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).to(torch.int16)
+def e2m1_values(device: torch.device) -> torch.Tensor:
+    """Of the sixteen codes, in float32."""
+    codes = torch.arange(16, dtype=torch.int16, device=device)
     # The three bits as a float16's lowest bits of exponent and highest of mantissa, whose exponent is then 14 too small.
     bits = ((codes & 8) << 12) | ((codes & 7) << 9)
-    return bits.view(torch.float16).to(torch.float32).mul_(2.0**14)
+    return bits.view(torch.float16).to(torch.float32) * 2.0**14

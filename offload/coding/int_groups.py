@@ -59,18 +59,15 @@ class IntGroupsDecoder:
         groups, (num_rows, num_columns) = self.groups, parameter.shape
         order = None if groups.order is None else _order(parts[groups.order], num_columns, groups.group)
         row_bytes = num_columns * _WORKSPACE_PER_WEIGHT_BYTES
-        chunks = row_chunks(num_rows, row_bytes, device_type=parameter.device.type, multiple=groups.per_word)
-        for chunk in chunks:
+        for chunk in row_chunks(num_rows, row_bytes, device_type=parameter.device.type, multiple=groups.per_word):
             values = _codes(groups, parts[groups.words], chunk)[:, :num_columns].to(torch.float32)  # [rows, columns]
-            zero_points = _zero_points(groups, parts, chunk)  # [rows, groups], or [1, 1]
             scale = parts[groups.scale][chunk] if groups.layout == "rows" else parts[groups.scale][:, chunk].t()
             scale = scale.to(torch.float32)  # [rows, groups]
+            zero_points = _zero_points(groups, parts, chunk).expand_as(scale)
             if order is None:
-                zero_points = zero_points.expand_as(scale)
                 for group, which in by_group(values, groups.group):
                     group.sub_(zero_points[:, which, None]).mul_(scale[:, which, None])
             else:
-                zero_points = zero_points.expand_as(scale)
                 values.sub_(zero_points.index_select(1, order)).mul_(scale.index_select(1, order))
             parameter[chunk] = values
 
@@ -80,7 +77,7 @@ class IntGroupsKernel:
     groups: IntGroups
 
     def __call__(self, parts: Tensors, parameter: torch.Tensor) -> None:
-        from .kernels_packed import decode_int_groups  # triton, which need not be installed
+        from .packed_kernels import decode_int_groups  # triton, which need not be installed
 
         decode_int_groups(self.groups, parts, parameter)
 
@@ -88,27 +85,35 @@ class IntGroupsKernel:
 def _codes(groups: IntGroups, words: torch.Tensor, chunk: slice) -> torch.Tensor:
     """[rows, columns] of int32; a row may have more columns than the parameter, of a last word that it does not fill."""
     if groups.layout == "rows":
-        return _unpacked(groups, words[chunk])
+        return _along_columns(groups, words[chunk])
     if groups.layout == "columns":
-        return _unpacked(groups, words[:, chunk].t())
-    return _unpacked(groups, words[:, _words(groups, chunk)]).t()
+        return _along_columns(groups, words[:, chunk].t().contiguous())
+    return _along_rows(groups, words[:, _words(groups, chunk)].t().contiguous())
 
 
 def _zero_points(groups: IntGroups, parts: Tensors, chunk: slice) -> torch.Tensor:
-    """Of the rows of `chunk`, in float32."""
-    num_rows, device = chunk.stop - chunk.start, parts[groups.words].device
+    """[rows, groups] of the rows of `chunk`, or [1, 1] where all are the same, in float32."""
     if groups.zero_points is None:
-        return torch.full((1, 1), 2.0 ** (groups.bits - 1), device=device)
-    words = parts[groups.zero_points]  # of consecutive rows
-    words = words[_words(groups, chunk)].t() if groups.layout == "rows" else words[:, _words(groups, chunk)]
-    return _unpacked(groups, words + groups.added)[:, :num_rows].t().to(torch.float32)
+        return torch.full((1, 1), 2.0 ** (groups.bits - 1), device=parts[groups.words].device)
+    words, which = parts[groups.zero_points], _words(groups, chunk)
+    words = words[which] if groups.layout == "rows" else words[:, which].t().contiguous()
+    return _along_rows(groups, words + groups.added)[: chunk.stop - chunk.start].to(torch.float32)
 
 
-def _unpacked(groups: IntGroups, words: torch.Tensor) -> torch.Tensor:
-    """[m, n] words as [m, n * codes in a word] codes."""
+def _along_columns(groups: IntGroups, words: torch.Tensor) -> torch.Tensor:
+    """[m, n] words of consecutive columns as [m, n * codes in a word] codes."""
+    return (words.unsqueeze(-1) >> _shifts(groups, words)).bitwise_and_(2**groups.bits - 1).flatten(1)
+
+
+def _along_rows(groups: IntGroups, words: torch.Tensor) -> torch.Tensor:
+    """[m, n] words of consecutive rows as [m * codes in a word, n] codes."""
+    return (words.unsqueeze(1) >> _shifts(groups, words)[:, None]).bitwise_and_(2**groups.bits - 1).flatten(0, 1)
+
+
+def _shifts(groups: IntGroups, words: torch.Tensor) -> torch.Tensor:
+    """Where the codes of a word begin."""
     number = torch.arange(groups.per_word, dtype=torch.int32, device=words.device)
-    shifts = (number >> 1) * 4 + (number & 1) * 16 if groups.layout == "awq" else number * groups.bits
-    return (words.unsqueeze(-1) >> shifts).bitwise_and_(2**groups.bits - 1).flatten(1)
+    return (number >> 1) * 4 + (number & 1) * 16 if groups.layout == "awq" else number * groups.bits
 
 
 def _words(groups: IntGroups, chunk: slice) -> slice:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .chunks import row_chunks
+from .lookup import look_up_pairs
 
 Tensors = Mapping[str, torch.Tensor]
 _WORKSPACE_PER_WEIGHT_BYTES = 16
@@ -30,5 +31,5 @@ class TableDecoder:
         packed = parts[self.packed].view(scale.numel(), -1)
         row_bytes = blocks.shape[1] * _WORKSPACE_PER_WEIGHT_BYTES
         for chunk in row_chunks(len(blocks), row_bytes, device_type=parameter.device.type):
-            codes = torch.stack((packed[chunk] >> 4, packed[chunk] & 15), -1).flatten(1)
-            blocks[chunk] = table[codes.to(torch.int32)] * scale[chunk, None]
+            values = look_up_pairs(packed[chunk], table, high_first=True)  # [blocks, weights]
+            blocks[chunk] = values.mul_(scale[chunk, None])

@@ -11,11 +11,16 @@ NUMBERS: Final = frozenset({torch.float32, torch.float16, torch.bfloat16})  # sc
 FP8: Final = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
 
+def stored_scale(scale: torch.Tensor) -> torch.Tensor:
+    """Powers of two as their bytes, which torch picks rows of on every device; others as they are."""
+    return scale.view(torch.uint8) if scale.dtype in POWERS else scale
+
+
 def scale_values(scale: torch.Tensor) -> torch.Tensor:
     """In float32, exactly; bytes are powers of two."""
     if scale.dtype not in POWERS:
         return scale.to(torch.float32)
-    exponent = scale.view(torch.uint8).to(torch.int32)
+    exponent = stored_scale(scale).to(torch.int32)
     bits = (exponent << 23).clamp_(min=0x00400000)  # of 2**-127, the only one that is subnormal
     return bits.masked_fill_(exponent == 255, 0x7FC00000).view(torch.float32)
 
