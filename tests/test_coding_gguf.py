@@ -11,46 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allocations import working_bytes
+from coding import HALVES, random_blocks, same_bits
 from offload.coding.chunks import CPU_WORKSPACE_BYTES
 from offload.coding.gguf_blocks import BLOCK_DECODERS
 from offload.coding.gguf_codec import KERNELS, GgufDecoder, gguf_codec
 from offload.coding.gguf_types import BLOCKS, FLOATS
-
-# Where the float16 numbers of a block are; other bytes are free to be anything.
-HALVES = {
-    "Q8_0": (0,),
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q5_0": (0,),
-    "Q5_1": (0, 2),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-    "IQ4_NL": (0,),
-    "IQ4_XS": (0,),
-    "MXFP4": (),
-}
-
-
-def random_blocks(type_name: str, num_blocks: int, seed: int = 0, *, huge: bool = True) -> torch.Tensor:
-    """uint8 [num_blocks, bytes], every byte pattern but scales that are not finite; those of 2**-24 to 1 unless `huge`."""
-    rng = np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (num_blocks, BLOCKS[type_name].num_bytes), dtype=np.uint8)
-    for place in HALVES[type_name]:
-        high = blocks[:, place + 1]
-        high[(high & 0x7C) == 0x7C] ^= 0x40  # the exponent of infinities and NaNs
-        if not huge:
-            high &= 0xBB
-    if type_name == "MXFP4" and not huge:
-        blocks[:, 0] = 100 + blocks[:, 0] % 32
-    return torch.from_numpy(blocks)
-
-
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    integers = {4: torch.int32, 2: torch.int16}[one.element_size()]
-    return torch.equal(one.view(integers), other.view(integers))
 
 
 def by_gguf(type_name: str, blocks: torch.Tensor) -> torch.Tensor:

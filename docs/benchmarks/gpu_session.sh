@@ -25,7 +25,7 @@ latency() { step latency; } # of 64 KiB up and a few numbers down while a layer 
 light() { step light; }     # the bundled pair; eight layers as wide as 70B's, draft passes eager and as graphs, same text
 figure() { step figure; }   # 70B: ours with a trace of two rounds, plain, Accelerate
 
-pytest() { "$@" "$PYTHON" -m pytest -v -W default -p no:cacheprovider --durations=10 -m gpu tests/test_gpu.py; }
+pytest() { "$@" "$PYTHON" -m pytest -v -W default -p no:cacheprovider --durations=10 -m gpu tests/test_gpu.py tests/test_gpu_decoders.py; }
 tests() { pytest env; } # in the order of the file, the fastest first
 sanitizer() {
     command -v compute-sanitizer || { echo "no compute-sanitizer on the PATH"; return 0; }
