@@ -8,9 +8,9 @@ from functools import cached_property
 from ..coding.workspace import WORKSPACE_BYTES
 
 GIB = 2**30
-# A decoder works on one parameter at a time, of which a layer has several, and takes less for a small one than it may: so much
-# per byte of the layer is more than any needs.
-WORKSPACE_LAYERS = 8
+# A decoder takes at most 32 bytes for each weight of the one parameter that it works on, and no parameter has much more than a
+# third of a layer's. Of large ones it makes pieces.
+WORKSPACE_BYTES_PER_PARAMETER = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +91,8 @@ class ModelCost:
     @cached_property
     def workspace_bytes(self) -> int:
         """What a decoder takes besides while it runs."""
-        decoded_bytes = max([layer.computed_bytes for layer in self.layers if layer.is_decoded], default=0)
-        return min(WORKSPACE_BYTES, WORKSPACE_LAYERS * decoded_bytes)
+        num_parameters = max([layer.num_parameters for layer in self.layers if layer.is_decoded], default=0)
+        return min(WORKSPACE_BYTES, WORKSPACE_BYTES_PER_PARAMETER * num_parameters)
 
     @cached_property
     def largest_kv_bytes_per_row(self) -> int:

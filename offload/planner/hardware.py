@@ -27,9 +27,10 @@ SWEEPS: Mapping["Task", Mapping[SamplingKind, int]] = {
     "draw": {"greedy": 6, "sampled": 8, "nucleus": 44},
     "verify": {"greedy": 2, "sampled": 16, "nucleus": 52},
 }
-# How often device memory is read or written at its full rate in the time of decoding a layer, times what is stored of it and
-# what comes out, where nobody has measured. Kernels that unpack bits seldom reach half of that rate.
-DECODE_SWEEPS: Mapping[str, float] = {"cuda": 2.5, "cpu": 8.0}
+# How long decoding a layer takes where nobody has measured: so many times reading what is stored of it and writing what comes
+# out, at the rate of the device's memory. Kernels that unpack bits seldom reach half of that rate; plain torch on one core of a
+# processor took 8 to 28 times as long into float32, format by format.
+DECODE_SWEEPS: Mapping[str, float] = {"cuda": 2.5, "cpu": 15.0}
 LEAST_S: Mapping["Task", float] = {"draw": 0.0, "verify": 1e-3}
 REQUIRED_RATES = ("link_bytes_per_s", "flops_per_s", "device_memory_bytes_per_s")
 RATES = (*REQUIRED_RATES, "pageable_link_bytes_per_s", "disk_bytes_per_s", "device_memory_bytes", "host_memory_bytes")
