@@ -15,6 +15,7 @@ from offload.planner.hardware import DECODE_SWEEPS, DecodeTime, HardwareProfile
 from offload.planner.hardware_file import from_json, to_json
 from offload.planner.memory import plan_memory
 from offload.planner.plan import Plan, make_workload
+from offload.planner.refit import Seen, measured_anew, refit
 from offload.planner.timeline import PartTimes, steady_round
 from offload.streaming.schedule import Compute, Decode, Fetch, first_fetches, pass_steps
 from offload.weights.placement import Placement
@@ -258,3 +259,24 @@ def test_a_small_layers_decoder_takes_less_than_it_may() -> None:
     layer = LayerCost(stored_bytes=500, computed_bytes=1000, num_parameters=500, kv_bytes_per_row=4, scratch_bytes=1000)
     assert replace(LLAMA_2_70B, layers=(layer,)).workspace_bytes == 6000
     assert LLAMA_2_70B.workspace_bytes == 0
+
+
+def test_rounds_that_were_slower_make_decoding_slower_and_a_new_look_takes_its_place() -> None:
+    target, hardware, limits = stored_as(0.5), decoding_in(0.01), budgets(48)
+    made = planned(target, hardware, 48)
+    workload = make_workload(SETTINGS, target, hardware, limits, max_positions=4096)
+    predicted = made.prediction
+    seen = Seen(
+        num_rounds=8,
+        tokens=1.0,
+        round_s=2 * predicted.round_s,
+        compute_s=2 * predicted.compute_s,
+        draft_s=0.0,
+        after_s=predicted.after_s,
+        copied_s=made.bytes_per_pass / 25e9,
+    )
+    corrected, _ = refit(seen, made, workload, None, 1.0)
+    assert corrected.decode_s == pytest.approx([0.02] * 80, rel=1e-3)
+    anew, _ = measured_anew(SETTINGS, workload, None, decoding_in(0.03))
+    assert anew.decode_s == pytest.approx([0.03] * 80) and not anew.decode_is_assumed
+    assert measured_anew(SETTINGS, workload, None, L40)[0].decode_is_assumed
