@@ -183,6 +183,22 @@ def test_gptq_read_weight_by_weight_is_the_same(form: str) -> None:
             assert found[row, column] == (code - zero_point) * float(parts["scales"][group, row])
 
 
+@pytest.mark.parametrize("form", ["compressed-tensors-int4-ordered", "compressed-tensors-int4-asymmetric"])
+def test_compressed_tensors_read_weight_by_weight_is_the_same(form: str) -> None:
+    """Columns in an order of their own, which the library's newest release does not unpack."""
+    rows, columns = 16, 128
+    parts, _ = FORMS[form].pack(rows, columns, generator(10))
+    found = decoded(codec_of(FORMS[form].quantization, (rows, columns), parts), parts, (rows, columns), torch.float32)
+    for row in range(rows):
+        for column in range(columns):
+            group = int(parts["weight_g_idx"][column]) if "weight_g_idx" in parts else column // 32
+            code = field(parts["weight_packed"], (row, column // 8), column % 8 * 4, 4)
+            zero_point = 8
+            if "weight_zero_point" in parts:
+                zero_point = field(parts["weight_zero_point"], (row // 8, group), row % 8 * 4, 4)
+            assert found[row, column] == (code - zero_point) * float(parts["weight_scale"][row, group])
+
+
 def test_awq_read_weight_by_weight_is_the_same() -> None:
     """In its kernels, eight outputs of a word come out in the order 0 4 1 5 2 6 3 7 of its fields."""
     rows, columns = 32, 128

@@ -1,7 +1,6 @@
 """Kernels for the commonest blocks of GGUF tensors: the bits of gguf_blocks.py, whose layouts they read.
 
-A program decodes groups of 32 weights, which lie in one row. Products of scale and integer are exact, so that a compiler that
-contracts a product and a sum changes no bit.
+A program decodes groups of 32 weights, which lie in one row.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -34,6 +33,7 @@ def decode(type_name: str, stored: torch.Tensor, parameter: torch.Tensor, num_he
         block_groups=block.num_weights // GROUP_WEIGHTS,
         head_rows=num_rows // num_heads if num_heads else 0,
         program_groups=PROGRAM_GROUPS,
+        enable_fp_fusion=False,
     )
 
 

@@ -28,6 +28,7 @@ def decode_by_kernel(coded: Coded, parameter: torch.Tensor) -> None:
         CODE_BITS=CODE_BITS,
         ESCAPE=ESCAPE,
         num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
     )
 
 

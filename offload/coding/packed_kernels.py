@@ -31,7 +31,7 @@ def decode_blocks(
     _blocks[_programs(num_rows, num_columns, WIDE)](
         _as_bytes(weight),
         _as_bytes(scale),
-        weight if zero_point is None else zero_point,
+        parameter if zero_point is None else zero_point,
         parameter,
         num_rows,
         num_columns,
@@ -42,6 +42,7 @@ def decode_blocks(
         HAS_ZERO_POINT=zero_point is not None,
         ROWS=WIDE[0],
         COLUMNS=WIDE[1],
+        enable_fp_fusion=False,
     )
 
 
@@ -66,6 +67,7 @@ def decode_int_groups(groups: IntGroups, parts: Tensors, parameter: torch.Tensor
         HAS_ORDER=groups.order is not None,
         ROWS=tile[0],
         COLUMNS=tile[1],
+        enable_fp_fusion=False,
     )
 
 
@@ -89,6 +91,7 @@ def decode_fp4(groups: Fp4Groups, parts: Tensors, parameter: torch.Tensor) -> No
         TRANSPOSED=groups.transposed,
         ROWS=tile[0],
         COLUMNS=tile[1],
+        enable_fp_fusion=False,
     )
 
 
