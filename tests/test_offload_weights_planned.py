@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from command_line import INVALID, assert_error, assert_usage_error, run_command
 from conftest import save_tiny_model
+from offload.cli.convert import conversion_of
 from offload.coding.gguf_types import BLOCKS
 from offload.coding.packings import READERS
 from offload.demo import TARGET
@@ -23,6 +24,7 @@ from offload.planner.quantization import LOSSLESS_NAME, METHODS, read_quantizati
 from offload.planner.shapes import ModelShape, find_shape, shape_from_config
 from offload.planner.what_if import NAMES, coded_without_loss, with_weights, without_code
 from offload.source import check_source
+from offload.weights.conversion import convert
 from packed_models import FORMS, write_packed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +106,7 @@ def test_rows_that_blocks_do_not_make_up_get_other_types(mixture: str) -> None:
 def test_weights_that_nobody_knows_are_refused_with_those_that_we_do() -> None:
     with pytest.raises(UsageError) as caught:
         with_weights(find_shape("llama-2-7b", "--model"), "q9_k")
+    assert with_weights(find_shape("llama-2-7b", "--model"), "Q4_K_M").weights == "GGUF Q4_K_M"
     assert "q9_k" in caught.value.what and all(name in caught.value.cure for name in NAMES)
 
 
@@ -319,3 +322,15 @@ def test_coding_without_loss_takes_about_what_a_plan_says() -> None:
     cost = check_source(str(TARGET), "--model", "float16", "cpu", codec="lossless").model.cost
     assert planned_cost.stored_bytes == pytest.approx(cost.stored_bytes, rel=0.02)
     assert (planned_cost.weights, planned_cost.computed_bytes) == (cost.weights, cost.computed_bytes)
+
+
+def test_sizes_of_a_converted_folder_are_those_of_the_model_that_runs(tmp_path: Path) -> None:
+    converted = tmp_path / "converted"
+    convert(conversion_of(str(TARGET), str(converted)), lambda *_: None)
+    shape = find_shape(str(converted), "--model")
+    assert shape.weights == LOSSLESS_NAME and shape.stored is not None and not shape.stored.is_estimated
+    for dtype in ("float32", "bfloat16"):
+        model = check_source(str(converted), "--model", dtype, "cpu").model
+        assert shape.cost(model.dtype.itemsize) == model.cost
+        raw = check_source(str(converted), "--model", dtype, "cpu", codec="none").model
+        assert replace(without_code(shape).cost(model.dtype.itemsize), weights=raw.weights) == raw.cost

@@ -86,6 +86,8 @@ class Plan:
             "predicted_pass_s": prediction.pass_s,
             "predicted_draft_s": prediction.draft_s,
             "predicted_compute_s": prediction.compute_s,
+            "predicted_decode_s": prediction.decode_s,
+            "coded_layers": len(self.placement.coded),
             "predicted_round_s": prediction.round_s,
             "predicted_s_per_token": prediction.s_per_token,
             "autoregressive_s_per_token": self.autoregressive_s_per_token,

@@ -114,8 +114,8 @@ class _Search:
         """The best choice, None where nothing fits. First over all sizes and numbers of levels, then with bounds on
         the width of levels, then over the sizes between those of the grid."""
         plans = self._fitting(grid)
-        if not plans:
-            return None
+        if not plans or (self._coded and not any(memory.placement.coded for memory in plans.values())):
+            return None  # nothing fits, or nothing is otherwise than where layers are decoded for good
         best = self._best(plans, [(num_levels, None) for num_levels in range(1, self._trees.max_levels + 1)])
         bounds = [(best.num_levels, width) for width in (None, *self._widths(max(plans)))]
         best = self._best(plans, bounds)

@@ -40,11 +40,13 @@ BITS_16 = ("float16", "bfloat16")
 
 
 def with_weights(shape: ModelShape, name: str) -> ModelShape:
-    """`shape` with weights as `name` says, one of NAMES. UsageError for another one, and for a model whose weights are here."""
+    """`shape` with weights as `name` says, one of NAMES in any case. UsageError for another one, and for a model whose weights
+    are here."""
+    said, name = name, name.lower()
     if shape.has_weights:
         raise UsageError(
             f"{shape.name} has weights of its own, in {shape.weights}",
-            where=f"--weights {name}",
+            where=f"--weights {said}",
             cure="leave --weights out, or name a preset",
         )
     if name in _DTYPES:
@@ -57,7 +59,7 @@ def with_weights(shape: ModelShape, name: str) -> ModelShape:
         return replace(shape, stored=gguf_stored(_MIXTURES[name], shape.layer_tensors, shape.num_layers, sharing))
     if name == "lossless":
         return coded_without_loss(replace(shape, stored=None))
-    raise UsageError(f"no weights are called {name!r}", where="--weights", cure=f"one of {', '.join(NAMES)}")
+    raise UsageError(f"no weights are called {said!r}", where="--weights", cure=f"one of {', '.join(NAMES)}")
 
 
 def coded_without_loss(shape: ModelShape) -> ModelShape:
