@@ -18,6 +18,7 @@ from offload.coding.chunks import CPU_WORKSPACE_BYTES
 from offload.coding.lossless import decode_anywhere, decode_on_cpu, pays
 from offload.coding.lossless_encode import RUN, Encoder
 from offload.coding.lossless_layout import BLOCK
+from offload.coding.lossless_numpy import cast_halves
 from offload.coding.lossless_packing import LosslessPacking, read_lossless
 from offload.coding.tensor_codec import Part
 
@@ -99,6 +100,17 @@ def test_tensors_of_any_size_survive(size: int, dtype: torch.dtype) -> None:
 def test_rows_of_very_different_scale_survive() -> None:
     scales = torch.logspace(-30, 30, 64)[:, None]
     assert_survives((normal(64 * 1000).float().view(64, 1000) * scales).bfloat16())
+
+
+def test_halves_are_cast_as_torch_casts_them() -> None:
+    """All 65,536, by integers: those that are said to survive do so by torch's conversions, and no others do but NaN."""
+    halves = ALL_BITS.view(torch.float16)
+    cast = cast_halves(ALL_BITS.numpy().view(np.uint16))
+    there = torch.from_numpy(cast.bits.view(np.int16)).view(torch.bfloat16)
+    survives = there.half().view(torch.int16) == ALL_BITS
+    assert torch.equal(torch.from_numpy(cast.differs), ~survives | halves.isnan())
+    assert torch.equal(there[survives & ~halves.isnan()], halves[survives & ~halves.isnan()].bfloat16())
+    assert survives.sum() > 2**12
 
 
 @given(data=st.data(), dtype=st.sampled_from(HALVES))

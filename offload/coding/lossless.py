@@ -10,7 +10,7 @@ import torch
 
 from .chunks import row_chunks
 from .lossless_layout import BLOCK, CODE_BITS, ESCAPE, Coded, num_bytes_of, parts_of, prefix_of
-from .lossless_numpy import Bits, decode_blocks
+from .lossless_numpy import Bits, join, read_codes
 from .tensor_codec import TensorCodec
 
 FORMATS: Final = {torch.bfloat16: "lossless bfloat16", torch.float16: "lossless float16"}
@@ -76,9 +76,8 @@ def decode_on_cpu(coded: Coded, parameter: torch.Tensor) -> None:
     low_bytes, codes, escapes = coded.bytes.numpy(), coded.codes.numpy(), coded.escapes.numpy()
     for blocks in row_chunks(coded.num_blocks, BLOCK * _WEIGHT_BYTES, device_type="cpu"):
         start, stop = blocks.start * BLOCK, blocks.stop * BLOCK
-        of_chunk = codes[:, start // 8 : stop // 8]
-        bits = decode_blocks(low_bytes[start:stop], of_chunk, base, escapes, offsets[blocks.start])
-        _write_on_cpu(bits, weights[start:stop])
+        found = read_codes(codes[:, start // 8 : stop // 8], low_bytes[start:stop].size)
+        _write_on_cpu(join(low_bytes[start:stop], found, base, escapes, offsets[blocks.start]), weights[start:stop])
     write_exceptions(coded, parameter)
 
 
@@ -118,7 +117,10 @@ def _write_bits(bits: torch.Tensor, weights: torch.Tensor) -> None:
 
 
 def _write_on_cpu(bits: Bits, weights: torch.Tensor) -> None:
-    if weights.dtype == torch.float32:
+    """By numpy, where it can: torch would wake its threads for each of the chunks."""
+    if weights.dtype == torch.bfloat16:
+        weights.view(torch.int16).numpy().view(np.uint16)[...] = bits
+    elif weights.dtype == torch.float32:
         words = weights.view(torch.int32).numpy().view(np.uint32)
         words[...] = bits
         words <<= 16

@@ -12,11 +12,21 @@ import torch
 from numpy.typing import NDArray
 
 from .lossless_layout import BLOCK, MAX_WEIGHTS, NUM_CODES, Coded
-from .lossless_numpy import CHUNK_BLOCKS, Bits, Bytes, decode_blocks, encode_blocks, exponents_of
+from .lossless_numpy import (
+    CHUNK_BLOCKS,
+    Bits,
+    Bytes,
+    Cast,
+    cast_halves,
+    exponents_of,
+    join,
+    read_codes,
+    write_codes,
+    write_low_bytes,
+)
 
 CHUNK: Final = CHUNK_BLOCKS * BLOCK  # weights
-RUN: Final = 8 * CHUNK  # weights that one thread takes at a time
-PIECE: Final = 2**14  # weights that torch converts in the thread that asks: more of them wake its own threads
+RUN: Final = 4 * CHUNK  # weights that one thread takes at a time
 SAMPLE: Final = 2**16  # weights that choose the base
 
 
@@ -82,25 +92,15 @@ class _Weights:
         self.is_half = tensor.dtype == torch.float16
         self.size = self.bits.size
 
-    def coded(self, bits: Bits) -> Bits:
-        """Those `bits` as bfloat16, cut off where that is too short."""
-        if not self.is_half:
-            return bits
-        coded = np.empty_like(bits)
-        for piece in _pieces(bits.size):
-            wide = torch.from_numpy(bits[piece].view(np.int16)).view(torch.float16).float()
-            coded[piece] = wide.numpy().view(np.uint32) >> 16
-        return coded
+    def cast(self, bits: Bits) -> Cast:
+        """Those of `bits` as bfloat16."""
+        return cast_halves(bits) if self.is_half else Cast(bits=bits, differs=np.zeros(0, np.bool_))
 
-    def exceptions(self, bits: Bits, coded: Bits) -> NDArray[np.bool_]:
-        """Which of `bits` do not come out of `coded` on every device."""
-        if not self.is_half:
-            return np.not_equal(bits, coded)
-        wrong: NDArray[np.bool_] = (bits & 0x7FFF) > 0x7C00  # NaN, whose payload not every device converts
-        for piece in _pieces(bits.size):
-            wide = torch.from_numpy((coded[piece].astype(np.uint32) << 16).view(np.int32)).view(torch.float32)
-            wrong[piece] |= wide.half().view(torch.int16).numpy().view(np.uint16) != bits[piece]
-        return wrong
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    bits: Bits
+    num_escapes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,28 +112,34 @@ class _Run:
     first_exception: int
 
     def encode(self, into: Coded) -> None:
-        low_bytes, codes, escapes = into.bytes.numpy(), into.codes.numpy(), into.escapes.numpy()
-        offsets = into.offsets.numpy()
-        escape, end = self.first_escape, self.first_escape + self.survey.escapes[self.number]
         places: list[NDArray[np.intp]] = []
+        escape, end = self.first_escape, self.first_escape + self.survey.escapes[self.number]
         for chunk in _chunks(self.number * RUN, self.weights.size):
-            blocks = slice(chunk.start // BLOCK, -(-chunk.stop // BLOCK))
-            bits = self.weights.bits[chunk]
-            coded = self.weights.coded(bits)
-            of_chunk = codes[:, chunk.start // 8 : -(-chunk.stop // 8)]
-            found, before = encode_blocks(coded, self.survey.base, low_bytes[chunk], of_chunk)
-            if escape + found.size > end:
+            cast = self.weights.cast(self.weights.bits[chunk])
+            decoded = self._encode_chunk(chunk, cast.bits, escape, end, into)
+            if np.not_equal(decoded.bits, cast.bits).any():
                 raise _changed()
-            escapes[escape : escape + found.size] = found
-            offsets[blocks] = escape + before
-            decoded = decode_blocks(low_bytes[chunk], of_chunk, self.survey.base, escapes, escape)
-            wrong = self.weights.exceptions(bits, decoded)
-            if wrong.any():
-                places.append(np.flatnonzero(wrong) + chunk.start)
-            escape += found.size
+            if cast.differs.any():
+                places.append(np.flatnonzero(cast.differs) + chunk.start)
+            escape += decoded.num_escapes
         if escape != end or sum(map(len, places)) != self.survey.exceptions[self.number]:
             raise _changed()
         self._write_exceptions(places, into)
+
+    def _encode_chunk(self, chunk: slice, bits: Bits, escape: int, end: int, into: Coded) -> _Decoded:
+        """What comes out of what was written. Escapes begin at `escape`, and at `end` those of the next run."""
+        base, low_bytes, escapes = self.survey.base, into.bytes.numpy()[chunk], into.escapes.numpy()
+        codes = into.codes.numpy()[:, chunk.start // 8 : -(-chunk.stop // 8)]
+        exponents = exponents_of(bits)
+        write_low_bytes(bits, low_bytes)
+        write_codes(exponents, base, codes)
+        found = read_codes(codes, bits.size)
+        if escape + found.escaped.size > end:
+            raise _changed()
+        escapes[escape : escape + found.escaped.size] = exponents.take(found.escaped)
+        starts = np.searchsorted(found.escaped, np.arange(0, bits.size, BLOCK))
+        into.offsets.numpy()[chunk.start // BLOCK : -(-chunk.stop // BLOCK)] = escape + starts
+        return _Decoded(join(low_bytes, found, base, escapes, escape), found.escaped.size)
 
     def _write_exceptions(self, places: list[NDArray[np.intp]], into: Coded) -> None:
         first = self.first_exception
@@ -152,18 +158,16 @@ def _count_run(weights: _Weights, base: int, start: int) -> tuple[int, int]:
     """(escapes, exceptions)"""
     num_escapes = num_exceptions = 0
     for chunk in _chunks(start, weights.size):
-        bits = weights.bits[chunk]
-        coded = weights.coded(bits)
-        num_escapes += int(np.count_nonzero(exponents_of(coded) - np.uint8(base) >= NUM_CODES))
-        if weights.is_half:
-            num_exceptions += int(np.count_nonzero(weights.exceptions(bits, coded)))
+        cast = weights.cast(weights.bits[chunk])
+        num_escapes += int(np.count_nonzero(exponents_of(cast.bits) - np.uint8(base) >= NUM_CODES))
+        num_exceptions += int(np.count_nonzero(cast.differs))
     return num_escapes, num_exceptions
 
 
 def _best_base(weights: _Weights) -> int:
     """Of the consecutive exponents that most of some weights have."""
     step = -(-weights.size // SAMPLE) | 1  # odd: rows are not, so it is not always the same columns
-    exponents: Bytes = exponents_of(weights.coded(np.ascontiguousarray(weights.bits[::step])))
+    exponents: Bytes = exponents_of(weights.cast(np.ascontiguousarray(weights.bits[::step])).bits)
     counts = np.bincount(exponents, minlength=256)
     return int(np.convolve(counts, np.ones(NUM_CODES, np.int64), mode="valid").argmax())
 
@@ -172,11 +176,6 @@ def _chunks(start: int, size: int) -> Iterator[slice]:
     end = min(start + RUN, size)
     for first in range(start, end, CHUNK):
         yield slice(first, min(first + CHUNK, end))
-
-
-def _pieces(size: int) -> Iterator[slice]:
-    for first in range(0, size, PIECE):
-        yield slice(first, min(first + PIECE, size))
 
 
 def _starts(counts: tuple[int, ...]) -> list[int]:
