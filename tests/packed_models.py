@@ -50,7 +50,7 @@ class PackedModel:
 def scales(shape: tuple[int, ...], values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Random ones, which make of `values`, a weight's before they are scaled, the size that weights have."""
     size = 2.0 / float(values.std()) / values.shape[-1] ** 0.5
-    return size * (0.5 + torch.rand(shape, generator=generator))
+    return torch.rand(shape, generator=generator).add(0.5).mul(size)
 
 
 def fp8_codes(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -319,7 +319,8 @@ def write_packed(form: str, folder: Path, *, seed: int = 0, **changes: Any) -> P
         for name, parameter in model.named_parameters():
             stem, _, last = name.rpartition(".")
             if "_proj" in stem and last == "weight":
-                parts, weight = FORMS[form].pack(*parameter.shape, generator)
+                rows, columns = parameter.shape
+                parts, weight = FORMS[form].pack(rows, columns, generator)
                 stored |= {f"{stem}.{part}": tensor.contiguous() for part, tensor in parts.items()}
                 parameter.copy_(weight)
             else:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.coding.packings import READERS, read_packing
+from offload.coding.packings import read_packing
 from offload.coding.scales import bad_scale, scale_values
 from offload.coding.tensor_codec import Part
 from offload.errors import ModelError
@@ -62,7 +62,17 @@ def test_packings_are_called_what_people_call_them(form: str, name: str, formats
 
 def test_an_unknown_method_is_named_with_those_that_are_known() -> None:
     said = refusal({"quant_method": "exl3", "bits": 4})
-    assert "quantised by 'exl3', which we do not read" in said and all(method in said for method in READERS)
+    assert "quantised by 'exl3', which we do not read" in said
+    assert all(method in said for method in ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "modelopt", "mxfp4"))
+
+
+def test_an_old_file_writes_a_block_as_one_word_and_integers_of_few_bits_may_have_eight_each() -> None:
+    weights = {"type": "float", "num_bits": 8, "strategy": "block"}
+    new, old = (compressed_tensors("float-quantized", **weights, block_structure=block) for block in ([128, 64], "128x64"))
+    assert read_packing(old, WHERE) == read_packing(new, WHERE)
+    few = compressed_tensors("int-quantized", type="int", num_bits=4, strategy="channel")
+    codec = read_packing(few, WHERE).codec_of("layer.weight", SHAPE, stored("compressed-tensors-int8"))
+    assert codec is not None and codec.parts[0].dtype == torch.int8
 
 
 @pytest.mark.parametrize(
@@ -193,12 +203,11 @@ def test_of_groups_with_different_schemes_the_tensors_say_which() -> None:
     wide = {"weights": {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 64}}
     groups = {"a": wide, "b": quantization["config_groups"]["group_0"], "c": fp8["config_groups"]["group_0"]}
     packing = read_packing({**quantization, "format": "mixed-precision", "config_groups": groups}, WHERE)
-    assert packing.name == "compressed-tensors int4 and compressed-tensors FP8"
+    assert packing.name == "compressed-tensors int4 and FP8"
     for form in ("compressed-tensors-int4", "compressed-tensors-fp8-channel"):
         alone = read_packing(FORMS[form].quantization, WHERE).codec_of("layer.weight", SHAPE, stored(form))
         assert packing.codec_of("layer.weight", SHAPE, stored(form)) == alone
-    with pytest.raises(ValueError, match="is packed as int, as no group of the config is"):
-        packing.codec_of("layer.weight", SHAPE, stored("compressed-tensors-int8"))
+    assert problem(fp8, stored("compressed-tensors-int8")) == "is packed as int, as no group of the config is"
 
 
 def test_activations_that_are_scaled_before_a_weight_are_refused() -> None:

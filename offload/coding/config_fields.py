@@ -1,5 +1,6 @@
 """Fields of a configuration that may hold anything. Errors continue a sentence about it: "... has bits of 'x'"."""
 
+import re
 import reprlib
 from collections.abc import Collection, Mapping
 from typing import TypeVar
@@ -39,10 +40,12 @@ def group_size(config: Config, key: str) -> int | None:
 
 
 def block_size(config: Config, key: str) -> tuple[int, int] | None:
-    """`config[key]`, [rows, columns]; None where it is not there or null."""
+    """`config[key]`, [rows, columns] or, in old files, "128x128"; None where it is not there or null."""
     value = config.get(key)
     if value is None:
         return None
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,9}x[0-9]{1,9}", value):
+        value = [int(side) for side in value.split("x")]
     if isinstance(value, list | tuple) and len(value) == 2:
         rows, columns = value
         if type(rows) is int and type(columns) is int and 1 <= rows <= MAX_COUNT and 1 <= columns <= MAX_COUNT:

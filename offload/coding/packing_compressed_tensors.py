@@ -57,13 +57,13 @@ class CompressedTensorsPacking:
 
     @property
     def name(self) -> str:
-        return " and ".join(dict.fromkeys(f"compressed-tensors {scheme.format}" for scheme in self.schemes))
+        return f"compressed-tensors {' and '.join(dict.fromkeys(scheme.format for scheme in self.schemes))}"
 
     def codec_of(self, parameter: str, shape: Shape, beside: Beside) -> TensorCodec | None:
         own = last_name(parameter)
         if own in beside:
             kind = {torch.int8: "int", **dict.fromkeys(FP8, "float")}.get(beside[own].dtype)
-            fitting = [scheme for scheme in self.schemes if scheme.kind == kind and scheme.bits == 8]
+            fitting = [scheme for scheme in self.schemes if scheme.kind == kind and (kind == "int" or scheme.bits == 8)]
         elif own == "weight" and "weight_packed" in beside:
             kind = "float" if beside["weight_packed"].dtype == torch.uint8 else "int"
             fitting = [scheme for scheme in self.schemes if scheme.kind == kind and (kind == "int" or scheme.bits == 4)]
@@ -81,7 +81,7 @@ class CompressedTensorsPacking:
 
 
 def _plain(scheme: Scheme, parameter: str, shape: Shape, beside: Beside) -> TensorCodec:
-    """A weight of eight bits under its own name."""
+    """A weight under its own name: FP8, or integers that have eight bits each, however few they need."""
     return eight_bits(
         scheme.format,
         parameter,

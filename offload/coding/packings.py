@@ -37,7 +37,7 @@ def read_packing(quantization: Mapping[str, object], where: str) -> Packing:
         raise ModelError(
             f"its weights are quantised by {said(method)}, which we do not read",
             where=where,
-            cure=f"take the model in 16 bit, or quantised by one of {', '.join(READERS)}",
+            cure=f"take the model in 16 bit, or quantised by one of {', '.join(sorted(READERS.keys() - {METHOD}))}",
         )
     try:
         return reader(quantization)
