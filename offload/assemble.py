@@ -112,7 +112,7 @@ def _admitted(target: ModelSource, plan: Plan, seed: int, admit: Callable[[Admis
 
 def _ends_of_text(target: ModelSource) -> frozenset[int]:
     """Of the model's generation config, with a warning for what else that asks for."""
-    defaults = read_generation_defaults(target.folder, target.architecture.eos_token_ids)
+    defaults = read_generation_defaults(target.path, target.architecture.eos_token_ids)
     if (remark := defaults.warning()) is not None:
         logger.warning("%s", remark)
     return defaults.eos_token_ids
@@ -169,7 +169,7 @@ def _plan(
     max_positions = target.architecture.max_positions
     workload = make_workload(settings, target.model.cost, hardware, budgets, max_positions=max_positions)
     options = [
-        make_option(settings, hardware, draft.folder.name, draft.model.cost, acceptance)
+        make_option(settings, hardware, draft.path.name, draft.model.cost, acceptance)
         for draft, acceptance in zip(drafts, read_acceptances(settings), strict=True)
     ]
     plan = plan_run(settings, tree, workload, options, max_positions=max_positions, budgets=budgets)

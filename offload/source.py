@@ -101,10 +101,11 @@ class TypedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """A model whose config, tokenizer and tensors were checked against each other. `folder` has its tokenizer. `tensors` are
-    those that are stored, `parameters` those that the model has; `checkpoint` is the files that they come from, if any."""
+    """A model whose config, tokenizer and tensors were checked against each other. `path` is the folder or the
+    GGUF file that has its tokenizer. `tensors` are those that are stored, `parameters` those that the model has; `checkpoint`
+    is the files that they come from, if any."""
 
-    folder: Path
+    path: Path
     checkpoint: Checkpoint | None
     tensors: TensorSource
     parameters: TensorSource
@@ -132,16 +133,16 @@ def check_source(
     decode_kernels: str = "auto",
     progress: Progress | None = None,
 ) -> ModelSource:
-    """The model `name`, a folder or a hub id, as `flag` gave it. Errors of errors.py for whatever is wrong with it. `progress`
-    gets the bytes read and those to be read where `codec` says that weights are looked at."""
+    """The model `name`, a folder, a GGUF file or a hub id, as `flag` gave it. Errors of errors.py for whatever is wrong.
+    `progress` gets the bytes read and those to be read where `codec` says that weights are looked at."""
     source = _made(name, flag) if is_scale_model(name) else _of_files(open_model(name, flag), codec)
     if codec == "lossless" and not source.codecs:
         source = _coded(source, progress)
-    tokenizer = open_tokenizer(source.folder)
+    tokenizer = open_tokenizer(source.path)
     if tokenizer is not None and tokenizer.num_tokens > source.architecture.vocab_size:
         raise ModelError(
             f"the tokenizer numbers {tokenizer.num_tokens} tokens, the model's embedding has {source.architecture.vocab_size}",
-            where=str(source.folder),
+            where=str(source.path),
             cure="use the tokenizer files that belong to this model",
         )
     model = TypedModel(
@@ -153,7 +154,7 @@ def check_source(
     )
     parameters = DecodedSource(stored=source.tensors, codecs=source.codecs) if source.codecs else source.tensors
     return ModelSource(
-        folder=source.folder,
+        path=source.path,
         checkpoint=source.checkpoint,
         tensors=source.tensors,
         parameters=parameters,
@@ -182,7 +183,7 @@ def _open(
 class _Source:
     """`stored` is the dtype of the weights where they come from; `codecs` are those of the parameters that travel otherwise."""
 
-    folder: Path
+    path: Path
     architecture: Architecture
     stored: torch.dtype
     tensors: TensorSource
@@ -194,7 +195,7 @@ class _Source:
 def _made(name: str, flag: str) -> _Source:
     folder, architecture, tensors = open_scale_model(name, flag)
     stored = tensors.dtype(first_parameter(architecture))
-    return _Source(folder=folder, architecture=architecture, stored=stored, tensors=tensors)
+    return _Source(path=folder, architecture=architecture, stored=stored, tensors=tensors)
 
 
 def _of_files(files: ModelFiles, codec: str) -> _Source:
@@ -205,7 +206,7 @@ def _of_files(files: ModelFiles, codec: str) -> _Source:
     if codecs and files.is_lossless and codec == "none":
         tensors, codecs = DecodedSource(stored=tensors, codecs=codecs), {}
     return _Source(
-        folder=files.folder,
+        path=files.path,
         architecture=files.architecture,
         stored=files.dtype,
         tensors=tensors,

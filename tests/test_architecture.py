@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "coding": FLOOR,  # arithmetic on tensors
     "weights": {*FLOOR, "coding", "device"},
     "streaming": {*FLOOR, "device", "weights"},
-    "text": {*FLOOR, "model.transformers_api"},  # which reads tokenizers, too
+    "text": {*FLOOR, "model.transformers_api", "weights.gguf_header", "weights.gguf_cursor"},  # which hold tokenizers, too
     "model": {*MACHINE, "releases"},  # whether a family or a release is to blame for a pass that fails
     # shapes come from where models are found, without building any; buckets say what recordings of the draft will take, and
     # the workspace what decoding will; of packed files it reads the same headers, without torch

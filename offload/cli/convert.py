@@ -9,6 +9,7 @@ from pathlib import Path
 from ..config import bytes_text, counted, rate_text, seconds_text
 from ..errors import ModelError, UsageError
 from ..model.files import ModelFiles, open_model
+from ..model.locate import is_gguf
 from ..weights.checkpoint import open_checkpoint
 from ..weights.conversion import Conversion, Converted, convert
 from .terminal import LoadBar
@@ -46,16 +47,16 @@ def conversion_of(model: str, output: str) -> Conversion:
     matrices = [
         f"{architecture.prefix}.{layer}.{name}" for layer, shapes in enumerate(architecture.layer_shapes) for name in shapes
     ]
-    checkpoint = open_checkpoint(files.folder)  # all that the files have, what the model has no place for included
+    checkpoint = open_checkpoint(files.path)  # all that the files have, what the model has no place for included
     return Conversion(checkpoint=checkpoint, matrices=matrices, output=Path(output).expanduser())
 
 
 def _refuse_packed(files: ModelFiles) -> None:
-    if files.codecs:
+    if files.codecs or is_gguf(files.path):
         what = "they are coded already" if files.is_lossless else f"they are packed: {files.weights}"
         raise ModelError(
             f"there is nothing to gain from coding its weights: {what}",
-            where=str(files.folder),
+            where=str(files.path),
             cure="use the model as it is: packed weights travel packed",
         )
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from ..config import bytes_text, counted
 from ..model.files import open_model
-from ..weights.manifest import MANIFEST_NAME, check_manifest, write_manifest
+from ..weights.manifest import check_manifest, manifest_path, write_manifest
 from .terminal import LoadBar
 
 
 def run(arguments: argparse.Namespace) -> int:
     files = open_model(arguments.model, "--model")
-    folder, checkpoint, architecture = files.folder, files.checkpoint, files.architecture
-    manifest = Path(arguments.manifest) if arguments.manifest else folder / MANIFEST_NAME
+    checkpoint, architecture = files.checkpoint, files.architecture
+    manifest = Path(arguments.manifest) if arguments.manifest else manifest_path(files.path)
     done, total = 0, sum(path.stat().st_size for path in checkpoint.files)
     with LoadBar(enabled=not arguments.quiet) as bar:
 
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     wrote = f"; manifest written to {manifest}" if arguments.write_manifest else ""
     document = {
         "schema_version": 1,
-        "model": str(folder),
+        "model": str(files.path),
         "architecture": architecture.config.model_type,
         "layers": architecture.num_layers,
         "files": len(checkpoint.files),

@@ -81,3 +81,25 @@ def gguf_codec(part: str, type_name: str, shape: tuple[int, ...], num_heads: int
         decode=GgufDecoder(type_name=type_name, num_heads=num_heads),
         kernel=GgufKernel(type_name=type_name, num_heads=num_heads) if type_name in KERNELS else None,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredAs:
+    """How one parameter is stored: its type, and how many heads have their rows in pairs."""
+
+    type_name: str
+    num_heads: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufPacking:
+    """A Packing. `parameters` says of each how it is stored."""
+
+    name: str
+    parameters: Mapping[str, StoredAs]
+
+    def codec_of(self, parameter: str, shape: tuple[int, ...], beside: Mapping[str, Part]) -> TensorCodec | None:
+        stored = self.parameters.get(parameter)
+        if stored is None:
+            return None
+        return gguf_codec(parameter.rpartition(".")[2], stored.type_name, shape, stored.num_heads)

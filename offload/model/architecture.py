@@ -25,6 +25,7 @@ from .transformers_api import (
     PreTrainedModel,
     build_on_meta,
     keeps_float32,
+    make_config,
     read_config,
     take_quantization,
     tied_parameters,
@@ -91,6 +92,15 @@ def read_architecture(folder: Path) -> Architecture:
     try:
         config = read_config(folder)
     except Exception as error:  # transformers raises anything here: OSError, ValueError, KeyError, StrictDataclassError
+        raise _not_buildable(error, where) from error
+    return architecture_of(config, where)
+
+
+def read_architecture_of(values: Mapping[str, Any], where: str) -> Architecture:
+    """The architecture that `values`, the contents of a config.json, describe. Errors as in `read_architecture`."""
+    try:
+        config = make_config(values)
+    except Exception as error:
         raise _not_buildable(error, where) from error
     return architecture_of(config, where)
 

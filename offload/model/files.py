@@ -7,18 +7,20 @@ import torch
 
 from ..coding.lossless_packing import METHOD
 from ..coding.packings import read_packing
+from ..coding.tensor_codec import Packing
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.packed_source import Codecs
-from .architecture import Architecture, match_weights, read_architecture
-from .locate import locate_model
+from .architecture import Architecture, match_weights, read_architecture, read_architecture_of
+from .gguf_model import open_gguf
+from .locate import is_gguf, locate_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFiles:
     """Checked against each other; no weight was read. `weights` is what people call how they are stored: "float16", "FP8".
-    `codecs` are those of the parameters that are not stored as they compute."""
+    `codecs` are those of the parameters that are not stored as they compute. `path` is a folder or a GGUF file."""
 
-    folder: Path
+    path: Path
     architecture: Architecture
     checkpoint: Checkpoint
     weights: str
@@ -39,16 +41,30 @@ class ModelFiles:
 
 
 def open_model(name: str, flag: str) -> ModelFiles:
-    """The files of `name`, a folder or a hub id, as `flag` gave it. ModelError or CheckpointError for whatever is wrong."""
-    folder = locate_model(name, flag)
+    """The files of `name`, a folder, a GGUF file or a hub id, as `flag` gave it. ModelError or CheckpointError for whatever is
+    wrong."""
+    path = locate_model(name, flag)
+    return _open_gguf(path) if is_gguf(path) else _open_folder(path)
+
+
+def _open_folder(folder: Path) -> ModelFiles:
     checkpoint = open_checkpoint(folder)  # first: a damaged config is told from one of another architecture here
     architecture = read_architecture(folder)
     quantization, where = architecture.quantization, str(folder / "config.json")
     packing = read_packing(quantization, where) if quantization else None
+    return _matched(folder, architecture, checkpoint, packing)
+
+
+def _open_gguf(path: Path) -> ModelFiles:
+    model = open_gguf(path)
+    return _matched(path, read_architecture_of(model.config, str(path)), model.checkpoint, model.packing)
+
+
+def _matched(path: Path, architecture: Architecture, checkpoint: Checkpoint, packing: Packing | None) -> ModelFiles:
     architecture, checkpoint, codecs = match_weights(architecture, checkpoint, packing)
     first = checkpoint.tensors.get(first_parameter(architecture))
     weights = packing.name if packing is not None else dtype_text(first.dtype if first is not None else torch.float32)
-    return ModelFiles(folder=folder, architecture=architecture, checkpoint=checkpoint, weights=weights, codecs=codecs)
+    return ModelFiles(path=path, architecture=architecture, checkpoint=checkpoint, weights=weights, codecs=codecs)
 
 
 def first_parameter(architecture: Architecture) -> str:

@@ -17,7 +17,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -68,6 +76,13 @@ def build(config: Any, attention: str, dtype: torch.dtype | None = None) -> PreT
 def read_tokenizer(folder: Path) -> Any:
     """Raises anything, as `read_config` does."""
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def make_tokenizer(tokenizer: Any, roles: Mapping[str, str], template: str | None) -> Any:
+    """A `tokenizers.Tokenizer` as one of transformers; `roles` are its special tokens, such as "eos_token"."""
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **roles)
+    made.chat_template = template
+    return made
 
 
 def tied_parameters(model: PreTrainedModel) -> dict[str, str]:

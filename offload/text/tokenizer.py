@@ -10,28 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, UsageError
+from ..weights.gguf_header import read_gguf
 from .template import apply_template
 
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not yet a character
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # how sentencepiece writes a byte that no other token covers
+_CURE_OF_FOLDER = "download the tokenizer files again, or delete them and give token ids with --prompt-ids"
+_CURE_OF_GGUF = "take another GGUF file of the model, or its folder with config.json and safetensors"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 class Tokenizer:
     """A model's tokenizer and chat template."""
 
-    def __init__(self, folder: Path) -> None:
-        """ModelError when the tokenizer files are damaged."""
-        from ..model.transformers_api import read_tokenizer
-
+    def __init__(self, path: Path) -> None:
+        """Of a folder or a GGUF file. ModelError when it is damaged, or of a kind that we do not read."""
         try:
-            self._tokenizer: Any = read_tokenizer(folder)
+            self._tokenizer: Any = _of_gguf(path) if path.is_file() else _of_folder(path)
             self.encode("")  # drops padding and truncation of tokenizer.json for good: threads that follow change nothing
         except Exception as error:  # transformers and tokenizers raise anything here
             raise ModelError(
                 f"the tokenizer cannot be read: {' '.join(str(error).split())[:300]}",
-                where=str(folder),
-                cure="download the tokenizer files again, or delete them and give token ids with --prompt-ids",
+                where=str(path),
+                cure=_CURE_OF_GGUF if path.is_file() else _CURE_OF_FOLDER,
             ) from error
         added = self._tokenizer.added_tokens_decoder.items()
         self._special_ids = frozenset([*self._tokenizer.all_special_ids, *(number for number, it in added if it.special)])
@@ -127,9 +128,27 @@ def _bytes_of_stand_ins() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + number): byte for number, byte in enumerate(others)}
 
 
-def open_tokenizer(folder: Path) -> Tokenizer | None:
-    """The folder's tokenizer, None when it has none."""
-    return Tokenizer(folder) if any((folder / name).exists() for name in _TOKENIZER_FILES) else None
+def open_tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer of a folder or a GGUF file, None when it has none."""
+    if path.is_file():
+        has_one = "tokenizer.ggml.tokens" in read_gguf(path, long_arrays=False).metadata
+    else:
+        has_one = any((path / name).exists() for name in _TOKENIZER_FILES)
+    return Tokenizer(path) if has_one else None
+
+
+def _of_folder(folder: Path) -> Any:
+    from ..model.transformers_api import read_tokenizer
+
+    return read_tokenizer(folder)
+
+
+def _of_gguf(path: Path) -> Any:
+    from ..model.transformers_api import make_tokenizer
+    from .gguf_tokenizer import build_tokenizer
+
+    built = build_tokenizer(read_gguf(path).metadata)
+    return make_tokenizer(built.tokenizer, built.roles, built.template)
 
 
 def check_same_vocabulary(target: Tokenizer | None, draft: Tokenizer | None, sizes: tuple[int, int], where: str) -> None:

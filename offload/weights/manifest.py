@@ -35,6 +35,11 @@ class FileDigest:
     sha256: str
 
 
+def manifest_path(model: Path) -> Path:
+    """Where the manifest of a model is: in its folder, or beside its file."""
+    return model.with_name(f"{model.name}.{MANIFEST_NAME}") if model.is_file() else model / MANIFEST_NAME
+
+
 def write_manifest(checkpoint: Checkpoint, path: Path, progress: Progress | None = None) -> None:
     """Reads all files of the checkpoint and writes `path` in one step: a reader sees the old contents or the new.
 
