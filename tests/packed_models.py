@@ -49,7 +49,7 @@ class PackedModel:
 
 def scales(shape: tuple[int, ...], values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Random ones, which make of `values`, a weight's before they are scaled, the size that weights have."""
-    size = 2.0 / float(values.std()) / values.shape[-1] ** 0.5
+    size = 2.0 / float(values.std(correction=0).clamp(min=0.01)) / values.shape[-1] ** 0.5
     return torch.rand(shape, generator=generator).add(0.5).mul(size)
 
 

@@ -1,12 +1,14 @@
 """Packed weights are unpacked to what they were packed from, by plain torch and by kernels, in every dtype, bit for bit."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -59,13 +61,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 # -- what packers know -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
-def test_weights_are_unpacked_exactly_and_rounded_once(form: str, dtype: torch.dtype) -> None:
+def test_weights_are_unpacked_exactly_and_rounded_once(form: str) -> None:
     for shape in SHAPES:
         parts, weight = FORMS[form].pack(*shape, generator())
         codec = codec_of(FORMS[form].quantization, shape, parts)
-        assert_same_bits(decoded(codec, parts, shape, dtype), weight.to(dtype))
+        for dtype in DTYPES:
+            assert_same_bits(decoded(codec, parts, shape, dtype), weight.to(dtype))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -90,13 +92,42 @@ def test_kernels_make_the_bits_of_their_twins(form: str) -> None:
         assert_same_bits(found.cpu(), decoded(codec, parts, shape, dtype))
 
 
+def by_both(codec: TensorCodec, parts: Tensors, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+    """In float32, by plain torch and by the kernel."""
+    yield decoded(codec, parts, shape, torch.float32)
+    assert codec.kernel is not None
+    found = torch.full(shape, torch.nan, device=KERNEL_DEVICE)
+    codec.kernel({part.name: parts[part.name].to(KERNEL_DEVICE) for part in codec.parts}, found)
+    yield found.cpu()
+
+
+@given(st.sampled_from([2, 4, 8]), st.booleans(), st.integers(1, 20), st.integers(1, 70), st.integers(0, 9))
+@settings(max_examples=25)
+def test_rows_and_columns_need_not_fill_their_words(bits: int, symmetric: bool, rows: int, columns: int, seed: int) -> None:
+    pytest.importorskip("triton")
+    channel = {"type": "int", "num_bits": bits, "strategy": "channel", "symmetric": symmetric}
+    quantization = packed_models.compressed_tensors("pack-quantized", **channel)
+    parts, weight = packed_models.rows_of_words(bits, None, symmetric=symmetric)(rows, columns, generator(seed))
+    for found in by_both(codec_of(quantization, (rows, columns), parts), parts, (rows, columns)):
+        assert_same_bits(found, weight)
+
+
+@given(st.tuples(st.integers(1, 9), st.integers(1, 9)), st.integers(1, 20), st.integers(1, 20), st.integers(0, 9))
+@settings(max_examples=25)
+def test_blocks_may_be_of_any_size_and_cut_short(block: tuple[int, int], rows: int, columns: int, seed: int) -> None:
+    pytest.importorskip("triton")
+    quantization = {"quant_method": "fp8", "weight_block_size": list(block)}
+    parts, weight = packed_models.fp8(block, "blocks")(rows, columns, generator(seed))
+    for found in by_both(codec_of(quantization, (rows, columns), parts), parts, (rows, columns)):
+        assert_same_bits(found, weight)
+
+
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_decoders_keep_within_their_workspace(form: str, dtype: torch.dtype) -> None:
-    """On matrices that are four times as large."""
-    shape = (512, 4096)
+def test_decoders_keep_within_their_workspace(form: str) -> None:
+    """Which the values of the whole matrix, in float32, would fill three times."""
+    shape = (384, 4096)
     parts, _ = FORMS[form].pack(*shape, generator())
-    codec, parameter = codec_of(FORMS[form].quantization, shape, parts), torch.empty(shape, dtype=dtype)
+    codec, parameter = codec_of(FORMS[form].quantization, shape, parts), torch.empty(shape, dtype=torch.bfloat16)
     taken = {part.name: parts[part.name] for part in codec.parts}
     assert 0 < working_bytes(lambda: codec.decode(taken, parameter)) <= chunks.CPU_WORKSPACE_BYTES
 
@@ -239,11 +270,7 @@ def test_every_byte_of_fp8_is_what_the_specification_says(dtype: str, bias: int,
         expected[0, byte] = -size if byte > 127 else size
     codes = torch.arange(256, dtype=torch.uint8).view(1, 256).view(getattr(torch, dtype))
     parts = {"weight": codes, "weight_scale": torch.tensor(1.0)}
-    codec = codec_of({"quant_method": "fp8"}, (1, 256), parts)
-    assert codec.kernel is not None
-    by_kernel = torch.empty(1, 256, device=KERNEL_DEVICE)
-    codec.kernel({name: part.to(KERNEL_DEVICE) for name, part in parts.items()}, by_kernel)
-    for found in (decoded(codec, parts, (1, 256), torch.float32), by_kernel.cpu()):
+    for found in by_both(codec_of({"quant_method": "fp8"}, (1, 256), parts), parts, (1, 256)):
         assert torch.equal(found.isnan(), expected.isnan())
         assert_same_bits(found.nan_to_num(7.0), expected.nan_to_num(7.0))
 

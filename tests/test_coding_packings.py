@@ -84,7 +84,7 @@ def test_an_old_file_writes_a_block_as_one_word_and_integers_of_few_bits_may_hav
         ({"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {r"+:.*up_proj.*": {"bits": 8}}}, "dynamic '+:"),
         ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}, "has version 'gemv'"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "has weight_block_size [128]"),
-        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "has quant_algo 'W4A8_AWQ', not FP8 or NVFP4"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "has quant_algo 'W4A8_AWQ', not FP8 or NVFP4 or MIXED"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "has load_in_8bit"),
         ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, "bnb_4bit_use_double_quant"),
         (compressed_tensors("marlin-24", num_bits=4, type="int"), "has format 'marlin-24'"),
@@ -208,6 +208,14 @@ def test_of_groups_with_different_schemes_the_tensors_say_which() -> None:
         alone = read_packing(FORMS[form].quantization, WHERE).codec_of("layer.weight", SHAPE, stored(form))
         assert packing.codec_of("layer.weight", SHAPE, stored(form)) == alone
     assert problem(fp8, stored("compressed-tensors-int8")) == "is packed as int, as no group of the config is"
+
+
+def test_scales_that_bitsandbytes_packs_as_well_are_refused_though_the_config_does_not_say_so() -> None:
+    beside = stored("nf4")
+    beside["weight.absmax"] = replace(beside["weight.absmax"], dtype=torch.uint8)
+    assert problem(FORMS["nf4"].quantization, beside) == (
+        "packs its scales, too (bnb_4bit_use_double_quant), which we do not read"
+    )
 
 
 def test_activations_that_are_scaled_before_a_weight_are_refused() -> None:

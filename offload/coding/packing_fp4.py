@@ -87,5 +87,5 @@ def read_mxfp4(config: Mapping[str, object]) -> Mxfp4Packing:
 
 def read_modelopt(config: Mapping[str, object]) -> ModelOptPacking:
     """Also where the fields are in an object of their own, as in hf_quant_config.json."""
-    fields = section(config, "quantization") or config
-    return ModelOptPacking(name=one_of(fields, "quant_algo", ["FP8", "NVFP4"]))
+    algorithm = one_of(section(config, "quantization") or config, "quant_algo", ["FP8", "NVFP4", "MIXED_PRECISION"])
+    return ModelOptPacking(name="FP8 and NVFP4" if algorithm == "MIXED_PRECISION" else algorithm)
