@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -43,6 +44,7 @@ _PLACES: Mapping[str, tuple[tuple[int, float], ...]] = {
     "IQ4_XS": ((0, 1),),
     "MXFP4": (),
 }
+NOTHING: Mapping[int, str] = MappingProxyType({})
 _NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -61,6 +63,7 @@ def write_gguf(
     path: Path,
     type_name: str = "Q8_0",
     *,
+    others: Mapping[int, str] = NOTHING,
     family: str = "llama",
     outside: str = "Q8_0",
     seed: int = 0,
@@ -68,8 +71,9 @@ def write_gguf(
     factors: Sequence[float] | None = None,
     **changes: Any,
 ) -> torch.nn.Module:
-    """A model whose matrices in layers are of `type_name`, those outside of `outside`. `metadata` adds to what the file says,
-    under full keys, `factors` are its rope_freqs. Returns the model of transformers, in float32, with the same weights."""
+    """A model whose matrices in layers are of `type_name`, or as `others` has it by layer, those outside of `outside`.
+    `metadata` adds to what the file says, under full keys, `factors` are its rope_freqs. Returns the model of transformers, in
+    float32, with the same weights."""
     config = AutoConfig.for_model(family, **{**SIZES, **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -80,7 +84,8 @@ def write_gguf(
     rng = np.random.default_rng(seed)
     for name, parameter in model.named_parameters():
         stem, _, last = name.rpartition(".")
-        kind = "F32" if parameter.dim() == 1 else type_name if ".layers." in name else outside
+        of_layer = others.get(int(name.split(".")[2]), type_name) if ".layers." in name else outside
+        kind = "F32" if parameter.dim() == 1 else of_layer
         stored, weights = _random(kind, tuple(parameter.shape), rng, is_norm=stem.endswith("norm"))
         parameter.data.copy_(weights)
         if family == "llama" and stem.endswith(("q_proj", "k_proj")):

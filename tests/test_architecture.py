@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
         "coding.workspace",
         "device",
         "weights",
+        "model.gguf_config",
         "model.locate",
         "model.rope",
         "model.buckets",

@@ -7,7 +7,7 @@ from ..coding.kernels import has_kernels
 from ..config import bytes_text, counted
 from ..errors import ModelError, OffloadError
 from ..model.files import open_model
-from ..model.locate import find_config
+from ..model.locate import find_config, is_gguf
 from ..planner.cost import GIB, ModelCost
 from ..planner.shapes import ModelShape, find_shape, is_preset
 from ..scale.preset import is_scale_model, scale_shape
@@ -41,7 +41,7 @@ def inspect_model(name: str, flag: str, label: str, *, on_gpu: bool) -> Inspecte
     try:
         config = None if is_scaled or is_preset(name) else find_config(name, flag)
         if config is not None:
-            return _inspect_folder(config.parent, flag, label, on_gpu)
+            return _inspect_files(config if is_gguf(config) else config.parent, flag, label, on_gpu)
         shape = scale_shape(name, flag) if is_scaled else find_shape(name, flag)  # which refuses a name that is nowhere
     except OffloadError as error:
         return Inspected(checks=(_fault(label, error),))
@@ -74,8 +74,9 @@ def time_disk(checkpoint: Checkpoint, limit_s: float = DISK_TEST_S) -> DiskFacts
     )
 
 
-def _inspect_folder(folder: Path, flag: str, label: str, on_gpu: bool) -> Inspected:
-    files = open_model(str(folder), flag)
+def _inspect_files(path: Path, flag: str, label: str, on_gpu: bool) -> Inspected:
+    """Of a folder, or a GGUF file."""
+    files = open_model(str(path), flag)
     architecture, checkpoint = files.architecture, files.checkpoint
     size, num_files = bytes_text(checkpoint.num_bytes), counted(len(checkpoint.files), "file")
     layers = counted(architecture.num_layers, "layer")
@@ -88,7 +89,7 @@ def _inspect_folder(folder: Path, flag: str, label: str, on_gpu: bool) -> Inspec
         packed=files.codecs,
         kernels=on_gpu and has_kernels(),
     )
-    tokenizer, tokenizer_check = _inspect_tokenizer(folder, label, architecture.vocab_size)
+    tokenizer, tokenizer_check = _inspect_tokenizer(path, label, architecture.vocab_size)
     return Inspected(
         checks=(Check(name=label, value=value), tokenizer_check),
         model=model,
@@ -99,10 +100,10 @@ def _inspect_folder(folder: Path, flag: str, label: str, on_gpu: bool) -> Inspec
     )
 
 
-def _inspect_tokenizer(folder: Path, label: str, vocab_size: int) -> tuple[Tokenizer | None, Check]:
+def _inspect_tokenizer(path: Path, label: str, vocab_size: int) -> tuple[Tokenizer | None, Check]:
     name = "tokenizer" if label == "model" else f"{label} tokens"
     try:
-        tokenizer = open_tokenizer(folder)
+        tokenizer = open_tokenizer(path)
     except ModelError as error:
         return None, _fault(name, error)
     if tokenizer is None:

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError, ModelError
-from ..model.locate import find_config
+from ..model.locate import find_config, is_gguf
 from ..model.rope import read_rope
 from .cost import LayerCost, ModelCost, kv_bytes_per_row
+from .gguf_file import read_gguf_config, stored_in_gguf
 from .json_file import read_file
 from .quantization import Packed, read_quantization
 from .stored import Stored, aligned_bytes, by_bits
@@ -127,8 +128,9 @@ class ModelShape:
 
 
 def find_shape(name: str, flag: str) -> ModelShape:
-    """The shape of a folder with config.json, a preset of profiles/models, or a hub id in the local cache. A folder comes
-    before a preset of the same name, as it does where weights are loaded. Nothing is fetched. ModelError names `flag`."""
+    """The shape of a folder with config.json, a GGUF file, a preset of profiles/models, or a hub id in the local cache. A
+    folder comes before a preset of the same name, as it does where weights are loaded. Nothing is fetched. ModelError names
+    `flag`."""
     if is_preset(name):
         config, where = read_preset_config(name)
         return replace(shape_from_config(config, where=where), name=name)
@@ -137,8 +139,10 @@ def find_shape(name: str, flag: str) -> ModelShape:
         raise ModelError(
             f"{name} is no folder, no preset, and not in the local cache",
             where=flag,
-            cure=f"give a folder with config.json, a hub id that is downloaded, or one of {', '.join(preset_names())}",
+            cure=f"give a folder with config.json, a GGUF file, a hub id that is there, or one of {', '.join(preset_names())}",
         )
+    if is_gguf(path):
+        return replace(_shape_of_gguf(path), name=name)
     shape = shape_from_config(_read_json(path), where=str(path))
     return replace(_with_files(shape, path.parent), name=name)
 
@@ -154,6 +158,12 @@ def _with_files(shape: ModelShape, folder: Path) -> ModelShape:
     except CheckpointError:
         stored = shape.stored
     return replace(shape, stored=stored, has_weights=True)
+
+
+def _shape_of_gguf(path: Path) -> ModelShape:
+    config, header = read_gguf_config(path)
+    shape = shape_from_config(config, where=str(path))
+    return replace(shape, stored=stored_in_gguf(header, shape.layer_tensors, shape.num_layers), has_weights=True)
 
 
 def preset_names() -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from ..weights.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
 from ..weights.header import TensorInfo
 from .stored import Shapes, Stored, aligned
 
-_LAYER = re.compile(r"model\.layers\.(\d{1,4})\.(.+)")
+LAYER = re.compile(r"model\.layers\.(\d{1,4})\.(.+)")
 _UNPACKED = ("F64", "F32", "F16", "BF16")
 # What packed parameters have in place of what follows the last dot of their names, or behind it. Other tensors beside them, of
 # activations above all, stay on disk.
@@ -35,7 +35,7 @@ def stored_in_folder(folder: Path, name: str, tensors: Shapes, num_layers: int) 
     are not sound."""
     layers: list[dict[str, TensorInfo]] = [{} for _ in range(num_layers)]
     for full, tensor in open_checkpoint(folder).tensors.items():
-        match = _LAYER.fullmatch(full)
+        match = LAYER.fullmatch(full)
         if match is not None and int(match[1]) < num_layers:
             layers[int(match[1])][match[2]] = tensor
     return Stored(name=name, layers=tuple(_packed(tensors, found) for found in layers), is_estimated=False)
