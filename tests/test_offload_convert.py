@@ -310,3 +310,18 @@ def test_memory_is_for_one_matrix_and_its_code(tmp_path: Path, capsys: pytest.Ca
     largest = max(2 * tensor.numel() for tensor in raw_tensors(DEMO).values())
     converting = conversion_of(str(DEMO), str(tmp_path / "new"))
     assert working_bytes(lambda: convert(converting)) <= 2 * largest
+
+
+@pytest.mark.parametrize("tree", ["none", "3x4:kary"])
+def test_texts_are_those_of_the_model_whichever_way_its_weights_travel(
+    converted: tuple[Path, Converted], tree: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--prompt", "The Congress of the United", "-n", 8, "--json", "--quiet", "--device", "cpu", "--profile", "l40"]
+    flags += ["--draft-model", DEMO.parent / "draft", "--resident-layers", 1, "--slots", 2, "--tree", tree]
+    ways = [(DEMO, "none"), (DEMO, "lossless"), (converted[0], "auto"), (converted[0], "none")]
+    runs = [run_command(capsys, "generate", "--model", model, "--codec", codec, *flags) for model, codec in ways]
+    documents = [json.loads(run.stdout) for run in runs]
+    assert len({document["text"] for document in documents}) == 1 and documents[0]["text"]
+    assert [bool(document["streaming"]["codecs"]) for document in documents] == [False, True, True, False]
+    raw, *coded, decoded = (document["streaming"]["bytes_per_pass"] for document in documents)
+    assert raw == decoded and all(0 < one < 0.72 * raw for one in coded)

@@ -1,5 +1,5 @@
 """A checkpoint folder into another one, whose matrices are coded without loss: file by file and tensor by tensor, in memory for
-one matrix and its code. Whenever it is interrupted, files that were finished are kept.
+two matrices and a code. Whenever it is interrupted, files that were finished are kept.
 
 The new folder has no config.json until all else is there: it is a model when it is whole.
 """
@@ -8,9 +8,9 @@ import errno
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,9 +25,10 @@ from ..errors import FitError, ModelError, UsageError, reason
 from .checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint
 from .conversion_state import STATE_NAME, begun, fingerprint, write_state
 from .dtypes import DTYPE_NAMES
-from .encoding_source import RawTensors, encode_into, encoding_of, may_be_coded
+from .encoding_source import encode_into, encoding_of, may_be_coded
 from .header import TensorInfo, read_header
 from .manifest import MANIFEST_NAME, FileDigest, digest_files, manifest_text, write_atomically
+from .read_ahead import ReadAhead, Wanted
 from .safetensors_writer import Entry, SafetensorsWriter, sync_folder
 from .source import CheckpointSource
 
@@ -80,14 +81,13 @@ def convert(conversion: Conversion, progress: Progress | None = None) -> Convert
         kept = _proved(output, said)
         _check_space(conversion, kept)
         finished = dict(kept)
-        with CheckpointSource(checkpoint).open() as feed, Encoder() as encoder:
-            raw = RawTensors(feed)
+        with CheckpointSource(checkpoint).open() as feed, Encoder() as encoder, closing(ReadAhead(feed)) as ahead:
             for file in checkpoint.files:
                 tensors = read_header(file)
                 if file.name in kept:
                     _report(progress, sum(tensor.num_bytes for tensor in tensors))
                     continue
-                _convert_file(conversion, file.name, tensors, raw, encoder, progress)
+                _convert_file(conversion, file.name, tensors, ahead, encoder, progress)
                 finished |= digest_files([output / file.name], None)
                 write_state(output, source, finished)
         _finish(checkpoint, output, finished)
@@ -97,11 +97,14 @@ def convert(conversion: Conversion, progress: Progress | None = None) -> Convert
 def _check_gain(conversion: Conversion) -> None:
     """Tries the largest matrices: what holds for them holds for the model."""
     largest = sorted(conversion.candidates, key=lambda tensor: tensor.num_bytes, reverse=True)
-    with CheckpointSource(conversion.checkpoint).open() as feed, Encoder() as encoder:
-        raw = RawTensors(feed)
-        for tensor in islice(largest, NUM_TRIED):
-            if encoding_of(tensor.name, raw.read(tensor.name, tensor.shape, tensor.dtype, None), encoder) is not None:
-                return
+    with (
+        CheckpointSource(conversion.checkpoint).open() as feed,
+        Encoder() as encoder,
+        closing(ReadAhead(feed)) as ahead,
+        closing(ahead.each(map(_wanted, largest[:NUM_TRIED]))) as tensors,
+    ):
+        if any(encoding_of(one.name, tensor, encoder) is not None for one, tensor in tensors):
+            return
     dtypes = {str(conversion.checkpoint.tensors[name].dtype).removeprefix("torch.") for name in conversion.matrices}
     raise ModelError(
         f"there is nothing to gain: the weights are {' and '.join(sorted(dtypes))}, and no code makes them shorter",
@@ -134,23 +137,30 @@ def _convert_file(
     conversion: Conversion,
     name: str,
     tensors: Sequence[TensorInfo],
-    raw: RawTensors,
+    ahead: ReadAhead,
     encoder: Encoder,
     progress: Progress | None,
 ) -> None:
     entries = chain.from_iterable(map(_possible_entries, tensors))
-    with SafetensorsWriter(conversion.output / name, entries) as writer:
-        for tensor in tensors:
-            weights = raw.read(tensor.name, tensor.shape, tensor.dtype, progress)
-            tried = tensor.name in conversion.matrices and may_be_coded(tensor.shape, tensor.dtype)
-            encoding = encoding_of(tensor.name, weights, encoder) if tried else None
+    names = {tensor.name: tensor.dtype_name for tensor in tensors}
+    with (
+        SafetensorsWriter(conversion.output / name, entries) as writer,
+        closing(ahead.each(map(_wanted, tensors), progress)) as each,
+    ):
+        for one, tensor in each:
+            tried = one.name in conversion.matrices and may_be_coded(one.shape, one.dtype)
+            encoding = encoding_of(one.name, tensor, encoder) if tried else None
             if encoding is None:
-                writer.add(tensor.name, tensor.dtype_name, weights)
+                writer.add(one.name, names[one.name], tensor)
                 continue
             parts = {part.name: torch.empty(part.shape, dtype=part.dtype) for part in encoding.codec.parts}
-            encode_into(tensor.name, weights, encoding, parts, encoder)
+            encode_into(one.name, tensor, encoding, parts, encoder)
             for part, stored in parts.items():
-                writer.add(part_name(tensor.name, part), DTYPE_NAMES[stored.dtype], stored)
+                writer.add(part_name(one.name, part), DTYPE_NAMES[stored.dtype], stored)
+
+
+def _wanted(tensor: TensorInfo) -> Wanted:
+    return Wanted(name=tensor.name, shape=tensor.shape, dtype=tensor.dtype)
 
 
 def _possible_entries(tensor: TensorInfo) -> Iterator[Entry]:

@@ -2,6 +2,7 @@
 memory and link hold seven tenths."""
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -14,7 +15,8 @@ from ..coding.tensor_codec import TensorCodec, part_name
 from ..errors import CheckpointError
 from .header import quoted
 from .packed_source import Codecs
-from .source import Destinations, TensorFeed, TensorSource
+from .read_ahead import ReadAhead, Wanted
+from .source import Destinations, TensorSource
 
 Progress = Callable[[int], None]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -37,13 +39,18 @@ def lossless_source(
     one of them with the same bytes}. Reads `parameters` once, to know how many bytes they will take; `progress` gets the bytes
     read since its last call."""
     encodings: dict[str, Encoding] = {}
-    with inner.open() as feed, Encoder() as encoder:
-        raw = RawTensors(feed)
-        for name, shape in parameters.items():
-            if may_be_coded(shape, inner.dtype(name)):
-                encoding = encoding_of(name, raw.read(name, shape, inner.dtype(name), progress), encoder)
-                if encoding is not None:
-                    encodings[name] = encoding
+    candidates = {name: shape for name, shape in parameters.items() if may_be_coded(shape, inner.dtype(name))}
+    wanted = [Wanted(name=name, shape=shape, dtype=inner.dtype(name)) for name, shape in candidates.items()]
+    with (
+        inner.open() as feed,
+        Encoder() as encoder,
+        closing(ReadAhead(feed)) as ahead,
+        closing(ahead.each(wanted, progress)) as tensors,
+    ):
+        for one, tensor in tensors:
+            encoding = encoding_of(one.name, tensor, encoder)
+            if encoding is not None:
+                encodings[one.name] = encoding
     encodings |= {name: encodings[original] for name, original in copies.items() if original in encodings}
     places = {
         part_name(name, part.name): (name, number)
@@ -65,23 +72,6 @@ def encoding_of(name: str, tensor: torch.Tensor, encoder: Encoder) -> Encoding |
         return None
     codec = lossless_codec(name, shape, survey.num_escapes, survey.num_exceptions, tensor.dtype)
     return Encoding(shape=shape, dtype=tensor.dtype, survey=survey, codec=codec) if pays(codec, shape) else None
-
-
-class RawTensors:
-    """Tensors of a feed, one at a time, in memory that grows to the largest of them."""
-
-    def __init__(self, feed: TensorFeed) -> None:
-        self._feed, self._memory = feed, torch.empty(0, dtype=torch.uint8)
-
-    def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, progress: Progress | None) -> torch.Tensor:
-        """Its memory is that of the next one, too."""
-        num_bytes = torch.Size(shape).numel() * dtype.itemsize
-        if self._memory.numel() < num_bytes:
-            self._memory = torch.empty(0, dtype=torch.uint8)  # what was there goes first
-            self._memory = torch.empty(num_bytes, dtype=torch.uint8)
-        tensor = self._memory[:num_bytes].view(dtype).view(shape)
-        self._feed.fill({name: tensor}, progress)
-        return tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,31 +106,32 @@ class EncodingSource:
 
 
 class _EncodingFeed:
-    """Peak memory beyond the destinations: the largest parameter, and what reader and encoder take."""
+    """Peak memory beyond the destinations: twice the largest parameter, and what reader and encoder take."""
 
     def __init__(self, source: EncodingSource) -> None:
         self._source, self._encoder, self._inner = source, Encoder(), source.inner.open()
-        self._raw = RawTensors(self._inner)
+        self._ahead = ReadAhead(self._inner)
 
     def __enter__(self) -> "_EncodingFeed":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ahead.close()
         self._inner.__exit__(kind, error, trace)
         self._encoder.__exit__(kind, error, trace)
 
     def fill(self, destinations: Destinations, progress: Progress | None = None) -> None:
         """All parts of a parameter, or none. CheckpointError for one that is not what it was when it was looked at."""
-        places, names = self._source.places, dict[str, None]()
-        for name in destinations:
-            if name in places:
-                names[places[name][0]] = None  # in order, and once
+        places = self._source.places
         self._inner.fill({name: view for name, view in destinations.items() if name not in places}, progress)
-        for name in names:
-            encoding = self._source.encodings[name]
-            parts = {part.name: destinations[part_name(name, part.name)] for part in encoding.codec.parts}
-            tensor = self._raw.read(name, encoding.shape, encoding.dtype, progress)
-            encode_into(name, tensor, encoding, parts, self._encoder)
+        names = dict.fromkeys(places[name][0] for name in destinations if name in places)  # in order, and once
+        encodings = {name: self._source.encodings[name] for name in names}
+        wanted = [Wanted(name=name, shape=found.shape, dtype=found.dtype) for name, found in encodings.items()]
+        with closing(self._ahead.each(wanted, progress)) as tensors:
+            for one, tensor in tensors:
+                encoding = encodings[one.name]
+                parts = {part.name: destinations[part_name(one.name, part.name)] for part in encoding.codec.parts}
+                encode_into(one.name, tensor, encoding, parts, self._encoder)
 
 
 def encode_into(name: str, tensor: torch.Tensor, encoding: Encoding, parts: Destinations, encoder: Encoder) -> None:
