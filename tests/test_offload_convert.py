@@ -320,8 +320,8 @@ def test_texts_are_those_of_the_model_whichever_way_its_weights_travel(
     flags += ["--draft-model", DEMO.parent / "draft", "--resident-layers", 1, "--slots", 2, "--tree", tree]
     ways = [(DEMO, "none"), (DEMO, "lossless"), (converted[0], "auto"), (converted[0], "none")]
     runs = [run_command(capsys, "generate", "--model", model, "--codec", codec, *flags) for model, codec in ways]
-    documents = [json.loads(run.stdout) for run in runs]
+    documents, coded = [json.loads(run.stdout) for run in runs], "lossless bfloat16"
     assert len({document["text"] for document in documents}) == 1 and documents[0]["text"]
-    assert [bool(document["streaming"]["codecs"]) for document in documents] == [False, True, True, False]
-    raw, *coded, decoded = (document["streaming"]["bytes_per_pass"] for document in documents)
-    assert raw == decoded and all(0 < one < 0.72 * raw for one in coded)
+    assert [set(document["streaming"]["codecs"]) for document in documents] == [{"none"}, {coded}, {coded}, {"none"}]
+    raw, at_load, ahead, decoded = (document["streaming"]["bytes_per_pass"] for document in documents)
+    assert raw == decoded and 0 < at_load == ahead < 0.72 * raw / 2  # a CPU computes in float32
