@@ -1,4 +1,8 @@
-"""What a config.json says of how its weights are packed."""
+"""What a config.json says of how its weights are packed.
+
+Weights are unpacked to what their format says that they are, and computed with as such. Some formats also say that
+activations, or keys and values, are rounded while a model runs: those are not.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Final
