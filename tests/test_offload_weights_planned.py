@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from command_line import INVALID, assert_error, assert_usage_error, run_command
 from conftest import save_tiny_model
 from offload.cli.convert import conversion_of
 from offload.coding.gguf_types import BLOCKS
-from offload.coding.packings import READERS
+from offload.coding.packings import READERS, read_packing
 from offload.demo import TARGET
 from offload.errors import ModelError, UsageError
 from offload.planner.gguf_mixtures import MIXTURES
@@ -177,7 +179,7 @@ def test_a_config_without_its_files_says_how_many_bits_weights_have(
 def test_a_quantisation_that_is_described_wrongly_or_unknown_is_refused(quantization: object) -> None:
     with pytest.raises(ModelError) as caught:
         shape_from_config({**CONFIG, "quantization_config": quantization}, where="a/config.json")
-    assert "quantization_config" in caught.value.what and len(str(caught.value)) < 1000
+    assert "quantization_config" in caught.value.what and len(str(caught.value)) < 1000 and caught.value.cure
 
 
 def test_weights_that_are_stored_as_they_compute_have_no_quantisation() -> None:
@@ -334,3 +336,40 @@ def test_sizes_of_a_converted_folder_are_those_of_the_model_that_runs(tmp_path: 
         assert shape.cost(model.dtype.itemsize) == model.cost
         raw = check_source(str(converted), "--model", dtype, "cpu", codec="none").model
         assert replace(without_code(shape).cost(model.dtype.itemsize), weights=raw.weights) == raw.cost
+
+
+FIELDS = (
+    "bits",
+    "group_size",
+    "weight_block_size",
+    "quant_algo",
+    "quant_method",
+    "bnb_4bit_quant_type",
+    "config_groups",
+    "w_bit",
+)
+VALUES = st.none() | st.booleans() | st.sampled_from([-1, 0, 4, 8, 16, 128, 2.5, "nf4", "FP8", "128x128", "fp8", "gptq", "awq"])
+NESTED = (
+    VALUES | st.lists(VALUES, max_size=2) | st.dictionaries(st.sampled_from(["a", "weights", "num_bits"]), VALUES, max_size=2)
+)
+WEIGHTS = {"num_bits": [2, 4, 8], "type": ["int", "float"], "group_size": [-1, 16, 32, 128], "symmetric": [True, False]}
+
+
+@given(st.data())
+def test_what_is_read_to_be_unpacked_is_planned_under_the_same_name(data: st.DataObject) -> None:
+    """And what is refused by a plan is not run."""
+    quantization = {**FORMS[data.draw(st.sampled_from(sorted(FORMS)))].quantization}
+    quantization |= data.draw(st.dictionaries(st.sampled_from(FIELDS), NESTED, max_size=2))
+    if data.draw(st.booleans()):
+        drawn = {name: data.draw(st.sampled_from(values)) for name, values in WEIGHTS.items()}
+        others = data.draw(st.dictionaries(st.sampled_from(["strategy", *WEIGHTS]), NESTED, max_size=1))
+        quantization["config_groups"] = {"a": {"weights": {**drawn, **others}}}
+    try:
+        name: str | None = read_packing(quantization, "here").name
+    except ModelError:
+        name = None
+    try:
+        packed = read_quantization({"quantization_config": quantization})
+    except ValueError:
+        packed = None
+    assert name is None or (packed is not None and packed.name == name and 2 <= packed.bits < 40)

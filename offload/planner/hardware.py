@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import SamplingKind
-from .cost import ModelCost, attention_flops, layer_flops
+from .cost import LayerCost, ModelCost, attention_flops, layer_flops
 
 Floats = npt.NDArray[np.float64]
 Role = Literal["target", "draft"]
@@ -173,15 +173,15 @@ class HardwareProfile:
         0 for a layer that is stored as it computes; nothing at all where all are."""
         if not model.is_decoded:
             return ()
-        known, sweep_s = self._decoder(model), DECODE_SWEEPS.get(self.device_type, 1.0) / self.device_memory_bytes_per_s
-        return tuple(
-            0.0
-            if not layer.is_decoded
-            else layer.computed_bytes * known.layer_s / known.computed_bytes
-            if known is not None
-            else (layer.stored_bytes + layer.computed_bytes) * sweep_s
-            for layer in model.layers
-        )
+        known = self._decoder(model)
+        sweep_s = DECODE_SWEEPS.get(self.device_type, DECODE_SWEEPS["cuda"]) / self.device_memory_bytes_per_s
+
+        def layer_s(layer: LayerCost) -> float:
+            if known is not None:
+                return layer.computed_bytes * known.layer_s / known.computed_bytes
+            return (layer.stored_bytes + layer.computed_bytes) * sweep_s
+
+        return tuple(layer_s(layer) if layer.is_decoded else 0.0 for layer in model.layers)
 
     def knows_decoder(self, model: ModelCost) -> bool:
         """Whether `decode_s` is measured, as far as anything is decoded."""

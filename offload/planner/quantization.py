@@ -3,10 +3,9 @@
 offload/coding reads the same object to unpack with, and imports torch; a test holds both to the same names and methods.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-Config = Mapping[str, object]
+from ..coding.config_fields import Config, block_size, count, group_size, one_of, said, section
 
 LOSSLESS_METHOD, LOSSLESS_NAME = "treestream_lossless", "16 bit, coded without loss"
 # Of bfloat16 weights as they are trained, and of float16 cast from them: sign and mantissa in 8 bits, an exponent in 3, and the
@@ -14,6 +13,7 @@ LOSSLESS_METHOD, LOSSLESS_NAME = "treestream_lossless", "16 bit, coded without l
 LOSSLESS_SHARE = 0.705
 LOSSLESS_BITS = 16 * LOSSLESS_SHARE
 METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "modelopt", "mxfp4", LOSSLESS_METHOD)
+_STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,36 +25,33 @@ class Packed:
 
 
 def read_quantization(config: Config) -> Packed | None:
-    """Of the object `config` of a config.json; None for weights that are stored as they compute. ValueError for a method that
-    we do not know, and for one that is described wrongly."""
-    quantization = config.get("quantization_config") or config.get("compression_config")
+    """Of the contents of a config.json; None for weights that are stored as they compute. ValueError for a method that we do
+    not know, and for one that is described wrongly: it continues a sentence about the file."""
+    quantization = section(config, "compression_config") or section(config, "quantization_config")
     if not quantization:
         return None
-    if not isinstance(quantization, Mapping):
-        raise ValueError("quantization_config is no object")
     match method := _method(quantization):
-        case "gptq" | "awq":
-            bits = _number(quantization, "bits" if "bits" in quantization else "w_bit")
-            group = _number(quantization, "group_size" if "group_size" in quantization else "q_group_size")
-            shared = (16 + bits) / group if group > 0 else 0.0  # a scale of 16 bits, and a zero point
-            return Packed(name=f"{method.upper()} int{bits}", bits=bits + shared)
+        case "gptq":
+            return _integers("GPTQ", one_of(quantization, "bits", [2, 4, 8]), group_size(quantization, "group_size"))
+        case "awq":
+            group = group_size(quantization, "q_group_size" if "q_group_size" in quantization else "group_size")
+            return _integers("AWQ", one_of(quantization, "w_bit" if "w_bit" in quantization else "bits", [4]), group)
         case "fp8" | "fbgemm_fp8":
-            return _fp8(quantization.get("weight_block_size"))
+            return _fp8(block_size(quantization, "weight_block_size"))
         case "modelopt":
-            inner = quantization.get("quantization")
-            algorithm = (inner if isinstance(inner, Mapping) else quantization).get("quant_algo")
-            if algorithm not in ("FP8", "NVFP4"):
-                raise ValueError(f"quantization_config has quant_algo {str(algorithm)[:40]!r}, not FP8 or NVFP4")
-            return Packed(name=str(algorithm), bits=8.0 if algorithm == "FP8" else 4.5)
+            fields = section(quantization, "quantization") or quantization
+            algorithm = one_of(fields, "quant_algo", ["FP8", "NVFP4", "MIXED_PRECISION"])
+            mixed = Packed(name="FP8 and NVFP4", bits=(8.0 + 4.5) / 2)
+            return {"FP8": Packed(name="FP8", bits=8.0), "NVFP4": Packed(name="NVFP4", bits=4.5)}.get(algorithm, mixed)
         case "mxfp4":
             return Packed(name="MXFP4", bits=4.25)
         case "bitsandbytes":
-            return Packed(name=str(quantization.get("bnb_4bit_quant_type", "fp4")).upper()[:8], bits=4.5)
+            return Packed(name=one_of(quantization, "bnb_4bit_quant_type", ["nf4", "fp4"]).upper(), bits=4.5)
         case "compressed-tensors":
             return _compressed_tensors(quantization)
-        case method if method == LOSSLESS_METHOD:
+        case _ if method == LOSSLESS_METHOD:
             return Packed(name=LOSSLESS_NAME, bits=LOSSLESS_BITS)
-    raise ValueError(f"quantization_config has quant_method {str(method)[:40]!r}; we read {', '.join(METHODS)}")
+    raise ValueError(f"has weights that are quantised by {said(method)}; we read {', '.join(METHODS)}")
 
 
 def _method(quantization: Config) -> object:
@@ -63,45 +60,41 @@ def _method(quantization: Config) -> object:
         return method
     if "config_groups" in quantization:
         return "compressed-tensors"
-    return "bitsandbytes" if "load_in_4bit" in quantization else None
+    return "bitsandbytes" if "load_in_4bit" in quantization or "load_in_8bit" in quantization else None
 
 
-def _fp8(block: object) -> Packed:
-    match block:
-        case [int(rows), int(columns)] if rows > 0 and columns > 0:
-            return Packed(name=f"FP8 in blocks of {rows}x{columns}", bits=8 + 32 / (rows * columns))
-        case None:
-            return Packed(name="FP8", bits=8.0)
-    raise ValueError("quantization_config has a weight_block_size that is not two sizes")
+def _integers(name: str, bits: int, group: int | None) -> Packed:
+    """Each `group` weights share a scale of 16 bits and a zero point; None: so many that these are nothing beside them."""
+    return Packed(name=f"{name} int{bits}", bits=bits + ((16 + bits) / group if group else 0.0))
+
+
+def _fp8(block: tuple[int, int] | None) -> Packed:
+    if block is None:
+        return Packed(name="FP8", bits=8.0)
+    return Packed(name=f"FP8 in blocks of {block[0]}x{block[1]}", bits=8 + 32 / (block[0] * block[1]))
 
 
 def _compressed_tensors(quantization: Config) -> Packed:
     """Of several groups, which differ in what they are of, the mean."""
-    groups = quantization.get("config_groups")
-    schemes = [
-        _scheme(group["weights"])
-        for group in (groups.values() if isinstance(groups, Mapping) else ())
-        if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)
-    ]
+    groups = section(quantization, "config_groups")
+    weights = [section(section(groups, name), "weights") for name in groups]
+    schemes = dict.fromkeys(_scheme(of_group) for of_group in weights if of_group)
     if not schemes:
-        raise ValueError("quantization_config has no config_groups with weights")
+        raise ValueError("has no config_groups with weights")
     name = " and ".join(dict.fromkeys(scheme.name for scheme in schemes))
-    return Packed(name=name, bits=sum(scheme.bits for scheme in schemes) / len(schemes))
+    return Packed(name=f"compressed-tensors {name}", bits=sum(scheme.bits for scheme in schemes) / len(schemes))
 
 
 def _scheme(weights: Config) -> Packed:
-    """A scale has 16 bits, of a group of four-bit floats 8: NVFP4 has one for 16 weights, MXFP4 one for 32."""
-    bits, group = _number(weights, "num_bits"), weights.get("group_size") or -1
-    size = group if isinstance(group, int) and group > 0 else 0
-    if weights.get("type") == "float":
-        kind = {16: "NVFP4", 32: "MXFP4"}.get(size, "FP4") if bits == 4 else "MXFP8" if size == 32 else "FP8"
-        return Packed(name=f"compressed-tensors {kind}", bits=bits + (8 / size if size else 0.0))
-    shared = (16 if weights.get("symmetric", True) else 16 + bits) / size if size else 0.0
-    return Packed(name=f"compressed-tensors int{bits}", bits=bits + shared)
-
-
-def _number(config: Config, key: str) -> int:
-    value = config.get(key)
-    if type(value) is not int or not -1 <= value <= 2**20 or value == 0:
-        raise ValueError(f"quantization_config has {key} {str(value)[:40]!r}, which is no size")
-    return value
+    """Groups of four-bit floats have a scale of 8 bits, others one of 16."""
+    is_float = one_of(weights, "type", ["int", "float"], "int") == "float"
+    bits = one_of(weights, "num_bits", [4, 8] if is_float else [2, 4, 8], 8)
+    given = weights.get("group_size") not in (None, -1)
+    strategy = one_of(weights, "strategy", _STRATEGIES, "group" if given else "tensor")
+    group = count(weights, "group_size") if strategy in ("group", "tensor_group") else None
+    if not is_float:
+        zero_point_bits = 0 if weights.get("symmetric", True) else bits
+        return Packed(name=f"int{bits}", bits=bits + ((16 + zero_point_bits) / group if group else 0.0))
+    if bits == 4:
+        return Packed(name="MXFP4" if group == 32 else "NVFP4", bits=4.25 if group == 32 else 4.5)
+    return Packed(name="MXFP8" if group == 32 else "FP8", bits=8.25 if group == 32 else 8.0)

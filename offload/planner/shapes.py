@@ -270,7 +270,9 @@ def _quantization(config: Mapping[str, object], where: str) -> Packed | None:
     try:
         return read_quantization(config)
     except ValueError as error:
-        raise _invalid(str(error), where) from error
+        raise ModelError(
+            f"its quantization_config {error}", where=where, cure="use the config.json that belongs to these weights"
+        ) from error
 
 
 def _invalid(what: str, where: str) -> ModelError:
