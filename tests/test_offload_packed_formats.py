@@ -1,27 +1,17 @@
-"""A model in any packed format computes with the weights that its format says, and writes their text."""
+"""A model in any packed format computes with the weights that its format says; test_offload_packed_forms.py reads its text."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import reference_model
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.errors import CheckpointError
 from offload.source import check_source
 from packed_models import FORMS, write_packed
 from planning import L40
-
-PROMPT = [5, 9, 33, 2, 71]
-COMMON = ("fp8-blocks", "compressed-tensors-int4", "gptq-ordered", "nf4")
-NUM_TOKENS, TREE = 12, "2x3:kary"
-
-
-def in_ci(form: str) -> Any:
-    return pytest.param(form, marks=[] if form in COMMON else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -33,28 +23,6 @@ def test_a_model_is_read_as_its_unpacked_weights(form: str, tmp_path: Path) -> N
         feed.fill(found)
     expected = load_file(model.reference_folder / "model.safetensors")
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-@pytest.mark.parametrize("form", [in_ci(form) for form in FORMS])
-def test_a_model_writes_the_text_of_its_unpacked_weights_in_transformers(form: str, tmp_path: Path) -> None:
-    """Streamed, resident, and with trees, which a draft packed alike grows."""
-    model = write_packed(form, tmp_path)
-    reference: Any = reference_model(model.reference_folder)
-    prompt = torch.tensor([PROMPT])
-    reference.generation_config.eos_token_id = None
-    text = reference.generate(prompt, max_new_tokens=NUM_TOKENS, do_sample=False)
-    expected = text[0, len(PROMPT) :].tolist()
-    for changes in (
-        {"resident_layers": 0, "tree": "none"},
-        {"resident_layers": 3, "tree": "none"},
-        {"resident_layers": 1, "tree": TREE, "draft_models": (str(model.folder),)},
-    ):
-        settings: dict[str, Any] = {"model": str(model.folder), "device": "cpu", "dtype": "float32", **changes}
-        with open_engine(EngineSettings(**settings), hardware=L40) as engine:
-            result = engine.generate(PROMPT, max_new_tokens=NUM_TOKENS, ignore_eos=True)
-            assert list(result.token_ids) == expected, changes
-            document: Any = result.to_json()
-            assert changes["resident_layers"] == 3 or sum(document["streaming"]["codecs"].values()) > 0
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors-mxfp4", "compressed-tensors-nvfp4", "gptq"])
