@@ -48,22 +48,24 @@ def _decode_block(
     ESCAPE: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
-    weight = block * BLOCK + tl.arange(0, BLOCK)
-    there = weight < num_weights
+    place = tl.arange(0, BLOCK)  # in the block: what is computed of it fits 32 bits
+    there = place < num_weights - block * BLOCK
+    row_bytes = (num_weights + 7) // 8
     distance = tl.zeros([BLOCK], tl.int32)
     for bit in tl.static_range(CODE_BITS):
-        row = codes_pointer + bit * tl.cdiv(num_weights, 8).to(tl.int64)
-        byte = tl.load(row + weight // 8, mask=there, other=0).to(tl.int32)
-        distance |= (byte >> (weight % 8).to(tl.int32) & 1) << bit
+        row = codes_pointer + bit * row_bytes + block * (BLOCK // 8)
+        byte = tl.load(row + (place >> 3), mask=there, other=0).to(tl.int32)
+        distance |= (byte >> (place & 7) & 1) << bit
     is_escape = distance == ESCAPE
     number = tl.load(offsets_pointer + block) + tl.cumsum(is_escape.to(tl.int32), 0) - 1
     number = tl.minimum(tl.maximum(number, 0), last_escape)  # what is damaged is read from where it is allowed
     escape = tl.load(escapes_pointer + number, mask=is_escape, other=0).to(tl.int32)
     exponent = tl.where(is_escape, escape, distance + tl.load(base_pointer).to(tl.int32)) & 0xFF
-    low = tl.load(bytes_pointer + weight, mask=there, other=0).to(tl.int32)
+    low = tl.load(bytes_pointer + block * BLOCK + place, mask=there, other=0).to(tl.int32)
     bits = (low & 0x80) << 8 | exponent << 7 | low & 0x7F
+    weights = weights_pointer + block * BLOCK + place
     if AS_BITS:
-        tl.store(weights_pointer + weight, bits.to(tl.int16), mask=there)
+        tl.store(weights, bits.to(tl.int16), mask=there)
     else:
         value = (bits << 16).to(tl.float32, bitcast=True)
-        tl.store(weights_pointer + weight, value.to(weights_pointer.dtype.element_ty), mask=there)
+        tl.store(weights, value.to(weights_pointer.dtype.element_ty), mask=there)

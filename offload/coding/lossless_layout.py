@@ -31,7 +31,7 @@ BLOCK: Final = 2048  # weights
 CODE_BITS: Final = 3
 NUM_CODES: Final = 7  # exponents that have one
 ESCAPE: Final = 7
-MAX_WEIGHTS: Final = 2**31 - 1  # positions and offsets are int32
+MAX_WEIGHTS: Final = 2**31 - BLOCK  # whole blocks of them are counted in int32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
