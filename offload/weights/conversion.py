@@ -6,6 +6,7 @@ The new folder has no config.json until all else is there: it is a model when it
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -175,7 +176,7 @@ def _possible_entries(tensor: TensorInfo) -> Iterator[Entry]:
 def _finish(checkpoint: Checkpoint, output: Path, files: Mapping[str, FileDigest]) -> None:
     """The config last: with it, the folder is a model."""
     for path in _companions(checkpoint.folder):
-        shutil.copyfile(path, output / path.name)
+        _copy(path, output / path.name)
     write_atomically(output / MANIFEST_NAME, manifest_text(files))
     tensors = {tensor.name: tensor for file in checkpoint.files for tensor in read_header(output / file.name)}
     if checkpoint.files[0].name != SINGLE_NAME:
@@ -185,6 +186,14 @@ def _finish(checkpoint: Checkpoint, output: Path, files: Mapping[str, FileDigest
     write_atomically(output / CONFIG_NAME, json.dumps(_config(checkpoint), indent=2) + "\n")
     (output / STATE_NAME).unlink()
     sync_folder(output)
+
+
+def _copy(old: Path, new: Path) -> None:
+    """As safely on the disk as the weights are: the config, which comes last, says that all is there."""
+    with old.open("rb") as source, new.open("wb") as copy:
+        shutil.copyfileobj(source, copy)
+        copy.flush()
+        os.fsync(copy.fileno())
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
