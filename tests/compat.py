@@ -44,6 +44,7 @@ STEPS = [
             "tests/test_offload_model.py::test_every_node_sees_exactly_its_path_also_after_commits",
             "tests/test_offload_rope.py::test_a_text_beyond_the_native_length_is_that_of_transformers",
             "tests/test_offload_match_weights.py",
+            "tests/test_offload_packed_forms.py",
             "tests/test_offload_transformers_api.py",
         ],
     ),
