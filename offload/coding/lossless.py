@@ -17,6 +17,7 @@ FORMATS: Final = {torch.bfloat16: "lossless bfloat16", torch.float16: "lossless 
 MOST_OF_RAW: Final = 0.97  # what saves less is not worth decoding
 _WEIGHT_BYTES: Final = 32  # of what is made on the way
 _EXCEPTION_BYTES: Final = 16
+_FEW: Final = 2**14  # weights that torch converts in the thread that asks
 
 
 def lossless_codec(
@@ -125,4 +126,5 @@ def _write_on_cpu(bits: Bits, weights: torch.Tensor) -> None:
         words[...] = bits
         words <<= 16
     else:
-        _write_bits(torch.from_numpy(bits.view(np.int16)), weights)
+        for few, into in zip(torch.from_numpy(bits.view(np.int16)).split(_FEW), weights.split(_FEW), strict=True):
+            _write_bits(few, into)
