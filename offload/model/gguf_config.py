@@ -116,6 +116,15 @@ def parameter_name(tensor: str) -> str | None:
     return f"model.layers.{int(match[1])}.{place}.{match[3]}" if place else None
 
 
+def paired_heads(config: Mapping[str, object]) -> dict[str, int]:
+    """Of what `config_of` made: how many heads have their rows in pairs, as ggml wants them of the Llama family, by the name of
+    a parameter in its layer."""
+    if config["model_type"] != "llama":
+        return {}
+    heads = {"self_attn.q_proj": config["num_attention_heads"], "self_attn.k_proj": config["num_key_value_heads"]}
+    return {f"{place}.{last}": int(str(number)) for place, number in heads.items() for last in ("weight", "bias")}
+
+
 def weights_name(header: GgufHeader) -> str:
     """What people call how the file is packed: "Q4_K_M". Where it does not say, the type of most of its bytes."""
     number = header.metadata.get("general.file_type")
@@ -174,9 +183,8 @@ def _config(header: GgufHeader, keys: Keys, family: str) -> dict[str, object]:
         "bos_token_id": header.metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": ends or None,
         "pad_token_id": None,
+        "dtype": DTYPES.get(_commonest_type(header), "bfloat16"),
     }
-    if (dtype := DTYPES.get(_commonest_type(header))) is not None:
-        config["dtype"] = dtype
     if family == "llama":
         biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"}
         config |= {name: tensor in tensors for name, tensor in biases.items()}

@@ -4,18 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
 
 from ..coding.gguf_codec import GgufPacking, StoredAs
 from ..coding.gguf_types import FLOATS
 from ..weights.checkpoint import Checkpoint
 from ..weights.gguf_header import GgufTensor, read_gguf
 from ..weights.header import TensorInfo, problems_error, quoted
-from .gguf_config import ROPE_FACTORS, config_of, parameter_name, weights_name
-
-# Whose rows ggml wants in pairs, of the Llama family: by what follows the layer's number.
-_QUERIES: Final = ("self_attn.q_proj.weight", "self_attn.q_proj.bias")
-_KEYS: Final = ("self_attn.k_proj.weight", "self_attn.k_proj.bias")
+from .gguf_config import ROPE_FACTORS, config_of, paired_heads, parameter_name, weights_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +28,11 @@ def open_gguf(path: Path) -> GgufModel:
     header = read_gguf(path)
     config = config_of(header)
     named = _named(header.tensors, path)
-    heads = {}
-    if config["model_type"] == "llama":
-        heads = dict.fromkeys(_QUERIES, config["num_attention_heads"]) | dict.fromkeys(_KEYS, config["num_key_value_heads"])
-    stored = {name: StoredAs(type_name=tensor.type_name, num_heads=_heads_of(name, heads)) for name, tensor in named.items()}
+    heads = paired_heads(config)
+    stored = {
+        name: StoredAs(type_name=tensor.type_name, num_heads=heads.get(name.split(".", 3)[-1]))
+        for name, tensor in named.items()
+    }
     tensors = {name: _as_info(name, tensor) for name, tensor in named.items()}
     return GgufModel(
         config=config,
@@ -58,11 +54,6 @@ def _named(tensors: Sequence[GgufTensor], path: Path) -> dict[str, GgufTensor]:
     if problems:
         raise problems_error(problems, where=str(path), cure="take another GGUF file, or one of another model")
     return named
-
-
-def _heads_of(name: str, heads: dict[str, object]) -> int | None:
-    number = heads.get(".".join(name.split(".")[3:]))
-    return number if isinstance(number, int) else None
 
 
 def _as_info(name: str, tensor: GgufTensor) -> TensorInfo:
