@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "docs/benchmarks/gpu_session.sh"
-CALL_S = {"first": 360, "second": 300}
-STEPS = ["facts", "latency", "tests", "light", "figure", "sanitizer"]
+CALL_S = {"first": 360, "second": 300, "rest": 120}
+STEPS = ["facts", "latency", "tests", "light", "figure", "sanitizer", "formats"]
 
 
 def run(call: str, folder: Path) -> str:
@@ -25,8 +25,8 @@ def run(call: str, folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_both_calls_end_well_and_what_they_find_is_packed(tmp_path: Path) -> None:
-    said = run("first", tmp_path) + run("second", tmp_path)
+def test_all_calls_end_well_and_what_they_find_is_packed(tmp_path: Path) -> None:
+    said = "".join(run(call, tmp_path) for call in CALL_S)
     assert re.findall(r"^(\w+) ok after", said, re.MULTILINE) == STEPS, said + (tmp_path / "out/summary.txt").read_text()
     with tarfile.open(tmp_path / "out/results.tar.gz") as packed:
         names = {Path(name).name for name in packed.getnames()}
@@ -37,6 +37,7 @@ def test_both_calls_end_well_and_what_they_find_is_packed(tmp_path: Path) -> Non
     texts = [found[name]["report"]["token_ids"] for name in ("ours", "plain")]
     assert texts[0][: len(texts[1])] == texts[1]
     busy = json.loads((tmp_path / "work/latency.json").read_text())["copy"]["upload of 64 KiB, busy"]
+    assert "|fp8|8.00|" in (tmp_path / "work/formats.txt").read_text()
     assert 0 < busy["p50_s"] <= busy["p99_s"] <= busy["most_s"]
 
 

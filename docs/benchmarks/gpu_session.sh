@@ -3,6 +3,7 @@
 #
 #   OUT=DIR bash docs/benchmarks/gpu_session.sh first    facts, latency of small transfers, tests, first light
 #   OUT=DIR bash docs/benchmarks/gpu_session.sh second   the figure at 70B's shape, then sanitizer if time is left
+#   OUT=DIR bash docs/benchmarks/gpu_session.sh rest     if a minute or two are left: how fast each format is decoded
 #   OUT=DIR bash docs/benchmarks/gpu_session.sh STEP...  these steps, in this order
 #
 # Every step has a limit, and none ends another. After each, OUT gets summary.txt and results.tar.gz; WORK keeps everything.
@@ -24,6 +25,9 @@ facts() { # link generation, copy rate, registration of 4 GiB, free memory
 latency() { step latency; } # of 64 KiB up and a few numbers down while a layer is copied: do they wait for it?
 light() { step light; }     # the bundled pair; eight layers as wide as 70B's, draft passes eager and as graphs, same text
 figure() { step figure; }   # 70B: ours with a trace of two rounds, plain, Accelerate
+formats() { # larger than a cache; by kernels and by plain torch
+    "$PYTHON" tests/bench_formats.py --seconds 0.2 $([ -n "$SMALL" ] && echo "--rows 48 --columns 256" || echo "--device cuda --rows 6144 --columns 8192")
+}
 
 pytest() { "$@" "$PYTHON" -m pytest -v -W default -p no:cacheprovider --durations=10 -m gpu tests/test_gpu.py tests/test_gpu_decoders.py; }
 tests() { pytest env; } # in the order of the file, the fastest first
@@ -32,9 +36,9 @@ sanitizer() {
     pytest compute-sanitizer --tool memcheck --error-exitcode 9 -k "recordings_share or exactly"
 }
 
-declare -A LIMIT=([facts]=50 [latency]=40 [tests]=100 [light]=150 [figure]=240 [sanitizer]=60)
-declare -A CALLS=([first]="facts latency tests light" [second]="figure sanitizer")
-declare -A TOTAL=([first]=350 [second]=290)
+declare -A LIMIT=([facts]=50 [latency]=40 [tests]=100 [light]=150 [figure]=240 [sanitizer]=60 [formats]=110)
+declare -A CALLS=([first]="facts latency tests light" [second]="figure sanitizer" [rest]="formats")
+declare -A TOTAL=([first]=350 [second]=290 [rest]=110)
 
 pack() {
     {
