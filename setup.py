@@ -32,7 +32,7 @@ LM_EVAL = ["lm-eval[api]>=0.4.13,<0.5"]
 # worksteal came with 3.2, and since 3.6 tests run on a worker's main thread, where signals arrive
 PYTEST = ["pytest>=9.0,<10", "pytest-timeout>=2.4,<3", "pytest-xdist>=3.6,<4"]
 # What decoders are compared with: kernels run in Triton's interpreter, formats against readers of others
-FORMATS = ["triton>=3.3,<3.10; sys_platform == 'linux'", "gguf>=0.17,<0.20", "compressed-tensors>=0.19,<0.21"]
+FORMATS = ["triton>=3.3,<3.10; sys_platform == 'linux'", "gguf>=0.18,<0.20", "compressed-tensors>=0.19,<0.21"]
 # A new release of ruff or mypy may find new faults in old code
 CHECK = ["hypothesis>=6.150,<7", "mypy>=2.4,<2.5", "ruff>=0.17,<0.18"]
 

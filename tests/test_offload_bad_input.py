@@ -184,7 +184,7 @@ def test_config_and_tensors_that_disagree_are_refused(
 
 
 def test_a_folder_that_is_not_there_is_named(run: Run, tmp_path: Path) -> None:
-    assert_error(run(tmp_path / "none"), INVALID, f"no such folder: {tmp_path / 'none'}", "--model")
+    assert_error(run(tmp_path / "none"), INVALID, f"no such folder or GGUF file: {tmp_path / 'none'}", "--model")
     assert_error(run(tmp_path), INVALID, f"there is no config.json in {tmp_path}", "--model")
 
 

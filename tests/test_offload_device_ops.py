@@ -206,6 +206,7 @@ def streamed(device: Any, model: TypedModel) -> tuple[CausalLM, LayerStream]:
         scratch_bytes=0,
         placement=Placement(num_layers=num_layers, resident=frozenset({1})),
         resident={1: layout.views(device.alloc(layer_bytes))},
+        coded={},
         ring=None,
         through_ring=lambda layer: False,
         ready=lambda layer: True,

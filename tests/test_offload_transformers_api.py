@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from transformers import AutoConfig, DynamicCache
 from transformers.cache_utils import Cache
 
@@ -24,6 +25,7 @@ from offload.model.transformers_api import (
     carry,
     keeps_float32,
     make_config,
+    make_tokenizer,
     register_attention,
     rope_frequencies,
     take_quantization,
@@ -134,6 +136,16 @@ def test_modules_that_stay_in_float32_are_named_by_the_model(monkeypatch: pytest
     assert keeps_float32(model) == [], HERE
     monkeypatch.setattr(type(model), names[1], ["norm"])
     assert keeps_float32(build_on_meta(config, "sdpa")) == ["norm"], HERE
+
+
+def test_a_tokenizer_of_the_library_is_one_of_theirs_with_its_roles_and_its_template() -> None:
+    made = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "tide": 2}, unk_token="</s>"))
+    made.add_special_tokens(["<s>", "</s>"])
+    tokenizer = make_tokenizer(made, {"bos_token": "<s>", "eos_token": "</s>"}, "{{ messages[0].content }}")
+    assert tokenizer("tide").input_ids == [2] and tokenizer.eos_token_id == 1, HERE
+    assert tokenizer.chat_template == tokenizer.get_chat_template() == "{{ messages[0].content }}", HERE
+    assert tokenizer.decode([0, 2], skip_special_tokens=True) == "tide", HERE
+    assert make_tokenizer(made, {}, None).chat_template is None, HERE
 
 
 def test_frequencies_that_depend_on_the_length_have_formulas_by_name() -> None:
