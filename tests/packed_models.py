@@ -290,6 +290,12 @@ FORMS: Mapping[str, Form] = {
     "fp4": Form({**BNB, "bnb_4bit_quant_type": "fp4"}, numbered(E2M1, "fp4")),
 }
 
+# One of each way to pack; the others differ in where a scale or a zero point lies, and are for the slow tests.
+QUICK_FORMS = (
+    *("fp8", "fp8-blocks", "compressed-tensors-int4", "compressed-tensors-int4-asymmetric", "compressed-tensors-mxfp4"),
+    *("gptq", "gptq-ordered", "awq", "modelopt-nvfp4", "nf4"),
+)
+
 # -- models -----------------------------------------------------------------------------------------------------------
 
 SIZES: dict[str, Any] = {

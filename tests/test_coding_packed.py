@@ -17,7 +17,7 @@ from allocations import working_bytes
 from offload.coding import chunks
 from offload.coding.packings import read_packing
 from offload.coding.tensor_codec import Part, TensorCodec
-from packed_models import FORMS, in_bytes, powers, random_codes
+from packed_models import FORMS, QUICK_FORMS, in_bytes, powers, random_codes
 
 SHAPES = [(64, 128), (336, 192), (16, 320)]  # blocks of 128 that are whole and cut short, groups of 64
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -78,7 +78,14 @@ def test_pieces_of_any_size_make_the_same_weights(form: str, monkeypatch: pytest
     assert_same_bits(decoded(codec, parts, (336, 192), torch.float32), weight)
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("nf4", "fp4")])
+@pytest.mark.parametrize(
+    "form",
+    [
+        form if form in QUICK_FORMS else pytest.param(form, marks=pytest.mark.slow)
+        for form in FORMS
+        if form not in ("nf4", "fp4")
+    ],
+)
 def test_kernels_make_the_bits_of_their_twins(form: str) -> None:
     """The interpreter takes its time: fewer shapes, each in another dtype, and one of rows that are cut short in blocks."""
     pytest.importorskip("triton")

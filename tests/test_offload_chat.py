@@ -473,6 +473,7 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_a_second_one_leaves(
     assert messages[0] == {"role": "user", "content": "hello"} and messages[1]["content"]
 
 
+@pytest.mark.slow
 def test_on_a_terminal_the_end_of_input_leaves_with_0_and_no_color_is_honoured(
     terminal: Callable[..., Terminal], model: Path
 ) -> None:

@@ -47,7 +47,9 @@ def needed_bytes(folder: Path, num_resident: int) -> int:
         return sum(ledger.values()) + num_resident * slot_bytes
 
 
-@pytest.mark.parametrize("device_of", [CpuDevice, EagerDevice, LateDevice])
+@pytest.mark.parametrize(
+    "device_of", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in (CpuDevice, EagerDevice)), LateDevice]
+)
 @pytest.mark.parametrize("num_resident", [1, 3])
 def test_what_stays_packed_on_the_device_changes_no_token(
     folder: Path, device_of: Callable[[], CpuDevice], num_resident: int

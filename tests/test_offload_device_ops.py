@@ -245,14 +245,27 @@ def assert_a_later_pass_only_waits(loop: DecodeLoop, waits: list[int], text: Tex
     assert audit.found == [] and len(waits) == times
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(0.6), SamplingParams(0.8, top_k=40, top_p=0.9)])
+@pytest.mark.parametrize(
+    ("params", "method"),
+    [
+        pytest.param(params, method, marks=() if METHODS.index(method) == number else pytest.mark.slow)
+        for number, params in enumerate([SamplingParams(), SamplingParams(0.6), SamplingParams(0.8, top_k=40, top_p=0.9)])
+        for method in METHODS
+    ],
+)
 def test_a_round_waits_once(monkeypatch: pytest.MonkeyPatch, models: Models, params: SamplingParams, method: Method) -> None:
     loop, waits = open_loop(monkeypatch, models(), method=method)
     assert_a_later_pass_only_waits(loop, waits, begin(loop, PROMPT, params), times=1)
 
 
-@pytest.mark.parametrize(("family", "replays"), [*((family, True) for family in FAMILIES), ("llama", False)])
+@pytest.mark.parametrize(
+    ("family", "replays"),
+    [
+        *(pytest.param(family, True, marks=pytest.mark.slow) for family in FAMILIES[1:]),
+        ("llama", True),
+        ("llama", False),
+    ],
+)
 def test_a_round_of_every_family_waits_once(
     monkeypatch: pytest.MonkeyPatch, models: Models, family: str, replays: bool
 ) -> None:

@@ -50,8 +50,14 @@ def greedy(folder: Path, prompt: list[int], num_tokens: int) -> list[int]:
     return output[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("draft", ["random", "perfect", "none"])
+@pytest.mark.parametrize(
+    ("family", "draft"),
+    [
+        pytest.param(family, draft, marks=() if family == "llama" or draft == "none" else pytest.mark.slow)
+        for family in FAMILIES
+        for draft in ("random", "perfect", "none")
+    ],
+)
 def test_greedy_text_is_that_of_transformers(models: Models, family: str, draft: str) -> None:
     folder = models(family)
     drafts = {"random": models(family, num_layers=1, seed=1), "perfect": folder, "none": None}
@@ -104,7 +110,7 @@ def logits_of_a_run(engine: Engine) -> list[torch.Tensor]:
     return rows
 
 
-@pytest.mark.parametrize("kind", sorted(DEVICES))
+@pytest.mark.parametrize("kind", [kind if kind == "late" else pytest.param(kind, marks=pytest.mark.slow) for kind in DEVICES])
 def test_streamed_logits_are_bit_equal_to_resident_ones(models: Models, kind: str) -> None:
     folder = models(num_layers=5)
     logits = {}

@@ -19,7 +19,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize(
     ("verifier", "temperature", "top_p"),
-    [("traversal", 1.0, 1.0), ("traversal", 0.6, 0.9), ("rejection", 1.5, 0.8), ("sample", 0.3, 1.0)],
+    [
+        ("traversal", 1.0, 1.0),
+        ("rejection", 1.5, 0.8),
+        pytest.param("traversal", 0.6, 0.9, marks=pytest.mark.slow),
+        pytest.param("sample", 0.3, 1.0, marks=pytest.mark.slow),
+    ],
 )
 def test_sampled_text_has_the_law_of_the_target(
     pair: tuple[Path, Path], verifier: str, temperature: float, top_p: float

@@ -211,7 +211,7 @@ def test_a_layer_goes_back_to_disk_where_the_host_has_no_room(models: Models, ad
         assert engine.plan.placement.resident and sum(engine.plan.host_ledger.values()) == 3 * layer_bytes
 
 
-@pytest.mark.parametrize("request_", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("request_", [GREEDY, pytest.param(SAMPLED, marks=pytest.mark.slow)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(("pass_rows", "failing_rows", "smaller"), [(160, 119 + 13, 66), (128, 119, 64)])
 def test_a_long_prompt_is_read_in_smaller_pieces_before_the_tree_shrinks(
     models: Models, adversary: Callable[[], CpuDevice], pass_rows: int, failing_rows: int, smaller: int, request_: Request
@@ -354,7 +354,7 @@ def open_refusing(
     assert device.pinned == [] and num_ring_threads() == 0
 
 
-@pytest.mark.parametrize("kind", sorted(REFUSING))
+@pytest.mark.parametrize("kind", [kind if kind == "late" else pytest.param(kind, marks=pytest.mark.slow) for kind in REFUSING])
 @pytest.mark.parametrize("disk", [0, 2])
 def test_memory_that_cannot_be_pinned_changes_no_token(models: Models, kind: str, disk: int) -> None:
     changes: dict[str, Any] = {"resident_layers": 0}

@@ -227,6 +227,7 @@ def test_a_callers_threads_come_back(threads: None, models: Models, monkeypatch:
         assert torch.get_num_threads() == 1
 
 
+@pytest.mark.slow
 def test_every_number_of_threads_is_tried_on_both_models(
     threads: None, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:

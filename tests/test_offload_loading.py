@@ -130,7 +130,7 @@ def check_coded(name: str, flag: str, dtype: str, device_type: str, **_flags: ob
 
 
 @pytest.mark.parametrize("resident", [0, 2, 6])
-@pytest.mark.parametrize("make_device", [EagerDevice, WatchedDevice])
+@pytest.mark.parametrize("make_device", [pytest.param(EagerDevice, marks=pytest.mark.slow), WatchedDevice])
 def test_a_pair_whose_layers_are_stored_in_code_writes_the_same_text(
     models: Models, monkeypatch: pytest.MonkeyPatch, make_device: Callable[[], CpuDevice], resident: int
 ) -> None:

@@ -11,7 +11,7 @@ from conftest import reference_model
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.planner.plan import Plan
-from packed_models import FORMS, write_packed
+from packed_models import FORMS, QUICK_FORMS, write_packed
 from planning import L40
 
 PROMPT = [5, 9, 33, 2, 71]
@@ -21,11 +21,6 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"resident_layers": 0, "tree": "none"},
     {"resident_layers": 1, "tree": "2x3:kary"},
     {"resident_layers": 3, "tree": "none"},
-)
-# One of each way to pack; the others differ in where a scale or a zero point lies, and are for the slow tests.
-QUICK = (
-    *("fp8", "fp8-blocks", "compressed-tensors-int4", "compressed-tensors-int4-asymmetric", "compressed-tensors-mxfp4"),
-    *("gptq", "gptq-ordered", "awq", "modelopt-nvfp4", "nf4"),
 )
 
 
@@ -39,7 +34,9 @@ def theirs(folder: Path) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("form", [form if form in QUICK else pytest.param(form, marks=pytest.mark.slow) for form in FORMS])
+@pytest.mark.parametrize(
+    "form", [form if form in QUICK_FORMS else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+)
 def test_greedy_text_is_that_of_the_unpacked_model(tmp_path: Path, form: str) -> None:
     model = write_packed(form, tmp_path)
     expected, plans = theirs(model.reference_folder), list[Plan]()

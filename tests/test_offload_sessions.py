@@ -282,6 +282,7 @@ def text(seed: int, length: int = 50) -> list[int]:
     return [seed * 1000 + position for position in range(length)]
 
 
+@pytest.mark.slow
 def test_an_interruption_at_any_line_files_no_row_under_another_token() -> None:
     device = CpuDevice()
     script = [text(1), text(2), text(1, 60), [*text(1, 40), 5, 6, 7], text(2, 45)]

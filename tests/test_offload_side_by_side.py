@@ -109,7 +109,7 @@ def together(loop: DecodeLoop, asked: Sequence[dict[str, Any]]) -> tuple[list[tu
     ("num_texts", "kind", "draft"),
     [
         *((num_texts, "cpu", draft) for num_texts in (1, 2, 5) for draft in ("random", "perfect", "none")),
-        *((5, kind, "random") for kind in sorted(DEVICES) if kind != "cpu"),
+        *(pytest.param(5, kind, "random", marks=pytest.mark.slow) for kind in sorted(DEVICES) if kind != "cpu"),
     ],
 )
 def test_greedy_texts_of_one_pass_are_those_of_each_alone(models: Models, num_texts: int, kind: str, draft: str) -> None:
