@@ -12,7 +12,7 @@ from .lossless_layout import BLOCK, CODE_BITS, ESCAPE
 Bytes = NDArray[np.uint8]
 Bits = NDArray[np.uint16]  # of bfloat16 numbers
 
-CHUNK_BLOCKS: Final = 64  # taken at a time: with what is made of them they fit a core's cache
+CHUNK_BLOCKS: Final = 256  # coded at a time: threads that took fewer would wait for each other more than compute
 _ESCAPES: Final = np.full(CHUNK_BLOCKS * BLOCK, ESCAPE, np.uint8)  # numpy is quick to compare arrays, and slow with a scalar
 
 
