@@ -41,6 +41,11 @@ class Checkpoint:
     files: tuple[Path, ...]
 
     @property
+    def is_one_file(self) -> bool:
+        """Whether config and all are in a file, such as GGUF's, which `folder` is then."""
+        return self.folder.is_file()
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all tensors, without headers."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
@@ -93,6 +98,8 @@ def check_tensors(
     ]
     if problems:
         cure = "use the config.json that belongs to these weights; if it does, this architecture is not supported"
+        if checkpoint.is_one_file:
+            cure = "download the file again; if it is whole, this architecture is not supported"
         raise problems_error(problems, where=str(checkpoint.folder), cure=cure)
     return others
 
