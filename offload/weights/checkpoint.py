@@ -34,7 +34,7 @@ _SEPARATORS = re.compile(r"[._]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A folder whose headers and index passed every check. `files` are the weight files, sorted by name."""
+    """A folder, or a GGUF file, whose headers and index passed every check. `files` are the weight files, sorted by name."""
 
     folder: Path
     tensors: Mapping[str, TensorInfo]
