@@ -254,6 +254,13 @@ def test_coding_without_loss_is_advised_where_it_helps_and_done_where_it_is_aske
     assert coded == plan_json(capsys, "--weights", "lossless", "--resident-layers", 0)
 
 
+def test_coding_is_advised_too_where_the_layer_that_is_decoded_leaves_no_room_for_the_whole_tree(capsys: Capsys) -> None:
+    """The tree of the card's last bytes: half of it fits beside the scratch."""
+    made = plan_json(capsys, "--draft-model", "llama-2-7b", "--profile", "rtx-4090")
+    assert isinstance(made["tree"], dict) and made["tree"]["nodes"] > 2000
+    assert "`convert --codec lossless` would make a pass 3.67 s, not 5.21 s" in str(made["notes"])
+
+
 def test_a_decoder_that_is_slower_than_the_link_is_told(capsys: Capsys, tmp_path: Path) -> None:
     profile = json.loads((ROOT / "profiles/hardware/l40.json").read_text(encoding="utf-8"))
     decoder = {"weights": "AWQ int4", "dtype_bytes": 2, "computed_bytes": 855_654_400 * 2, "layer_s": 0.5}

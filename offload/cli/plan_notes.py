@@ -1,5 +1,6 @@
 """What `plan` says beside a plan: what it rests on that nobody measured, and what would make it quicker."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -33,6 +34,21 @@ def _notes(made: "Plan", question: Question) -> Iterator[str]:
         yield f"acceptance is assumed, not this pair's ({source}): `profile acceptance` measures it"
 
 
+def _pass_of_less(made: "Plan", question: Question) -> float:
+    """Seconds of a pass over half of the tree; infinite where that does not fit either. To search for the best tree anew would
+    take longer than all else that `plan` does."""
+    from tree.optimizer import best_part
+
+    if made.draft is None:
+        return math.inf
+    acceptance = question.options()[made.draft].acceptance
+    try:
+        half = best_part(made.tree, acceptance, max(made.tree.num_nodes // 2, 1))
+        return question.answer(half).prediction.pass_s
+    except FitError:
+        return math.inf
+
+
 def _coding(made: "Plan", question: Question) -> Iterator[str]:
     """What the same would take with 16-bit weights coded without loss, where that is less."""
     from ..planner.what_if import coded_without_loss
@@ -41,13 +57,9 @@ def _coding(made: "Plan", question: Question) -> Iterator[str]:
     if coded is question.target:
         return
     other, now_s = replace(question, target=coded), made.prediction.pass_s
-    for tree in (made.tree, question.tree):
-        try:
-            pass_s = other.answer(tree).prediction.pass_s
-        except FitError:  # the decoded layer takes room: of so large a tree, at first
-            continue
-        break
-    else:
-        return
+    try:
+        pass_s = other.answer(made.tree).prediction.pass_s
+    except FitError:  # the decoded layer takes room: of so large a tree, at first
+        pass_s = _pass_of_less(made, other)
     if pass_s < now_s * (1 - LEAST_WIN):
         yield f"`convert --codec lossless` would make a pass {seconds_text(pass_s)} s, not {seconds_text(now_s)} s"
