@@ -10,7 +10,18 @@ T = TypeVar("T", bound=str | int)
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
+# What `convert` writes as quant_method: nobody else takes it for weights. And what people are told.
+LOSSLESS_METHOD, LOSSLESS_NAME = "treestream_lossless", "16 bit, coded without loss"
 MAX_COUNT = 2**31 - 1  # no tensor's side is longer, and kernels count so far
+
+
+def quant_method(quantization: Config) -> object:
+    """Which method a quantization_config is of. Old files name none: their fields are one's own."""
+    if (method := quantization.get("quant_method")) is not None:
+        return method
+    if "config_groups" in quantization:
+        return "compressed-tensors"
+    return "bitsandbytes" if "load_in_4bit" in quantization or "load_in_8bit" in quantization else None
 
 
 def one_of(config: Config, key: str, allowed: Collection[T], default: T | None = None) -> T:

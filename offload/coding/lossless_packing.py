@@ -6,11 +6,11 @@ from typing import Final
 
 import torch
 
+from .config_fields import LOSSLESS_NAME
 from .lossless import FORMATS, lossless_codec
 from .lossless_layout import MAX_WEIGHTS, prefix_of
 from .tensor_codec import Part, TensorCodec
 
-METHOD: Final = "treestream_lossless"  # the `quant_method` in its config.json: nobody else takes it for weights
 VERSION: Final = 1
 
 
@@ -24,7 +24,7 @@ def read_lossless(quantization: Mapping[str, object]) -> "LosslessPacking":
 class LosslessPacking:
     """A Packing. What is coded has its parts beside it; the files say no more than that."""
 
-    name = "16 bit, coded without loss"
+    name = LOSSLESS_NAME
 
     def codec_of(self, parameter: str, shape: tuple[int, ...], beside: Mapping[str, Part]) -> TensorCodec | None:
         prefix = prefix_of(parameter)

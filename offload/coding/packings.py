@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from ..errors import ModelError
-from .config_fields import said
-from .lossless_packing import METHOD, read_lossless
+from .config_fields import LOSSLESS_METHOD, quant_method, said
+from .lossless_packing import read_lossless
 from .packing_bitsandbytes import read_bitsandbytes
 from .packing_compressed_tensors import read_compressed_tensors
 from .packing_fp4 import read_modelopt, read_mxfp4
@@ -27,7 +27,7 @@ READERS: Final[dict[str, Callable[[Mapping[str, object]], Packing]]] = {
     "gptq": read_gptq,
     "modelopt": read_modelopt,
     "mxfp4": read_mxfp4,
-    METHOD: read_lossless,
+    LOSSLESS_METHOD: read_lossless,
 }
 
 
@@ -35,13 +35,13 @@ def read_packing(quantization: Mapping[str, object], where: str) -> Packing:
     """The packing that the object `quantization_config` of the file `where` describes, or its older `compression_config`. Which
     parameters are packed is told by their tensors; lists of modules are not read. ModelError for a method that we do not know,
     and for one that is described wrongly."""
-    method = _method(quantization)
+    method = quant_method(quantization)
     reader = READERS.get(method) if isinstance(method, str) else None
     if reader is None:
         raise ModelError(
             f"its weights are quantised by {said(method)}, which we do not read",
             where=where,
-            cure=f"take the model in 16 bit, or quantised by one of {', '.join(sorted(READERS.keys() - {METHOD}))}",
+            cure=f"take the model in 16 bit, or quantised by one of {', '.join(sorted(READERS.keys() - {LOSSLESS_METHOD}))}",
         )
     try:
         return reader(quantization)
@@ -51,12 +51,3 @@ def read_packing(quantization: Mapping[str, object], where: str) -> Packing:
             where=where,
             cure="use the config.json that belongs to these weights, or take the model in 16 bit",
         ) from error
-
-
-def _method(quantization: Mapping[str, object]) -> object:
-    """Old files name no method: their fields are one's own."""
-    if (method := quantization.get("quant_method")) is not None:
-        return method
-    if "config_groups" in quantization:
-        return "compressed-tensors"
-    return "bitsandbytes" if "load_in_4bit" in quantization or "load_in_8bit" in quantization else None

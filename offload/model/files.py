@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..coding.lossless_packing import METHOD
+from ..coding.config_fields import LOSSLESS_METHOD
 from ..coding.packings import read_packing
 from ..coding.tensor_codec import Packing
 from ..weights.checkpoint import Checkpoint, open_checkpoint
@@ -29,7 +29,7 @@ class ModelFiles:
     @property
     def is_lossless(self) -> bool:
         """Whether what is stored are the 16-bit weights, coded."""
-        return self.architecture.quantization.get("quant_method") == METHOD
+        return self.architecture.quantization.get("quant_method") == LOSSLESS_METHOD
 
     @property
     def dtype(self) -> torch.dtype:

@@ -5,9 +5,19 @@ offload/coding reads the same object to unpack with, and imports torch; a test h
 
 from dataclasses import dataclass
 
-from ..coding.config_fields import Config, block_size, count, group_size, one_of, said, section
+from ..coding.config_fields import (
+    LOSSLESS_METHOD,
+    LOSSLESS_NAME,
+    Config,
+    block_size,
+    count,
+    group_size,
+    one_of,
+    quant_method,
+    said,
+    section,
+)
 
-LOSSLESS_METHOD, LOSSLESS_NAME = "treestream_lossless", "16 bit, coded without loss"
 # Of bfloat16 weights as they are trained, and of float16 cast from them: sign and mantissa in 8 bits, an exponent in 3, and the
 # escapes of 2 to 4 % of them. Measured; the entropy of exponents alone leaves 0.66.
 LOSSLESS_SHARE = 0.705
@@ -30,7 +40,7 @@ def read_quantization(config: Config) -> Packed | None:
     quantization = section(config, "compression_config") or section(config, "quantization_config")
     if not quantization:
         return None
-    match method := _method(quantization):
+    match method := quant_method(quantization):
         case "gptq":
             return _integers("GPTQ", one_of(quantization, "bits", [2, 4, 8]), group_size(quantization, "group_size"))
         case "awq":
@@ -52,15 +62,6 @@ def read_quantization(config: Config) -> Packed | None:
         case _ if method == LOSSLESS_METHOD:
             return Packed(name=LOSSLESS_NAME, bits=LOSSLESS_BITS)
     raise ValueError(f"has weights that are quantised by {said(method)}; we read {', '.join(METHODS)}")
-
-
-def _method(quantization: Config) -> object:
-    """Old files name no method: their fields are one's own."""
-    if (method := quantization.get("quant_method")) is not None:
-        return method
-    if "config_groups" in quantization:
-        return "compressed-tensors"
-    return "bitsandbytes" if "load_in_4bit" in quantization or "load_in_8bit" in quantization else None
 
 
 def _integers(name: str, bits: int, group: int | None) -> Packed:

@@ -16,9 +16,10 @@
 
 from dataclasses import replace
 
+from ..coding.config_fields import LOSSLESS_NAME
 from ..errors import UsageError
 from .gguf_mixtures import MIXTURES, gguf_stored
-from .quantization import LOSSLESS_BITS, LOSSLESS_NAME, Packed
+from .quantization import LOSSLESS_BITS, Packed
 from .shapes import ModelShape
 from .stored import by_bits
 

@@ -17,9 +17,10 @@ from typing import Any, Final
 
 import torch
 
+from ..coding.config_fields import LOSSLESS_METHOD
 from ..coding.lossless import lossless_codec
 from ..coding.lossless_encode import Encoder
-from ..coding.lossless_packing import METHOD, VERSION
+from ..coding.lossless_packing import VERSION
 from ..coding.tensor_codec import part_name
 from ..config import bytes_text
 from ..errors import FitError, ModelError, UsageError, reason
@@ -78,7 +79,7 @@ def convert(conversion: Conversion, progress: Progress | None = None) -> Convert
         cure = "name another folder: the model is left as it is"
         raise UsageError("the output is the model itself", where=f"--output {output}", cure=cure)
     _check_gain(conversion)
-    with _writing(output), begun(output, source := fingerprint(checkpoint, f"{METHOD} {VERSION}")) as said:
+    with _writing(output), begun(output, source := fingerprint(checkpoint, f"{LOSSLESS_METHOD} {VERSION}")) as said:
         kept = _proved(output, said)
         _check_space(conversion, kept)
         finished = dict(kept)
@@ -203,8 +204,8 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
     dtypes = [tensor.dtype for tensor in checkpoint.tensors.values() if may_be_coded(tensor.shape, tensor.dtype)]
     dtype = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.")
     config["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = dtype
-    config["transformers_weights"] = f"{METHOD}.safetensors"
-    return {**config, "quantization_config": {"quant_method": METHOD, "version": VERSION}}
+    config["transformers_weights"] = f"{LOSSLESS_METHOD}.safetensors"
+    return {**config, "quantization_config": {"quant_method": LOSSLESS_METHOD, "version": VERSION}}
 
 
 def _companions(folder: Path) -> list[Path]:

@@ -61,28 +61,18 @@ class DecodedSource:
         return _DecodedFeed(self)
 
 
-class _Feed:
-    """Over the feed of another source, which it closes."""
+class _StoredFeed:
+    def __init__(self, source: StoredSource) -> None:
+        self._inner: TensorFeed = source.inner.open()
+        self._scales = {
+            part_name(name, part.name) for name, codec in source.codecs.items() for part in codec.parts if part.is_scale
+        }
 
-    def __init__(self, inner: TensorFeed, codecs: Codecs) -> None:
-        self._inner, self._codecs = inner, codecs
-
-    def __enter__(self) -> "_Feed":
+    def __enter__(self) -> "_StoredFeed":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._inner.__exit__(kind, error, trace)
-
-    def fill(self, destinations: Destinations, progress: Callable[[int], None] | None = None) -> None:
-        raise NotImplementedError
-
-
-class _StoredFeed(_Feed):
-    def __init__(self, source: StoredSource) -> None:
-        super().__init__(source.inner.open(), source.codecs)
-        self._scales = {
-            part_name(name, part.name) for name, codec in self._codecs.items() for part in codec.parts if part.is_scale
-        }
 
     def fill(self, destinations: Destinations, progress: Callable[[int], None] | None = None) -> None:
         """CheckpointError for a scale that is not finite; other errors are those of the source."""
@@ -91,20 +81,28 @@ class _StoredFeed(_Feed):
             _check_scale(name, destinations[name])
 
 
-class _DecodedFeed(_Feed):
+class _DecodedFeed:
     """Peak memory beyond the destinations: what is stored of one parameter, and the workspace of its decoder."""
 
     def __init__(self, source: DecodedSource) -> None:
-        super().__init__(source.stored.open(), source.codecs)
+        self._inner: TensorFeed = source.stored.open()
+        self._codecs = source.codecs
+
+    def __enter__(self) -> "_DecodedFeed":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._inner.__exit__(kind, error, trace)
 
     def fill(self, destinations: Destinations, progress: Callable[[int], None] | None = None) -> None:
         self._inner.fill({name: view for name, view in destinations.items() if name not in self._codecs}, progress)
-        for name in self._codecs.keys() & destinations.keys():
-            codec = self._codecs[name]
+        for name, parameter in destinations.items():
+            if (codec := self._codecs.get(name)) is None:
+                continue
             parts = {part.name: torch.empty(part.shape, dtype=part.dtype) for part in codec.parts}
             self._inner.fill({part_name(name, part): tensor for part, tensor in parts.items()}, progress)
             with torch.inference_mode():
-                codec.decode(parts, destinations[name])
+                codec.decode(parts, parameter)
 
 
 def _check_scale(name: str, scale: torch.Tensor) -> None:
