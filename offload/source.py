@@ -23,7 +23,7 @@ from .weights.codec import LayerCodec, coded
 from .weights.encoding_source import lossless_source
 from .weights.layout import LayerLayout, of_one_dtype
 from .weights.packed import stored_shapes
-from .weights.packed_source import Codecs, DecodedSource, StoredSource
+from .weights.packed_source import Codecs, DecodedSource, check_scales
 from .weights.source import CheckpointSource, TensorSource
 
 logger = logging.getLogger(__name__)
@@ -201,8 +201,7 @@ def _made(name: str, flag: str) -> _Source:
 def _of_files(files: ModelFiles, codec: str) -> _Source:
     tensors: TensorSource = CheckpointSource(files.checkpoint)
     codecs = files.codecs
-    if codecs:
-        tensors = StoredSource(inner=tensors, codecs=codecs)
+    check_scales(tensors, codecs, str(files.path))
     if codecs and files.is_lossless and codec == "none":
         tensors, codecs = DecodedSource(stored=tensors, codecs=codecs), {}
     return _Source(

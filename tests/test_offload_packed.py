@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import save_tiny_model
-from fakes import DEVICES
+from fakes import DEVICES, WatchedDevice
 from offload.assemble import open_engine
 from offload.coding.tensor_codec import Packing, Part, TensorCodec
 from offload.config import EngineSettings
@@ -164,15 +165,24 @@ Q = "model.layers.1.self_attn.q_proj"
         (lambda tensors: tensors[f"{Q}.scale"][:1].fill_(torch.inf), "not finite"),
     ],
 )
-@pytest.mark.parametrize("resident", [0, 4])
-def test_packed_weights_that_are_damaged_are_refused(
-    pack: Callable[..., Pair], changed: Callable[[dict[str, torch.Tensor]], None], says: str, resident: int
+def test_packed_weights_that_are_damaged_are_refused_before_any_memory_is_taken(
+    pack: Callable[..., Pair], changed: Callable[[dict[str, torch.Tensor]], None], says: str
 ) -> None:
-    folder = pack().packed
+    folder, device = pack().packed, WatchedDevice()
     change(folder, changed)
-    with pytest.raises(OffloadError, match=says.replace("(", r"\(").replace(")", r"\)")) as error:
-        text_of(folder, resident_layers=resident)
+    with pytest.raises(OffloadError, match=re.escape(says)) as error:
+        open_engine(EngineSettings(model=str(folder), device="cpu", tree="none"), hardware=L40, device=device)
     assert isinstance(error.value, CheckpointError) and error.value.exit_code == ModelError.exit_code
+    assert error.value.where == str(folder) and len(str(error.value).splitlines()) == 3
+    assert not {"alloc", "pin", "copy"}.intersection(device.calls)
+
+
+def test_all_scales_that_are_not_finite_are_named_at_once(pack: Callable[..., Pair]) -> None:
+    folder = pack().packed
+    change(folder, lambda tensors: [tensors[f"model.layers.{layer}.mlp.up_proj.scale"].fill_(torch.nan) for layer in (0, 3)])
+    with pytest.raises(CheckpointError) as error:
+        check_source(str(folder), "--model", "float32", "cpu")
+    assert "2 problems" in error.value.what and all(f"layers.{layer}.mlp" in error.value.what for layer in (0, 3))
 
 
 @pytest.mark.parametrize("method", ["", "aqlm", 7, None, {"a": 1}, "x" * 10_000])

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint that stores some parameters packed: as they are stored, or as they compute."""
+"""The tensors of a checkpoint that stores some parameters packed: whether their scales are sound, and what they compute as."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,31 +8,28 @@ import torch
 
 from ..coding.scales import bad_scale
 from ..coding.tensor_codec import TensorCodec, part_name
-from ..errors import CheckpointError
+from .header import problems_error
 from .source import Destinations, TensorFeed, TensorSource
 
 Codecs = Mapping[str, TensorCodec]  # of the packed parameters, by full name
+CURE = "download this checkpoint again; if it is whole, it was not made well"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredSource:
-    """A TensorSource of what is stored, as `inner` has it, which refuses scales that are not finite."""
-
-    inner: TensorSource
-    codecs: Codecs
-
-    @property
-    def equal_layers(self) -> frozenset[int]:
-        return self.inner.equal_layers
-
-    def num_bytes(self, name: str) -> int:
-        return self.inner.num_bytes(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.inner.dtype(name)
-
-    def open(self) -> "_StoredFeed":
-        return _StoredFeed(self)
+def check_scales(stored: TensorSource, codecs: Codecs, where: str) -> None:
+    """Reads all scales, those of one parameter at a time: some hundredths of the weights at most. CheckpointError, which names
+    all that are not finite, and `where` they are."""
+    scaled = {name: parts for name, codec in codecs.items() if (parts := [part for part in codec.parts if part.is_scale])}
+    if not scaled:
+        return
+    problems: list[str] = []
+    with stored.open() as feed:
+        for parameter, parts in scaled.items():
+            scales = {part_name(parameter, part.name): torch.empty(part.shape, dtype=part.dtype) for part in parts}
+            feed.fill(scales)
+            found = [bad_scale(name, scale) for name, scale in scales.items()]
+            problems += [problem for problem in found if problem is not None]
+    if problems:
+        raise problems_error(problems, where=where, cure=CURE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,26 +58,6 @@ class DecodedSource:
         return _DecodedFeed(self)
 
 
-class _StoredFeed:
-    def __init__(self, source: StoredSource) -> None:
-        self._inner: TensorFeed = source.inner.open()
-        self._scales = {
-            part_name(name, part.name) for name, codec in source.codecs.items() for part in codec.parts if part.is_scale
-        }
-
-    def __enter__(self) -> "_StoredFeed":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._inner.__exit__(kind, error, trace)
-
-    def fill(self, destinations: Destinations, progress: Callable[[int], None] | None = None) -> None:
-        """CheckpointError for a scale that is not finite; other errors are those of the source."""
-        self._inner.fill(destinations, progress)
-        for name in self._scales.intersection(destinations):
-            _check_scale(name, destinations[name])
-
-
 class _DecodedFeed:
     """Peak memory beyond the destinations: what is stored of one parameter, and the workspace of its decoder."""
 
@@ -103,12 +80,3 @@ class _DecodedFeed:
             self._inner.fill({part_name(name, part): tensor for part, tensor in parts.items()}, progress)
             with torch.inference_mode():
                 codec.decode(parts, parameter)
-
-
-def _check_scale(name: str, scale: torch.Tensor) -> None:
-    if (problem := bad_scale(name, scale)) is not None:
-        raise CheckpointError(
-            problem,
-            where="the checkpoint's scales",
-            cure="download this checkpoint again; if it is whole, it was not made well",
-        )
