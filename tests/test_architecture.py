@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     # the workspace what decoding will; of packed files it reads the same headers, without torch
     "planner": {
         *FLOOR,
+        "coding.base_kinds",
         "coding.config_fields",
         "coding.gguf_types",
         "coding.workspace",

@@ -12,6 +12,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
 # What `convert` writes as quant_method: nobody else takes it for weights. And what people are told.
 LOSSLESS_METHOD, LOSSLESS_NAME = "treestream_lossless", "16 bit, coded without loss"
+RESIDUAL_METHOD, RESIDUAL_NAME = "treestream_residual", "16 bit, coded beside a base"
 MAX_COUNT = 2**31 - 1  # no tensor's side is longer, and kernels count so far
 
 

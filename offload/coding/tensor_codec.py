@@ -34,12 +34,14 @@ class Decoder(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorCodec:
     """Of one parameter. `format` is what people call it: "FP8", "Q4_K", "GPTQ int4". `decode` is plain torch; `kernel`, where
-    there is one, makes the same bits faster on a CUDA device."""
+    there is one, makes the same bits faster on a CUDA device. `kept` are parts that stay on the device whenever the others come
+    and go, as those of a base do: decoders get them, too."""
 
     format: str
     parts: tuple[Part, ...]
     decode: Decoder
     kernel: Decoder | None = None
+    kept: tuple[Part, ...] = ()
 
 
 class Packing(Protocol):

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..coding.tensor_codec import Decoder, TensorCodec, part_name
-from .layout import LayerLayout, lay_out, of_one_dtype
+from ..coding.tensor_codec import Decoder, Part, TensorCodec, part_name
+from .layout import NOTHING, LayerLayout, lay_out, of_one_dtype
 
 Tensors = Mapping[str, torch.Tensor]
-# decoder(stored, parameters) writes all of `parameters`, from the `stored` tensors. Both are on the device.
+# decoder(stored, parameters) writes all `parameters`, from the `stored` tensors and the base's. All are on the device.
 LayerDecoder = Callable[[Tensors, Tensors], None]
 
 
@@ -18,15 +18,17 @@ LayerDecoder = Callable[[Tensors, Tensors], None]
 class LayerCodec:
     """Of one decoder layer; the layers of a model may have different ones.
 
-    `stored` are the tensors that disk, host memory, link and slot hold, named as in the TensorSource; their bytes may differ
-    from layer to layer. `computed` are the parameters. `decode` issues its work in compute order, waits for nothing and keeps
-    neither: the stored tensors are overwritten soon, the parameters by the next layer. None: the parameters are what is
-    stored, used where it lies.
+    `base` are tensors that stay on the device while the layer comes and goes: a low-bit copy of its matrices, and what is too
+    small to travel. A layer that is resident as it computes needs none. `stored` are the tensors that disk, host memory, link
+    and slot hold, named as in the TensorSource; their bytes may differ from layer to layer. `computed` are the parameters.
+    `decode` issues its work in compute order, waits for nothing and keeps neither: the stored tensors are overwritten soon, the
+    parameters by the next layer. None: the parameters are what is stored, used where it lies.
     """
 
     stored: LayerLayout
     computed: LayerLayout
     decode: LayerDecoder | None = None
+    base: LayerLayout = NOTHING
 
     @property
     def scratch_bytes(self) -> int:
@@ -46,21 +48,42 @@ def identities(layers: Sequence[Mapping[str, tuple[int, ...]]], dtype: torch.dty
 
 
 def coded(
-    parameters: Mapping[str, tuple[int, ...]], codecs: Mapping[str, TensorCodec], dtype: torch.dtype, *, kernels: bool
+    parameters: Mapping[str, tuple[int, ...]],
+    codecs: Mapping[str, TensorCodec],
+    dtype: torch.dtype,
+    *,
+    kernels: bool,
+    bases: Mapping[str, tuple[Part, ...]] | None = None,
 ) -> LayerCodec:
     """Of a layer of `parameters` {name: shape}, computed in `dtype`, in which those are stored that `codecs` does not name.
-    `kernels`: decode by those that there are, not by plain torch."""
-    computed = LayerLayout.pack(of_one_dtype(parameters, dtype))
+    `kernels`: decode by those that there are, not by plain torch. `bases` are the parts of a base, of the parameters that have
+    one: then the device keeps the others as they are, and they need not travel with what has to be decoded."""
+    computed, base = LayerLayout.pack(of_one_dtype(parameters, dtype)), _base_of(parameters, dtype, bases or {})
     if not codecs:
-        return identity(computed)
+        return LayerCodec(stored=computed, computed=computed, base=base)
+    are_kept = any(codec.kept for codec in codecs.values())
     stored: list[tuple[str, tuple[int, ...], torch.dtype]] = []
     for name, shape in parameters.items():
-        if (codec := codecs.get(name)) is None:
-            stored.append((name, shape, dtype))
-        else:
+        if (codec := codecs.get(name)) is not None:
             stored += [(part_name(name, part.name), part.shape, part.dtype) for part in codec.parts]
+        elif not are_kept or name in (bases or {}):
+            stored.append((name, shape, dtype))
     decoders = tuple((name, _decoder_of(name, codecs.get(name), kernels)) for name in parameters)
-    return LayerCodec(stored=LayerLayout.pack(stored), computed=computed, decode=_EachParameter(decoders))
+    return LayerCodec(stored=LayerLayout.pack(stored), computed=computed, decode=_EachParameter(decoders), base=base)
+
+
+def _base_of(
+    parameters: Mapping[str, tuple[int, ...]], dtype: torch.dtype, bases: Mapping[str, tuple[Part, ...]]
+) -> LayerLayout:
+    if not bases:
+        return NOTHING
+    kept: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+    for name, shape in parameters.items():
+        if name in bases:
+            kept += [(part_name(name, part.name), part.shape, part.dtype) for part in bases[name]]
+        else:
+            kept.append((name, shape, dtype))
+    return LayerLayout.pack(kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +112,7 @@ def _decoder_of(name: str, codec: TensorCodec | None, kernels: bool) -> _Decodin
     if codec is None:
         return _Decoding((("", name),), _copy)
     decode = codec.kernel if kernels and codec.kernel is not None else codec.decode
-    return _Decoding(tuple((part.name, part_name(name, part.name)) for part in codec.parts), decode)
+    return _Decoding(tuple((part.name, part_name(name, part.name)) for part in (*codec.parts, *codec.kept)), decode)
 
 
 def _copy(parts: Tensors, parameter: torch.Tensor) -> None:

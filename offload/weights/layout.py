@@ -54,6 +54,9 @@ class LayerLayout:
         }
 
 
+NOTHING = LayerLayout((), 0)
+
+
 def of_one_dtype(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     """Tensors of `shapes` for `LayerLayout.pack`."""
     return [(name, shape, dtype) for name, shape in shapes.items()]
