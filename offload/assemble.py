@@ -23,6 +23,7 @@ from .planner.fallback import Fallbacks
 from .planner.hardware import HardwareProfile
 from .planner.memory import Budgets
 from .planner.plan import Plan, make_option, make_workload, plan_run
+from .planner.prediction import Offer
 from .planner.tree_flag import read_acceptances, read_tree, resolve_method
 from .report.report import Memory, Weights
 from .report.trace import Trace
@@ -172,9 +173,11 @@ def _plan(
         make_option(settings, hardware, draft.path.name, draft.model.cost, acceptance)
         for draft, acceptance in zip(drafts, read_acceptances(settings), strict=True)
     ]
-    plan = plan_run(settings, tree, workload, options, max_positions=max_positions, budgets=budgets)
-    chosen = options[plan.draft] if plan.draft is not None else None
-    return plan, Fallbacks(settings=settings, workload=workload, draft=chosen, budgets=budgets)
+    offers = [Offer(workload=workload, drafts=tuple(options))]
+    plan = plan_run(settings, tree, offers, max_positions=max_positions, budgets=budgets)
+    chosen = offers[plan.offer]
+    draft = chosen.drafts[plan.draft] if plan.draft is not None else None
+    return plan, Fallbacks(settings=settings, workload=chosen.workload, draft=draft, budgets=budgets)
 
 
 def _see_placed(loaded: Loaded, plan: Plan, fallbacks: Fallbacks) -> tuple[Plan, Fallbacks]:

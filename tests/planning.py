@@ -7,7 +7,7 @@ from offload.planner.cost import LayerCost, ModelCost, kv_bytes_per_row
 from offload.planner.hardware import HardwareProfile, ModelTimes
 from offload.planner.memory import Budgets
 from offload.planner.plan import Plan, make_workload, plan_run
-from offload.planner.prediction import DraftOption
+from offload.planner.prediction import DraftOption, Offer
 from offload.planner.tree_flag import DEFAULT_ACCEPTANCE, read_acceptance
 from tree.acceptance import Acceptance
 from tree.shape import TreeShape
@@ -45,6 +45,29 @@ LLAMA_2_7B = replace(
     intermediate_size=11008,
     num_heads=32,
 )
+REMAINDER_BITS, BASE_BITS, LOSSLESS_BITS = 7.5, 4.375, 11.28  # of 16, measured
+
+
+def coded_layers(model: ModelCost, stored_bits: float, base_bits: float = 0.0) -> ModelCost:
+    """`model` with its layers, which are all alike, in so many bits a weight, beside a base of so many."""
+    layer = model.common_layer
+    size = layer.num_parameters
+    layer = replace(
+        layer,
+        stored_bytes=round(size * stored_bits / 8),
+        base_bytes=round(size * base_bits / 8),
+        scratch_bytes=layer.computed_bytes if stored_bits < 16 else 0,
+    )
+    return replace(model, layers=(layer,) * model.num_layers)
+
+
+def base_draft(target: ModelCost) -> ModelCost:
+    """The draft that the base of `target`, which has one, is."""
+    layers = [replace(layer, stored_bytes=layer.base_bytes, computed_bytes=layer.base_bytes) for layer in target.layers]
+    layers = [replace(layer, scratch_bytes=0, base_bytes=0) for layer in layers]
+    return replace(target, layers=tuple(layers), outside_bytes=0, is_base=True)
+
+
 _LARGE = LayerCost(stored_bytes=3 * 10**9, computed_bytes=5 * 10**9, num_parameters=25 * 10**8, kv_bytes_per_row=1000)
 _LITTLE = replace(_LARGE, stored_bytes=10**9, computed_bytes=10**9, num_parameters=5 * 10**8, scratch_bytes=10**8)
 TWO_KINDS = replace(LLAMA_2_70B, layers=(_LARGE, _LARGE, *[_LITTLE] * 6, _LARGE))
@@ -97,4 +120,14 @@ def plan(
     limits = budgets(device_gib, host_gib, shared=shared)
     workload = make_workload(settings, target, hardware, limits, max_positions=4096)
     drafts = (draft_option(hardware=hardware),) if drafts is None else drafts
-    return plan_run(settings, tree, workload, drafts, max_positions=4096, budgets=limits)
+    return plan_run(settings, tree, [Offer(workload=workload, drafts=drafts)], max_positions=4096, budgets=limits)
+
+
+def offer(
+    target: ModelCost,
+    *drafts: DraftOption,
+    limits: Budgets,
+    hardware: HardwareProfile = L40,
+    settings: EngineSettings = SETTINGS,
+) -> Offer:
+    return Offer(workload=make_workload(settings, target, hardware, limits, max_positions=4096), drafts=drafts)

@@ -30,6 +30,7 @@ from offload.planner.cost import ModelCost
 from offload.planner.fallback import MAX_TURNS, Fallbacks
 from offload.planner.hardware import HardwareProfile
 from offload.planner.plan import make_workload, plan_run
+from offload.planner.prediction import Offer
 from offload.weights.placement import RING_BUFFERS
 from planning import CHAINS, GIB, L40, LLAMA_2_70B, SETTINGS, TWO_KINDS, budgets, draft_option
 from tree.sampling import SamplingParams
@@ -319,7 +320,7 @@ def test_every_plan_that_follows_another_takes_less_and_they_come_to_an_end(
 ) -> None:
     limits, draft, wanted = budgets(device_gib, host_gib), draft_option(), replace(SETTINGS, max_sequences=max_sequences)
     workload = make_workload(wanted, target, L40, limits, max_positions=4096)
-    planned = plan_run(wanted, CHAINS, workload, [draft], max_positions=4096, budgets=limits)
+    planned = plan_run(wanted, CHAINS, [Offer(workload=workload, drafts=(draft,))], max_positions=4096, budgets=limits)
     fallbacks = Fallbacks(settings=wanted, workload=workload, draft=draft, budgets=limits)
     plans, turn = [planned], 0
     while (found := fallbacks.relief(plans[-1], prompt_rows, turn)) is not None:

@@ -23,7 +23,7 @@ from offload.planner.cost import LayerCost
 from offload.planner.fallback import Fallbacks
 from offload.planner.hardware import HardwareProfile
 from offload.planner.plan import Plan, make_workload, plan_run
-from offload.planner.prediction import predict_tree
+from offload.planner.prediction import Offer, predict_tree
 from offload.planner.refit import (
     BELIEVED_GREEDY_ROUNDS,
     BELIEVED_ROUNDS,
@@ -50,7 +50,7 @@ LIMITS = budgets(48)
 @cache
 def planned(wanted: EngineSettings = SETTINGS, draft: Any = DRAFT, hardware: HardwareProfile = L40) -> tuple[Plan, Fallbacks]:
     workload = make_workload(wanted, LLAMA_2_70B, hardware, LIMITS, max_positions=4096)
-    made = plan_run(wanted, None, workload, [draft], max_positions=4096, budgets=LIMITS)
+    made = plan_run(wanted, None, [Offer(workload=workload, drafts=(draft,))], max_positions=4096, budgets=LIMITS)
     return made, Fallbacks(settings=wanted, workload=workload, draft=draft, budgets=LIMITS)
 
 

@@ -39,12 +39,12 @@ class Question:
 
     def answer(self, tree: "TreeShape | OptimalTree | None") -> "Plan":
         from ..planner.plan import plan_run
+        from ..planner.prediction import Offer
 
         return plan_run(
             self.settings,
             tree,
-            self.workload(),
-            self.options(),
+            [Offer(workload=self.workload(), drafts=tuple(self.options()))],
             max_positions=self.target.max_positions,
             budgets=self.budgets,
         )

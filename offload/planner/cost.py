@@ -17,14 +17,16 @@ WORKSPACE_BYTES_PER_PARAMETER = 12
 class LayerCost:
     """One decoder layer. `stored_bytes` is what link, host and disk hold of it. `computed_bytes` is what its parameters take
     on the device: a resident layer takes as much, unless it stays coded, as it is stored. `scratch_bytes` is what the device
-    needs to decode it while it runs, 0 where it is stored as it computes. Every row of a pass is multiplied with
-    `num_parameters` numbers."""
+    needs to decode it while it runs, 0 where it is stored as it computes. `base_bytes` is what stays on the device of it
+    while the rest comes and goes, 0 without a base; a layer that is resident as it computes needs none of that. Every row of a
+    pass is multiplied with `num_parameters` numbers."""
 
     stored_bytes: int
     computed_bytes: int
     num_parameters: int
     kv_bytes_per_row: int
     scratch_bytes: int = 0
+    base_bytes: int = 0
 
     @property
     def is_decoded(self) -> bool:
@@ -36,6 +38,8 @@ class ModelCost:
     """Sizes of one model in the dtype it runs in. Layers that are equal are one object, in each of their places.
     `outside_bytes` is what lies outside the layers: embedding, norm, head. `num_masks` is how many kinds of layers there are by
     what their attention sees: all, or a window. `weights` is what people call how they are stored: "float16", "FP8".
+    `is_base`: it is the draft that the base of a target's layers is. They are on the device for the target, too, and where a
+    layer of the target is resident as it computes, that one serves in its place.
     Without slots: a search asks for the same sums thousands of times."""
 
     layers: tuple[LayerCost, ...]
@@ -48,6 +52,7 @@ class ModelCost:
     dtype_bytes: int
     num_masks: int = 1
     weights: str = ""
+    is_base: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -72,6 +77,11 @@ class ModelCost:
     def computed_bytes(self) -> int:
         """Of all layers, on the device."""
         return sum([layer.computed_bytes for layer in self.layers])
+
+    @cached_property
+    def base_bytes(self) -> int:
+        """Of the base of all layers."""
+        return sum([layer.base_bytes for layer in self.layers])
 
     @cached_property
     def slot_bytes(self) -> int:
@@ -113,6 +123,11 @@ def stored_bytes(model: ModelCost, layers: Iterable[int]) -> int:
 def computed_bytes(model: ModelCost, layers: Iterable[int]) -> int:
     """Of the parameters of some layers, by number, on the device."""
     return sum([model.layers[layer].computed_bytes for layer in layers])
+
+
+def base_bytes(model: ModelCost, layers: Iterable[int]) -> int:
+    """Of the base of some layers, by number, on the device."""
+    return sum([model.layers[layer].base_bytes for layer in layers])
 
 
 def kv_bytes_per_row(num_kv_heads: int, head_dim: int, dtype_bytes: int) -> int:

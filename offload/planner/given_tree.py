@@ -11,16 +11,17 @@ from tree.spec import OptimalTree
 
 from ..errors import FitError, UsageError
 from .memory import MemoryPlan
-from .prediction import DraftOption, Prediction, Workload, predict_tree
+from .prediction import DraftOption, Offer, Prediction, Workload, predict_tree
 
 ROOT = TreeShape.root_only()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A tree in the memory that it would have, and what is predicted of it. `draft` is the place of its draft among those
-    offered; `notes` say why it is what it is."""
+    """A tree in the memory that it would have, and what is predicted of it. `offer` is the place of an offer, `draft` that of
+    the tree's draft in it; `notes` say why it is what it is."""
 
+    offer: int = 0
     draft: int | None
     tree: TreeShape
     memory: MemoryPlan
@@ -28,22 +29,26 @@ class Candidate:
     notes: tuple[str, ...] = ()
 
 
-def with_tree(
-    tree: TreeShape | OptimalTree, workload: Workload, drafts: Sequence[DraftOption], slots: Sequence[int]
-) -> Candidate:
+def with_tree(tree: TreeShape | OptimalTree, offers: Sequence[Offer], slots: Sequence[int]) -> Candidate:
     """The tree that was asked for, with the draft, of those that fit beside it, and the slots that suit it best. The root alone
     needs no draft. FitError when nothing fits."""
-    offered: list[tuple[int | None, DraftOption | None]] = [(None, None)]
-    if drafts and tree.num_nodes > 1:
-        offered = list(enumerate(drafts))
-    shapes = [ROOT if draft is None else shape_for(tree, draft.acceptance, workload.target.vocab_size) for _, draft in offered]
-    candidates = [
-        Candidate(draft=place, tree=shape, memory=memory, prediction=predict_tree(workload, memory, shape, draft))
-        for (place, draft), shape in zip(offered, shapes, strict=True)
-        for memory in _memories(workload, draft, shape.num_nodes, slots)
+    are_drafted = tree.num_nodes > 1 and any(offer.drafts for offer in offers)
+    pairs = [
+        (place, draft) for place, offer in enumerate(offers) for draft in (range(len(offer.drafts)) if are_drafted else (None,))
     ]
+    candidates: list[Candidate] = []
+    tried: list[tuple[Workload, DraftOption | None, int]] = []
+    for place, number in pairs:
+        workload = offers[place].workload
+        draft = offers[place].drafts[number] if number is not None else None
+        shape = ROOT if draft is None else shape_for(tree, draft.acceptance, workload.target.vocab_size)
+        tried.append((workload, draft, shape.num_nodes))
+        for memory in _memories(workload, draft, shape.num_nodes, slots):
+            prediction = predict_tree(workload, memory, shape, draft)
+            candidates.append(Candidate(offer=place, draft=number, tree=shape, memory=memory, prediction=prediction))
     if not candidates:
-        workload.memory(offered[0][1], shapes[0].num_nodes, slots[0], workload.codings[-1])  # raises, and says by how much
+        workload, draft, num_nodes = tried[0]
+        workload.memory(draft, num_nodes, slots[0], workload.codings[-1])  # raises, and says by how much
         raise AssertionError("no plan, and yet the first draft fits")
     return min(candidates, key=lambda candidate: candidate.prediction.s_per_token)
 

@@ -179,7 +179,7 @@ class HardwareProfile:
         def layer_s(layer: LayerCost) -> float:
             if known is not None:
                 return layer.computed_bytes * known.layer_s / known.computed_bytes
-            return (layer.stored_bytes + layer.computed_bytes) * sweep_s
+            return (layer.stored_bytes + layer.base_bytes + layer.computed_bytes) * sweep_s
 
         return tuple(layer_s(layer) if layer.is_decoded else 0.0 for layer in model.layers)
 

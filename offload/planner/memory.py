@@ -102,15 +102,15 @@ def device_ledger(
     pass_rows: int,
     replays: bool,
 ) -> dict[str, int]:
-    """Bytes by named part of all that a run keeps on the device but the target's layers. Texts share a pass and draft, draw and
-    verify one after another. Activations of a pass are gone when tokens are drawn or verified, and the other way round: one
-    memory for both."""
+    """Bytes by named part of all that a run keeps on the device but the target's layers and their base. Texts share a pass and
+    draft, draw and verify one after another. Activations of a pass are gone when tokens are drawn or verified, and the other
+    way round: one memory for both."""
     drawing = block_bytes(tree_nodes, target.vocab_size)
     cache_rows = max_sequences * context_rows
     return {
         "embedding, norm and head": target.outside_bytes,
         "key/value cache": target.kv_bytes_per_row * cache_rows,
-        "draft model": draft.outside_bytes + draft.computed_bytes if draft else 0,
+        "draft model": draft.outside_bytes + draft.computed_bytes if draft and not draft.is_base else 0,
         "draft key/value cache": draft.kv_bytes_per_row * cache_rows if draft else 0,
         "draft recordings": recording_bytes(draft, widest_pass(tree_nodes), context_rows) if draft and replays else 0,
         "tree mask": tree_nodes**2,

@@ -4,7 +4,7 @@ Pure: budgets and rates come in as numbers, a frozen Plan goes out, or a FitErro
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tree.acceptance import Acceptance
 from tree.optimizer import best_tree
@@ -18,10 +18,10 @@ from .given_tree import ROOT, Candidate, with_tree
 from .hardware import HardwareProfile
 from .memory import Budgets, MemoryPlan, plan_memory
 from .notes import NO_TREE, plan_notes, why_no_tree
-from .prediction import DraftOption, Prediction, Workload, predict_tree
+from .prediction import DraftOption, Offer, Prediction, Workload, predict_tree
 from .residency import MAX_AUTO_SLOTS, MIN_SLOTS
 from .room import reserve_memory, with_room
-from .search import MAX_NODES, NODES, Choice, best_choice
+from .search import MAX_NODES, NODES, Choice, best_choice, quickest
 
 # Attention costs grow with the context; predictions are for a text in its middle, and texts are seldom longer than this.
 TYPICAL_CONTEXT_TOKENS = 512
@@ -35,16 +35,17 @@ class Plan:
     `context_rows` rows: prompt, new tokens and tree. A pass has at most `pass_rows` rows, of all texts together. What is
     predicted is of one text.
 
-    `draft` is the place of the chosen draft among those offered, None for none. `draft_passes` says how its passes run:
-    "graphs", recorded and replayed, or "eager", launched kernel by kernel; None without one. `small_uploads` says how small
-    tensors reach the device, as soon as that is known: "copy", "mapped", or None on a CPU. There is memory for any tree of
-    at most `room_nodes` nodes; `replanned` is how often another was chosen since the run began. `link_bytes_per_s` is what
-    copies can reach, None when nothing is streamed.
+    `offer` is the place of the offer that was chosen, `draft` that of its draft, None for none. `draft_passes` says how its
+    passes run: "graphs", recorded and replayed, or "eager", launched kernel by kernel; None without one. `small_uploads` says
+    how small tensors reach the device, as soon as that is known: "copy", "mapped", or None on a CPU. There is memory for any
+    tree of at most `room_nodes` nodes; `replanned` is how often another was chosen since the run began. `link_bytes_per_s` is
+    what copies can reach, None when nothing is streamed.
 
     A pass sends `bytes_per_pass` over the link, of which `disk_bytes_per_pass` are read from disk; the parameters of the layers
     that it streams take `raw_bytes_per_pass`.
     """
 
+    offer: int = 0
     draft: int | None
     placement: Placement
     num_slots: int
@@ -155,23 +156,24 @@ def context_tokens(settings: EngineSettings) -> int:
 def plan_run(
     settings: EngineSettings,
     tree: TreeShape | OptimalTree | None,
-    workload: Workload,
-    drafts: Sequence[DraftOption],
+    offers: Sequence[Offer],
     *,
     max_positions: int,
     budgets: Budgets,
 ) -> Plan:
-    """The plan with the least predicted seconds per token. `tree` None leaves the choice of a tree, and whether to use a
-    draft at all, to the planner. Raises FitError when the budgets hold no plan."""
+    """The plan with the least predicted seconds per token, of all `offers`. `tree` None leaves the choice of a tree, and
+    whether to use a draft at all, to the planner. Raises FitError when the budgets hold no plan."""
     slots = (settings.slots,) if settings.slots else SLOTS
-    plain = best_choice(workload, [None], slots)
-    best = _choose(settings, workload, drafts, slots, plain) if tree is None else with_tree(tree, workload, drafts, slots)
+    plain = quickest([best_choice(offer.workload, [None], slots) for offer in offers])
+    best = _choose(settings, offers, slots, plain) if tree is None else with_tree(tree, offers, slots)
+    workload, drafts = offers[best.offer].workload, offers[best.offer].drafts
     room_nodes, memory, prediction = best.tree.num_nodes, best.memory, best.prediction
     if tree is None and best.draft is not None and not settings.fixed_plan and settings.max_context is None:
         room_nodes, memory, prediction = with_room(workload, drafts[best.draft], best.tree, memory, prediction)
     streams = bool(memory.placement.streamed)
-    plain_s = plain.s_per_token if plain else None
+    plain_s = plain[1].s_per_token if plain else None
     return Plan(
+        offer=best.offer,
         draft=best.draft,
         placement=memory.placement,
         num_slots=memory.num_slots,
@@ -197,34 +199,51 @@ def plan_run(
 
 
 def _choose(
-    settings: EngineSettings, workload: Workload, drafts: Sequence[DraftOption], slots: Sequence[int], plain: Choice | None
+    settings: EngineSettings, offers: Sequence[Offer], slots: Sequence[int], plain: tuple[int, Choice] | None
 ) -> Candidate:
     """The best tree, or the root alone, and then why. A draft that would not pay stays beside the root where it takes next to
     nothing from it: a later look at the machine may say otherwise."""
     max_nodes = max(settings.max_context // 4, 1) if settings.max_context else MAX_NODES
     sizes = [size for size in NODES if 1 < size <= max_nodes]
-    speculative = best_choice(workload, drafts, slots, max_nodes=max_nodes, sizes=sizes) if drafts and sizes else None
-    choice = speculative or plain
-    if choice is None:
+    by_offer = [
+        best_choice(offer.workload, offer.drafts, slots, max_nodes=max_nodes, sizes=sizes) if offer.drafts and sizes else None
+        for offer in offers
+    ]
+    speculative, drafts = quickest(by_offer), [draft for offer in offers for draft in offer.drafts]
+    chosen = speculative or plain
+    if chosen is None:
+        workload = offers[0].workload
         workload.memory(None, 1, slots[0], workload.codings[-1])  # raises, and says by how much
         raise AssertionError("no plan, and yet the smallest fits")
-    if speculative is None or plain is None or settings.needs_tree or speculative.s_per_token < plain.s_per_token:
-        shape = tree_of(choice, workload.target.vocab_size)
-        return Candidate(
-            draft=drafts.index(choice.draft) if choice.draft else None,
-            tree=shape,
-            memory=choice.memory,
-            prediction=predict_tree(workload, choice.memory, shape, choice.draft),
-            notes=() if choice.draft else (why_no_tree(drafts, None, None),),
-        )
-    prediction = predict_tree(workload, plain.memory, ROOT, None)
-    shape = tree_of(speculative, workload.target.vocab_size)
-    notes = (why_no_tree(drafts, prediction, predict_tree(workload, speculative.memory, shape, speculative.draft)),)
-    reserve = None if settings.fixed_plan or settings.max_context else reserve_memory(workload, speculative, plain)
-    if reserve is None or speculative.draft is None:
-        return Candidate(draft=None, tree=ROOT, memory=plain.memory, prediction=prediction, notes=notes)
-    draft, prediction = drafts.index(speculative.draft), predict_tree(workload, reserve, ROOT, None)
-    return Candidate(draft=draft, tree=ROOT, memory=reserve, prediction=prediction, notes=notes)
+    if speculative is None or plain is None or settings.needs_tree or speculative[1].s_per_token < plain[1].s_per_token:
+        place, choice = chosen
+        notes = () if choice.draft else (why_no_tree(drafts, None, None),)
+        return _candidate(offers, place, choice, notes)
+    place, choice = plain
+    best = _candidate(offers, *plain, ())
+    notes = (why_no_tree(drafts, best.prediction, _candidate(offers, *speculative, ()).prediction),)
+    best, beside = replace(best, notes=notes), by_offer[place]
+    if settings.fixed_plan or settings.max_context or beside is None or beside.draft is None:
+        return best
+    workload = offers[place].workload
+    if (reserve := reserve_memory(workload, beside, choice)) is None:
+        return best
+    draft, prediction = offers[place].drafts.index(beside.draft), predict_tree(workload, reserve, ROOT, None)
+    return replace(best, draft=draft, memory=reserve, prediction=prediction)
+
+
+def _candidate(offers: Sequence[Offer], place: int, choice: Choice, notes: tuple[str, ...]) -> Candidate:
+    """What a choice of one of the offers stands for."""
+    workload = offers[place].workload
+    shape = tree_of(choice, workload.target.vocab_size)
+    return Candidate(
+        offer=place,
+        draft=offers[place].drafts.index(choice.draft) if choice.draft else None,
+        tree=shape,
+        memory=choice.memory,
+        prediction=predict_tree(workload, choice.memory, shape, choice.draft),
+        notes=notes,
+    )
 
 
 def tree_of(choice: Choice, vocab_size: int) -> TreeShape:

@@ -1,7 +1,7 @@
 """Pure: what a round consists of, and how long it takes under one placement of the layers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,7 @@ from tree.acceptance import Acceptance
 from tree.optimizer import expected_tokens
 from tree.shape import TreeShape
 
+from ..weights.placement import Placement
 from .cost import ModelCost
 from .hardware import ModelTimes, TaskTimes
 from .memory import MemoryPlan
@@ -33,6 +34,20 @@ class DraftOption:
     def level_s(self, rows: npt.ArrayLike) -> Floats:
         """Seconds of one level's forward over `rows` nodes, drawing their children included."""
         return self.cost.equivalent_layers * self.times.layer(rows) + self.times.rest(rows)
+
+    def beside(self, workload: "Workload", placement: Placement) -> "DraftOption":
+        """The same where the target's layers lie so. Those that are resident as they compute serve the draft of a base, too,
+        and take it as long as they take the target."""
+        raw = placement.resident - placement.coded
+        if not self.cost.is_base or not raw:
+            return self
+        layers = self.cost.layers
+        share = sum([layers[layer].num_parameters for layer in raw]) / sum([layer.num_parameters for layer in layers])
+        rows = tuple(sorted({*self.times.rows, *workload.times.rows}))
+        layer_s = (1 - share) * self.times.layer(rows) + share * workload.times.layer(rows)
+        rest_s = self.times.rest(rows)
+        times = replace(self.times, rows=rows, layer_s=tuple(layer_s.tolist()), rest_s=tuple(rest_s.tolist()))
+        return replace(self, times=times)
 
     def draft_s(self, expanded: Ints) -> Floats:
         """Seconds to grow trees with so many expanded nodes on each level: [..., levels] to [...]. The first level finds
@@ -67,6 +82,14 @@ class Workload:
     def after_s(self, nodes: npt.ArrayLike) -> Floats:
         """Seconds after the last layer of a pass over a tree of so many nodes: head, verification."""
         return self.times.rest(nodes) + self.verify.at(nodes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A target as it would be stored, and the drafts that may run beside it so."""
+
+    workload: Workload
+    drafts: tuple[DraftOption, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +160,7 @@ def predict_tree(workload: Workload, memory: MemoryPlan, shape: TreeShape, draft
     """The round of `shape`, grown by `draft`; without one it is the root alone."""
     if draft is None:
         return predict(workload, memory, 1, 0.0, 1.0)
-    draft_s = float(draft.draft_s(expanded_per_level(shape)))
+    draft_s = float(draft.beside(workload, memory.placement).draft_s(expanded_per_level(shape)))
     return predict(workload, memory, shape.num_nodes, draft_s, expected_tokens(shape, draft.acceptance))
 
 

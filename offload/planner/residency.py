@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ..config import EngineSettings
 from ..errors import FitError
 from ..weights.placement import RING_BUFFERS, spread_evenly
-from .cost import ModelCost, computed_bytes, stored_bytes
+from .cost import ModelCost, base_bytes, computed_bytes, stored_bytes
 
 MIN_SLOTS, MAX_AUTO_SLOTS = 2, 3
 
@@ -22,9 +22,13 @@ class Residency:
 
 
 def layers_ledger(target: ModelCost, resident: Collection[int], num_slots: int, coded: Collection[int] = ()) -> dict[str, int]:
-    """Bytes of the target's layers on the device; arguments as in Residency. All that passes decode goes into one scratch."""
+    """Bytes of the target's layers on the device; arguments as in Residency. All that passes decode goes into one scratch. The
+    base is there of every layer that does not lie there as it computes."""
     raw = [layer for layer in resident if layer not in coded]
     ledger = {f"{len(raw)} resident layers": computed_bytes(target, raw)}
+    if target.base_bytes:
+        others = set(range(target.num_layers)).difference(raw)
+        ledger[f"base of {len(others)} layers"] = base_bytes(target, others)
     if coded:
         ledger[f"{len(coded)} coded resident layers"] = stored_bytes(target, coded)
     ledger[f"{num_slots} slots"] = num_slots * target.slot_bytes
@@ -57,14 +61,15 @@ def residency(
     everything = frozenset(range(num_layers))
     if room is None or room >= target.computed_bytes or (settings.resident_layers == num_layers and not coded):
         return Residency(resident=everything, num_slots=0)
-    room -= target.scratch_bytes + target.workspace_bytes
+    room -= target.scratch_bytes + target.workspace_bytes + target.base_bytes
     if coded and (room >= target.stored_bytes or settings.resident_layers == num_layers):
-        raw = _most(room - target.stored_bytes, [layer.computed_bytes - layer.stored_bytes for layer in target.layers])
+        more = [layer.computed_bytes - layer.stored_bytes - layer.base_bytes for layer in target.layers]
+        raw = _most(room - target.stored_bytes, more)
         return Residency(resident=everything, coded=_decoded(target, everything - raw, coded), num_slots=0)
     if shared:
         room -= RING_BUFFERS * target.slot_bytes  # what does not fit comes from disk through the same memory
     num_slots = num_slots or min(max(room // target.slot_bytes, MIN_SLOTS), MAX_AUTO_SLOTS)
-    sizes = [layer.stored_bytes if coded else layer.computed_bytes for layer in target.layers]
+    sizes = [layer.stored_bytes if coded else layer.computed_bytes - layer.base_bytes for layer in target.layers]
     resident = _most(room - num_slots * target.slot_bytes, sizes)
     return Residency(resident=resident, coded=_decoded(target, resident, coded), num_slots=num_slots)
 

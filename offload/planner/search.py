@@ -71,6 +71,12 @@ def best_choice(
     return min((choice for choice in found if choice is not None), key=_order, default=None)
 
 
+def quickest(choices: Sequence[Choice | None]) -> tuple[int, Choice] | None:
+    """The best of some choices, and its place among them; of equals the first. None where all are."""
+    found = [(place, choice) for place, choice in enumerate(choices) if choice is not None]
+    return min(found, key=lambda one: _order(one[1]), default=None)
+
+
 def _order(choice: Choice) -> tuple[float, int, int]:
     return choice.s_per_token, choice.num_nodes, choice.num_levels
 
@@ -117,7 +123,8 @@ class _Search:
         if not plans or (self._coded and not any(memory.placement.coded for memory in plans.values())):
             return None  # nothing fits, or nothing is otherwise than where layers are decoded for good
         best = self._best(plans, [(num_levels, None) for num_levels in range(1, self._trees.max_levels + 1)])
-        bounds = [(best.num_levels, width) for width in (None, *self._widths(max(plans)))]
+        draft = self._draft.beside(self._workload, best.memory.placement)
+        bounds = [(best.num_levels, width) for width in (None, *self._widths(draft, max(plans)))]
         best = self._best(plans, bounds)
         first = max((size for size in plans if size < best.num_nodes), default=best.num_nodes)
         last = min((size for size in grid if size > best.num_nodes), default=best.num_nodes)
@@ -134,11 +141,11 @@ class _Search:
                 break  # a larger tree takes no less
         return plans
 
-    def _widths(self, num_nodes: int) -> tuple[int, ...]:
+    def _widths(self, draft: DraftOption, num_nodes: int) -> tuple[int, ...]:
         """Bounds on a level's nodes that are worth trying: those at which a level is at least a tenth quicker than the
         widest."""
-        widest_s = float(self._draft.level_s(num_nodes))
-        return tuple(width for width in WIDTHS if float(self._draft.level_s(width)) < 0.9 * widest_s)
+        widest_s = float(draft.level_s(num_nodes))
+        return tuple(width for width in WIDTHS if float(draft.level_s(width)) < 0.9 * widest_s)
 
     def _best(self, plans: dict[int, MemoryPlan], bounds: Sequence[tuple[int, int | None]]) -> Choice:
         """The best of the trees of each size within each of `bounds` on levels and width."""
@@ -146,14 +153,16 @@ class _Search:
         after_s = self._workload.after_s(sizes)
         grown = [self._trees.within(*bound) for bound in bounds]
         tokens = np.stack([one.expected_tokens(sizes) for one in grown], axis=1)  # [S, B]
-        draft_s = np.stack([self._draft.draft_s(one.expanded(sizes)) for one in grown], axis=1)  # [S, B]
+        expanded = [one.expanded(sizes) for one in grown]
         held = np.stack([sizes <= len(one.values) for one in grown], axis=1)  # [S, B]: there are trees of so many nodes
         round_s = np.full(tokens.shape, np.inf)
         alike: dict[tuple[Placement, int], list[int]] = {}
         for row, memory in enumerate(memories):
             alike.setdefault((memory.placement, memory.num_slots), []).append(row)
         for rows in alike.values():
-            times = rounds(self._workload, memories[rows[0]], sizes[rows, None], draft_s[rows], after_s[rows, None])
+            draft = self._draft.beside(self._workload, memories[rows[0]].placement)
+            draft_s = np.stack([draft.draft_s(each[rows]) for each in expanded], axis=1)  # [rows, B]
+            times = rounds(self._workload, memories[rows[0]], sizes[rows, None], draft_s, after_s[rows, None])
             round_s[rows] = np.where(held[rows], times.round_s, np.inf)
         s_per_token = round_s / tokens
         row, place = divmod(int(s_per_token.argmin()), len(bounds))
