@@ -19,7 +19,9 @@ SamplingKind = Literal["greedy", "sampled", "nucleus"]
 VERIFIERS = ("auto", "sample", "traversal", "rejection")
 DRAFT_PASSES = ("auto", "eager", "graphs")
 SMALL_UPLOADS = ("auto", "copy", "mapped")
-CODECS = ("auto", "none", "lossless")
+CODECS = ("auto", "none", "lossless", "residual")
+BASES = ("int8", "int4", "int3")  # as coding/base_kinds.py, which knows what they are; a test holds both to the same
+DEFAULT_BASE = "int4"
 DECODE_KERNELS = ("auto", "none")
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 
@@ -86,7 +88,8 @@ class EngineSettings:
     """What `offload.load` and the command line accept; field names are the flags. None means auto.
 
     `model` is a folder with config.json and safetensors, or a hub id; so is each of `draft_models`, of which the planner takes
-    the best, or none. `acceptances` are acceptance files, one for each draft or one for all; `profile` a hardware profile.
+    the best, or none. One of them may be "self" or "self:KIND", a base of the target's own layers, or "auto": that, where the
+    target can have one. `acceptances` are acceptance files, one for each draft or one for all; `profile` a hardware profile.
     `tree` is a spec such as "4x6:kary", "none", "auto" or the path of a TreeShape JSON. Sizes are bytes, rates bytes/s. With
     `fixed_plan` nothing is chosen again while running; `needs_tree` leaves the planner no plan without one that has any.
 
@@ -122,6 +125,16 @@ class EngineSettings:
     text_tokens: int | None = None
     context_tokens: int | None = None
     max_sequences: int = 1
+
+    @property
+    def self_kind(self) -> str | None:
+        """The base that is offered as a draft, one of BASES."""
+        return next((kind for name in self.draft_models if (kind := base_of_draft(name)) is not None), None)
+
+    @property
+    def other_drafts(self) -> tuple[str, ...]:
+        """The draft models that are models of their own."""
+        return tuple(name for name in self.draft_models if base_of_draft(name) is None)
 
     @property
     def draft_sampling(self) -> SamplingKind:
@@ -171,6 +184,8 @@ class EngineSettings:
                 )
         if not _DEVICE.fullmatch(self.device):
             raise UsageError(f"unknown device {self.device!r}", where="--device", cure="one of auto, cpu, cuda, cuda:N")
+        if sum(base_of_draft(name) is not None for name in self.draft_models) > 1:
+            raise UsageError("more than one base of the same target", where="--draft-model", cure="name one of self and auto")
         if len(self.acceptances) > 1 and len(self.acceptances) != len(self.draft_models):
             raise UsageError(
                 f"{len(self.acceptances)} acceptance files for {len(self.draft_models)} draft models",
@@ -191,6 +206,18 @@ class EngineSettings:
                 where="--emulate-link with --device cuda",
                 cure="leave one of the two out",
             )
+
+
+def base_of_draft(name: str) -> str | None:
+    """Which base `--draft-model NAME` stands for; None for a model of its own. UsageError for a base that there is not."""
+    if name in ("self", "auto"):
+        return DEFAULT_BASE
+    kind = name.removeprefix("self:")
+    if kind == name:
+        return None
+    if kind not in BASES:
+        raise UsageError(f"no base is called {kind!r}", where=f"--draft-model {name}", cure=f"one of {', '.join(BASES)}")
+    return kind
 
 
 def check_draft_passes(draft_passes: str, replays: bool, device_name: str) -> None:

@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 
-from offload.config import DTYPES, VERIFIERS, EngineSettings, bytes_text, counted, parse_rate, parse_size
+from offload.coding import base_kinds
+from offload.coding.base_kinds import BASE_KINDS
+from offload.config import BASES, DEFAULT_BASE, DTYPES, VERIFIERS, EngineSettings, bytes_text, counted, parse_rate, parse_size
 from offload.errors import OffloadError, UsageError
 from tree.verify import METHODS
 
@@ -176,3 +178,25 @@ def test_verifiers_are_those_of_the_tree_package() -> None:
 def test_no_name_breaks_an_error_into_more_lines() -> None:
     error = OffloadError("a\nb\r\x1b[2J\udc80", where="folder\nname", cure="x\u2028y")
     assert str(error).splitlines() == ["a b\\r\\x1b[2J\\udc80", "  in: folder name", "  fix: x\\u2028y"]
+
+
+def test_a_base_of_the_target_is_named_among_drafts() -> None:
+    for names, kind, others in (
+        ((), None, ()),
+        (("self",), "int4", ()),
+        (("auto",), "int4", ()),
+        (("d", "self:int8", "e"), "int8", ("d", "e")),
+        (("selfish", "./self"), None, ("selfish", "./self")),
+    ):
+        wanted = EngineSettings.parse(model="m", draft_model=names)
+        assert (wanted.self_kind, wanted.other_drafts) == (kind, others)
+    with pytest.raises(UsageError) as caught:
+        EngineSettings(model="m", draft_models=("self:int5",))
+    assert_refused(caught.value, "'int5'", "--draft-model self:int5", "int8, int4, int3")
+    with pytest.raises(UsageError) as caught:
+        EngineSettings(model="m", draft_models=("self", "auto"))
+    assert_refused(caught.value, "more than one base", "--draft-model")
+
+
+def test_the_bases_that_flags_name_are_those_that_there_are() -> None:
+    assert tuple(BASE_KINDS) == BASES and DEFAULT_BASE == base_kinds.DEFAULT_BASE
