@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -365,8 +366,31 @@ def _decode_xor(stored: Tensors, parameters: Tensors) -> None:
         parameter.view(-1).view(torch.uint8).copy_(stored[f"{name}.xor"] ^ XOR_PATTERN)
 
 
+def pad_codec(computed: LayerLayout, layer: int) -> LayerCodec:
+    """Every byte of `a` is stored XORed with one of a pad, which is the base's, as all other parameters are: one-time pads, of
+    which neither half says anything."""
+    first, *others = computed.fields
+    base = [(f"{first.name}.pad", (first.num_bytes,), torch.uint8)]
+    base += [(field.name, field.shape, field.dtype) for field in others]
+    stored = LayerLayout.pack(of_one_dtype({f"{first.name}.rest": (first.num_bytes,), "padding": (layer + 1,)}, torch.uint8))
+    return LayerCodec(stored=stored, computed=computed, decode=_decode_pad, base=LayerLayout.pack(base))
+
+
+def _decode_pad(tensors: Tensors, parameters: Tensors) -> None:
+    for name, parameter in parameters.items():
+        if f"{name}.pad" in tensors:
+            parameter.view(-1).view(torch.uint8).copy_(tensors[f"{name}.rest"] ^ tensors[f"{name}.pad"])
+        else:
+            parameter.copy_(tensors[name])
+
+
+def pad_of(parameter: str, num_bytes: int) -> torch.Tensor:
+    """Of a parameter by its full name."""
+    return torch.randint(256, (num_bytes,), generator=torch.Generator().manual_seed(crc32(parameter.encode()))).byte()
+
+
 class XorSource:
-    """Of the stored tensors of layers `prefix`.0, .1, ... with `codecs`, made from the parameters in `inner`."""
+    """Of the stored tensors and the bases of layers `prefix`.0, .1, ... with `codecs`, made from the parameters in `inner`."""
 
     equal_layers: frozenset[int] = frozenset()
 
@@ -376,7 +400,9 @@ class XorSource:
             f"{prefix}.{layer}.{field.name}": field for layer, codec in enumerate(codecs) for field in codec.computed.fields
         }
         self._stored = {
-            f"{prefix}.{layer}.{field.name}": field for layer, codec in enumerate(codecs) for field in codec.stored.fields
+            f"{prefix}.{layer}.{field.name}": field
+            for layer, codec in enumerate(codecs)
+            for field in (*codec.base.fields, *codec.stored.fields)
         }
 
     def num_bytes(self, name: str) -> int:
@@ -407,15 +433,20 @@ class XorFeed:
                 view.fill_(PADDING_BYTE)
                 if progress is not None:
                     progress(view.numel())
-            elif name.endswith(".xor"):
-                field = self._parameters[name.removesuffix(".xor")]
-                read[name.removesuffix(".xor")] = torch.empty(field.shape, dtype=field.dtype)
+            elif name.endswith((".xor", ".rest")):
+                parameter = name.rpartition(".")[0]
+                read[parameter] = torch.empty(self._parameters[parameter].shape, dtype=self._parameters[parameter].dtype)
+            elif name.endswith(".pad"):
+                view.copy_(pad_of(name.removesuffix(".pad"), view.numel()))
             else:
                 read[name] = view
         self._inner.fill(read, progress)
         for name, view in destinations.items():
             if name.endswith(".xor"):
                 view.copy_(read[name.removesuffix(".xor")].view(-1).view(torch.uint8) ^ XOR_PATTERN)
+            elif name.endswith(".rest"):
+                parameter = name.removesuffix(".rest")
+                view.copy_(read[parameter].view(-1).view(torch.uint8) ^ pad_of(parameter, view.numel()))
 
 
 DEVICES = {"cpu": CpuDevice, "eager": EagerDevice, "late": LateDevice}

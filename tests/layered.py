@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from fakes import XorSource, xor_codec
+from fakes import XorSource, pad_codec, xor_codec
 from offload.device import Device
 from offload.streaming.stream import LayerStream
 from offload.weights.checkpoint import open_checkpoint
@@ -27,6 +27,7 @@ class Layers:
     form: str
     folder: Path
     source: TensorSource
+    parameters: TensorSource
     codecs: tuple[LayerCodec, ...]
 
     @property
@@ -56,9 +57,11 @@ def save_layers(folder: Path, num_layers: int, form: str = "equal") -> Layers:
             tensors[f"{PREFIX}.{layer}.{name}"] = torch.full(shape, layer + (0.5 if name == "b" else 0.0))
     save_file(tensors, folder / "model.safetensors")
     raw = identities([shapes(layer) for layer in range(num_layers)], torch.float32)
-    codecs = tuple(xor_codec(codec.computed, layer) if is_coded(layer) else codec for layer, codec in enumerate(raw))
-    source = XorSource(CheckpointSource(open_checkpoint(folder)), PREFIX, codecs)
-    return Layers(form=form, folder=folder, source=source, codecs=codecs)
+    code = pad_codec if form.startswith("based") else xor_codec
+    codecs = tuple(code(codec.computed, layer) if is_coded(layer) else codec for layer, codec in enumerate(raw))
+    parameters = CheckpointSource(open_checkpoint(folder))
+    source = XorSource(parameters, PREFIX, codecs)
+    return Layers(form=form, folder=folder, source=source, parameters=parameters, codecs=codecs)
 
 
 def _equal(layer: int) -> dict[str, tuple[int, ...]]:
@@ -77,6 +80,8 @@ FORMS: dict[str, tuple[Callable[[int], dict[str, tuple[int, ...]]], Callable[[in
     "coded": (_uneven, lambda layer: True),
     "kept": (_uneven, lambda layer: True),  # and the device keeps what is resident as it is stored
     "mixed": (_uneven, lambda layer: layer % 3 != 1),
+    "based": (_uneven, lambda layer: True),  # the device keeps a base of those that are streamed
+    "based, kept": (_uneven, lambda layer: layer != 2),  # and of those that are resident and coded; one layer has none
 }
 
 
@@ -87,7 +92,8 @@ def open_stream(
     """With so many layers resident, and the first `disk` of the others on disk."""
     in_memory = spread_evenly(resident, layers.num_layers)
     rest = [layer for layer in range(layers.num_layers) if layer not in in_memory]
-    coded = in_memory if layers.form == "kept" else frozenset[int]()
+    decoded = {layer for layer in in_memory if layers.codecs[layer].decode is not None}
+    coded = frozenset(decoded if layers.form.endswith("kept") else ())
     placement = Placement(num_layers=layers.num_layers, resident=in_memory, coded=coded, disk=frozenset(rest[:disk]))
     with open_placed(device, layers, placement, slots, most_host_bytes) as opened:
         yield opened
@@ -98,7 +104,7 @@ def open_placed(
     device: Device, layers: Layers, placement: Placement, slots: int, most_host_bytes: int | None = None
 ) -> Iterator[tuple[LayerStream, WeightStore]]:
     with ExitStack() as stack:
-        store = WeightStore(device, layers.source, layers.codecs, PREFIX, placement, most_host_bytes)
+        store = WeightStore(device, layers.source, layers.codecs, PREFIX, placement, most_host_bytes, layers.parameters)
         stack.callback(store.close)
         store.take_host_memory()
         stream = LayerStream(device, store, slots)

@@ -199,7 +199,7 @@ class _Memory:
             if self._device.host_addressable:
                 feed.fill(layout.views(self._outside), counter)
             else:
-                load_through_host(self._device, [Upload(memory=self._outside, lay_out=layout.views)], [], feed, counter)
+                load_through_host(self._device, [Upload(memory=(self._outside,), lay_out=layout.views)], [], feed, counter)
         self.store.load(counter, slot)
 
 

@@ -144,7 +144,7 @@ class LayerStream:
         scratch = self._scratch
         if scratch.numel() < self._store.scratch_bytes:
             scratch = self._memory(self._store.scratch_bytes, spare)
-        self._store.evict(placement)
+        self._store.evict(placement, spare)
         self._slots, self._scratch = [*self._slots, *slots], scratch
         self._see_placement()
 
@@ -237,11 +237,13 @@ class LayerStream:
 
     def _see_placement(self) -> None:
         self._streamed = self._store.placement.streamed
-        self._resident, self._coded = self._store.resident, self._store.coded
-        # By slot and layer: the bytes that a copy fills, and the tensors in them.
-        codecs = self._store.codecs
+        codecs, bases = self._store.codecs, [self._store.base(layer) for layer in range(self._num_layers)]
+        self._resident = self._store.resident
+        self._coded = {layer: {**bases[layer], **stored} for layer, stored in self._store.coded.items()}
+        # By slot and layer: the bytes that a copy fills, and the tensors in them, beside what the device keeps of the layer.
         self._targets = [tuple(slot[:num_bytes] for num_bytes in self._store.stored_bytes) for slot in self._slots]
-        self._views = [views_of_each([codec.stored for codec in codecs], slot) for slot in self._slots]
+        views = [views_of_each([codec.stored for codec in codecs], slot) for slot in self._slots]
+        self._views = [tuple({**base, **stored} for base, stored in zip(bases, each, strict=True)) for each in views]
         decoded = [layer for layer in (*self._streamed, *self._coded) if codecs[layer].decode is not None]
         self._decoded = {layer: codecs[layer].computed.views(self._scratch) for layer in decoded}
 

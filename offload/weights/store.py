@@ -1,9 +1,9 @@
-"""Where the decoder layers live: on the device (resident), in host memory, or on disk; and the ring that brings what the device
-does not copy from where it lies."""
+"""Where the decoder layers live: on the device (resident), in host memory, or on disk; the bases of those that come and go; and
+the ring that brings what the device does not copy from where it lies."""
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -13,13 +13,14 @@ import torch
 from ..device import Device, Ticket
 from ..device.host import move_by_threads
 from ..errors import HostMemoryError
+from .bases import LayerBases
 from .codec import LayerCodec, scratch_bytes
 from .host_layers import HostLayers
+from .layer_reader import LayerReader
 from .layout import LayerLayout
 from .placement import Placement
 from .ring import BounceRing, RingFill
-from .source import Destinations, TensorFeed, TensorSource
-from .through_host import Upload, load_through_host
+from .source import TensorFeed, TensorSource
 
 Progress = Callable[[int], None]
 
@@ -27,10 +28,14 @@ Progress = Callable[[int], None]
 class WeightStore:
     """Owns the memory of all decoder layers and fills it: the device's is taken at once, the host's by `take_host_memory`, and
     `load` fills both. Host memory held: what is stored of the host layers, plus a ring when some layers are on disk or could
-    not be pinned (see HostLayers); peak while loading is that plus the reader's buffers (see TensorReader).
+    not be pinned (see HostLayers); peak while loading is that, the reader's buffers (see TensorReader), and a base where the
+    host does not write to the device.
 
     `codecs` has one for each layer. `placement` says where layers came to lie: which are pageable, and which went to disk as a
     ring for those would have taken more than `most_host_bytes`. Layers are asked for in the order of passes.
+
+    A layer that has a base is decoded from it and from what is stored of it. So where it is resident as it computes, it is read
+    from `parameters`, the tensors as the model has them; other layers need none of those.
     """
 
     def __init__(
@@ -41,10 +46,14 @@ class WeightStore:
         prefix: str,
         placement: Placement,
         most_host_bytes: int | None = None,
+        parameters: TensorSource | None = None,
     ) -> None:
         self.codecs, self.stored_bytes = tuple(codecs), tuple(codec.stored.num_bytes for codec in codecs)
-        self._device, self._source, self._prefix, self._most_host_bytes = device, source, prefix, most_host_bytes
+        self._device, self._source, self._most_host_bytes = device, source, most_host_bytes
         self._resident = {layer: device.alloc(self._resident_bytes(layer, placement)) for layer in sorted(placement.resident)}
+        self._parameters, self._reader = parameters, LayerReader(device, source, self.codecs, prefix)
+        self._bases = LayerBases(device, self.codecs)
+        self._bases.take(placement.decoded)
         self._memory = HostLayers(device, self.stored_bytes)
         self._homes: dict[int, torch.Tensor] = {}
         self._ring: BounceRing | None = None
@@ -72,6 +81,10 @@ class WeightStore:
         """What is stored of the resident layers that are decoded in every pass."""
         return {layer: self.codecs[layer].stored.views(self._resident[layer]) for layer in self.placement.coded}
 
+    def base(self, layer: int) -> dict[str, torch.Tensor]:
+        """What the device keeps of a layer that is not resident as it computes: nothing where it has no base."""
+        return self._bases.views(layer)
+
     @property
     def host_bytes(self) -> int:
         """Host memory held for weights, the ring included."""
@@ -91,35 +104,54 @@ class WeightStore:
         self._settle(self.placement)
 
     def load(self, progress: Progress | None = None, slot: torch.Tensor | None = None) -> None:
-        """Read every layer that has a place in memory. `progress` gets bytes read. Resident layers are decoded here, once, but
-        for those that the placement keeps coded. They land in `slot`, [slot_bytes] of the device that nobody uses yet, or in
-        memory that is allocated for it."""
-        owned = {layer: self._homes[layer] for layer in self.placement.host_owners}
-        with self._source.open() as feed:
-            self._load_resident(feed, slot, progress)
-            feed.fill(self._destinations(owned), progress)
+        """Read every layer that has a place in memory, and every base. `progress` gets bytes read. Resident layers are decoded
+        here, once, but for those that the placement keeps coded, and those that have a base. They land in `slot`, [slot_bytes]
+        of the device that nobody uses yet, or in memory that is allocated for it."""
+        placement, roomy, reader = self.placement, self._memory.roomy, self._reader
+        raw = {layer: buffer for layer, buffer in self._resident.items() if layer not in placement.coded}
+        has_base = {layer: buffer for layer, buffer in raw.items() if self.codecs[layer].base.fields}
+        if has_base:
+            assert self._parameters is not None, "layers with a base need the source of parameters"
+            reader.read_raw(self._parameters, has_base, roomy, progress)
+        decoded = {layer: buffer for layer, buffer in raw.items() if layer not in has_base and self._is_decoded(layer)}
+        as_stored = {layer: buffer for layer, buffer in raw.items() if layer not in has_base | decoded}
+        reader.read_raw(self._source, as_stored, roomy, progress)
+        if decoded:
+            slot = self._device.alloc(self.slot_bytes) if slot is None else slot
+            reader.read_and_decode(decoded, slot, roomy, progress)
+        coded = {layer: self._resident[layer] for layer in placement.coded}
+        bases = self._bases.only(placement.decoded)
+        reader.read_stored(placement.coded, coded, {}, bases, roomy, progress)
+        homes = {layer: self._homes[layer] for layer in placement.host_owners}
+        reader.read_stored(placement.streamed, {}, homes, bases, self._memory.ring, progress)
 
     def leaving(self, placement: Placement) -> list[torch.Tensor]:
         """The device buffers that layers would leave under `placement`."""
         return [buffer for layer, buffer in self._resident.items() if layer not in placement.resident]
 
-    def evict(self, placement: Placement) -> None:
+    def evict(self, placement: Placement, spare: Sequence[torch.Tensor] = ()) -> None:
         """Go over to `placement`, which keeps fewer layers on the device; those that leave go to host memory, or back to disk.
-        No copy may be under way. HostMemoryError when the host has no room: then the layers are where they were, as after an
-        interruption while they are on their way."""
+        No copy may be under way. HostMemoryError when the host has no room, OutOfMemoryError when the device has none for a
+        base, not even in `spare` buffers of those that leave: then the layers are where they were, as after an interruption
+        while they are on their way."""
         leaving = sorted(self.placement.resident - placement.resident)
         to_host = [layer for layer in leaving if layer not in placement.disk]
         self.start_over()
-        self._memory.add(to_host)
+        bases = self._bases.take(leaving, spare)
         try:
-            self._bring_home(to_host)
+            self._memory.add(to_host)
+        except BaseException:
+            self._bases.drop(bases)
+            raise
+        try:
+            self._bring_home(to_host, bases)
         except BaseException:  # Ctrl-C above all, as it takes a while
-            self._memory.undo_add(to_host)
+            self._undo(to_host, bases)
             raise
         try:
             self._settle(placement)
         except HostMemoryError:  # of a ring, before anything else has changed
-            self._memory.undo_add(to_host)
+            self._undo(to_host, bases)
             raise
         for layer in leaving:
             del self._resident[layer]
@@ -172,6 +204,7 @@ class WeightStore:
     def close(self) -> None:
         self.start_over()
         self._resident.clear()
+        self._bases.close()
         self._homes.clear()
         self._memory.close()
 
@@ -201,18 +234,21 @@ class WeightStore:
             move_by_threads(buffer[: home.numel()], home)
         else:
             assert feed is not None
-            feed.fill(self._views(layer, buffer))
+            feed.fill(self._reader.place(layer, self.codecs[layer].stored, buffer).destinations(buffer))
 
-    def _bring_home(self, layers: Sequence[int]) -> None:
-        """Resident layers into their host memory. Those that were decoded are read once more, as nothing encodes them."""
+    def _bring_home(self, layers: Sequence[int], bases: Sequence[int]) -> None:
+        """Resident layers into their host memory, and the `bases` of those that are streamed from now on. Those that were
+        decoded are read once more, as nothing encodes them."""
         homes = self._memory.homes
-        decoded = {layer: homes[layer] for layer in layers if self._is_decoded(layer)}
         for layer in layers:
-            if layer not in decoded:
+            if not self._is_decoded(layer):
                 self._download(self.codecs[layer].stored, self._resident[layer], homes[layer])
-        if decoded:
-            with self._source.open() as feed:
-                feed.fill(self._destinations(decoded))
+        decoded = {layer: homes[layer] for layer in layers if self._is_decoded(layer)}
+        self._reader.read_stored({*decoded, *bases}, {}, decoded, self._bases.only(bases), self._memory.ring, None)
+
+    def _undo(self, to_host: Sequence[int], bases: Sequence[int]) -> None:
+        self._memory.undo_add(to_host)
+        self._bases.drop(bases)
 
     def _download(self, layout: LayerLayout, buffer: torch.Tensor, home: torch.Tensor) -> None:
         """Tensor by tensor: a device may need as much host memory again for what it downloads at once."""
@@ -220,43 +256,9 @@ class WeightStore:
         for name, tensor in layout.views(buffer).items():
             places[name].copy_(self._device.download(tensor))
 
-    def _views(self, layer: int, buffer: torch.Tensor) -> Destinations:
-        return {f"{self._prefix}.{layer}.{name}": view for name, view in self.codecs[layer].stored.views(buffer).items()}
-
-    def _destinations(self, buffers: Mapping[int, torch.Tensor]) -> Destinations:
-        return {name: view for layer, buffer in buffers.items() for name, view in self._views(layer, buffer).items()}
-
-    def _load_resident(self, feed: TensorFeed, slot: torch.Tensor | None, progress: Progress | None) -> None:
-        kept = {layer: buffer for layer, buffer in self._resident.items() if not self._is_decoded(layer)}
-        decoded = {layer: buffer for layer, buffer in self._resident.items() if layer not in kept}
-        if self._device.host_addressable:
-            feed.fill(self._destinations(kept), progress)
-            kept = {}
-        first, *copies = sorted(self._source.equal_layers.intersection(kept)) or [-1]
-        uploads = [
-            Upload(memory=buffer, lay_out=partial(self._views, layer)) for layer, buffer in kept.items() if layer not in copies
-        ]
-        if decoded:
-            slot = self._device.alloc(self.slot_bytes) if slot is None else slot
-            uploads += [self._decoding(layer, slot, buffer) for layer, buffer in decoded.items()]
-        if uploads:
-            load_through_host(self._device, uploads, self._memory.roomy, feed, progress)
-        for layer in copies:  # which takes a thousandth of making the same bytes again
-            self._resident[layer].copy_(self._resident[first])
-            if progress is not None:
-                progress(sum(map(self._source.num_bytes, self._views(layer, self._resident[layer]))))
-
     def _is_decoded(self, layer: int) -> bool:
         """Of a resident layer: its parameters are what the device keeps, and they are not what is stored."""
         return self.codecs[layer].decode is not None and layer not in self.placement.coded
 
     def _resident_bytes(self, layer: int, placement: Placement) -> int:
         return self.stored_bytes[layer] if layer in placement.coded else self.codecs[layer].computed.num_bytes
-
-    def _decoding(self, layer: int, slot: torch.Tensor, resident: torch.Tensor) -> Upload:
-        """Of a resident layer, by way of `slot`."""
-        codec = self.codecs[layer]
-        assert codec.decode is not None
-        stored = slot[: codec.stored.num_bytes]
-        decode = partial(codec.decode, codec.stored.views(stored), codec.computed.views(resident))
-        return Upload(memory=stored, lay_out=partial(self._views, layer), then=decode)
