@@ -10,18 +10,14 @@ import torch
 from .coding.kernels import has_kernels
 from .config import EngineSettings
 from .errors import ModelError
-from .model.architecture import Architecture, architecture_of
+from .model.architecture import Architecture
 from .model.files import ModelFiles, dtype_text, first_parameter, open_model
-from .model.transformers_api import make_config
-from .planner.cost import LayerCost, ModelCost, kv_bytes_per_row
-from .planner.shapes import read_preset_config
 from .scale.model import open_scale_model
 from .scale.preset import is_scale_model
 from .text.tokenizer import Tokenizer, open_tokenizer
+from .typed_model import TypedModel, resolve_dtype
 from .weights.checkpoint import Checkpoint
-from .weights.codec import LayerCodec, coded
 from .weights.encoding_source import lossless_source
-from .weights.layout import LayerLayout, of_one_dtype
 from .weights.packed import stored_shapes
 from .weights.packed_source import Codecs, DecodedSource, check_scales
 from .weights.source import CheckpointSource, TensorSource
@@ -29,74 +25,6 @@ from .weights.source import CheckpointSource, TensorSource
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # bytes read, and to be read in all
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TypedModel:
-    """An architecture in the dtype it will run in, and how its parameters are stored: everything that has a size.
-
-    `packed` are the codecs of the parameters, by full name, that are not stored as they compute; `kernels`: they are decoded by
-    kernels where there are some. `weights` is what people call how the weights are stored: "float16", "FP8", "GGUF Q4_K_M".
-    """
-
-    architecture: Architecture
-    dtype: torch.dtype
-    weights: str = ""
-    packed: Codecs = field(default_factory=dict)
-    kernels: bool = False
-
-    @property
-    def codecs(self) -> tuple[LayerCodec, ...]:
-        """How each decoder layer is stored and computed. Equal layers share one."""
-        prefix, kinds = self.architecture.prefix, dict[object, LayerCodec]()
-        found: list[LayerCodec] = []
-        for layer, shapes in enumerate(self.architecture.layer_shapes):
-            names = {name: f"{prefix}.{layer}.{name}" for name in shapes}
-            codecs = {name: self.packed[full] for name, full in names.items() if full in self.packed}
-            kind = id(shapes), *codecs.items()
-            if kind not in kinds:
-                kinds[kind] = coded(shapes, codecs, self.dtype, kernels=self.kernels)
-            found.append(kinds[kind])
-        return tuple(found)
-
-    @property
-    def formats(self) -> tuple[frozenset[str], ...]:
-        """Of the packed parameters of each decoder layer."""
-        prefix = self.architecture.prefix
-        full = [[f"{prefix}.{layer}.{name}" for name in shapes] for layer, shapes in enumerate(self.architecture.layer_shapes)]
-        return tuple(frozenset(self.packed[name].format for name in names if name in self.packed) for names in full)
-
-    @property
-    def outside_layout(self) -> LayerLayout:
-        """Of the tensors outside the decoder layers."""
-        return LayerLayout.pack(of_one_dtype(self.architecture.outside_shapes, self.dtype))
-
-    @property
-    def cost(self) -> ModelCost:
-        architecture, config, itemsize = self.architecture, self.architecture.config, self.dtype.itemsize
-        kinds = list(zip(self.codecs, architecture.kv_shapes, strict=True))
-        costs = {
-            (codec, kv_shape): LayerCost(
-                stored_bytes=codec.stored.num_bytes,
-                computed_bytes=codec.computed.num_bytes,
-                num_parameters=codec.computed.num_elements,
-                kv_bytes_per_row=kv_bytes_per_row(*kv_shape, itemsize),
-                scratch_bytes=codec.scratch_bytes,
-            )
-            for codec, kv_shape in set(kinds)
-        }
-        return ModelCost(
-            layers=tuple(costs[kind] for kind in kinds),
-            outside_bytes=self.outside_layout.num_bytes,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_heads=config.num_attention_heads,
-            head_dim=max(head_dim for _, head_dim in architecture.kv_shapes),
-            vocab_size=architecture.vocab_size,
-            dtype_bytes=itemsize,
-            num_masks=len(set(architecture.windows)),
-            weights=self.weights,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,24 +169,3 @@ def _coded(source: _Source, progress: Progress | None) -> _Source:
         return source
     weights = f"{dtype_text(source.stored)}, coded without loss"
     return replace(source, tensors=coded_tensors, codecs=coded_tensors.codecs, weights=weights)
-
-
-def typed_preset(name: str, dtype: str, device_type: str) -> TypedModel:
-    """The preset `name` of profiles/models, which has a shape and no weights."""
-    config, where = read_preset_config(name)
-    stored = DTYPES[str(config["dtype"])]
-    architecture = architecture_of(make_config(config), where)
-    return TypedModel(architecture=architecture, dtype=resolve_dtype(dtype, stored, device_type))
-
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
-
-
-def resolve_dtype(name: str, stored: torch.dtype, device_type: str) -> torch.dtype:
-    """auto: the checkpoint's own on a GPU, bfloat16 where nobody computes in that, such as eight bits; float32 on the CPU,
-    where 16-bit arithmetic is slow or emulated."""
-    if name != "auto":
-        return DTYPES[name]
-    if device_type == "cpu":
-        return torch.float32
-    return stored if stored in DTYPES.values() else torch.bfloat16

@@ -47,12 +47,17 @@ ALLOWED: dict[str, set[str]] = {
     "demo": FLOOR,  # data, and the script that made it
     # makes tensors instead of reading them; computes what the demo target computes
     "scale": {*MACHINE, "model", "planner.shapes", "demo"},
-    "source": {*MODEL, "scale"},  # a model looked at and not yet loaded: what calibrate measures and engine loads
-    "calibrate": {*MODEL, "source"},
-    "engine": {*MODEL, "report", "source"},
-    "assemble": {*MODEL, "calibrate", "engine", "report", "source"},
+    "typed_model": MODEL,  # what of a model has a size, without its files
+    "source": {
+        *MODEL,
+        "scale",
+        "typed_model",
+    },  # a model looked at, not yet loaded: what calibrate measures and engine loads
+    "calibrate": {*MODEL, "source", "typed_model"},
+    "engine": {*MODEL, "report", "source", "typed_model"},
+    "assemble": {*MODEL, "calibrate", "engine", "report", "source", "typed_model"},
     # looks at files, devices and sizes as a run would, times copies and a decoder, and runs nothing
-    "doctor": {*MODEL, "calibrate", "releases", "scale.preset", "source"},
+    "doctor": {*MODEL, "calibrate", "releases", "scale.preset", "source", "typed_model"},
     # HTTP around one engine; whoever starts a server says how its engine is opened
     "serve": {*FLOOR, "engine", "planner", "releases", "report", "text"},
     "bench": {*MODEL, "assemble", "calibrate", "demo", "engine", "releases", "report", "scale", "source"},
@@ -69,6 +74,7 @@ ALLOWED: dict[str, set[str]] = {
         "scale",
         "serve",
         "source",
+        "typed_model",
     },
     "__init__": {*MODEL, "assemble", "engine", "releases", "report"},  # the package's face: `offload.load`
 }

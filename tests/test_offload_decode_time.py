@@ -14,7 +14,8 @@ from offload.coding.tensor_codec import Part, TensorCodec
 from offload.device.cpu import CpuDevice
 from offload.doctor.decoding import time_decoding
 from offload.doctor.facts import Check, DecodeFacts
-from offload.source import TypedModel, check_source
+from offload.source import check_source
+from offload.typed_model import TypedModel
 
 Models = Callable[..., Path]
 BRIEF = replace(QUICK, repeats=1, point_s=0.0, rows=(1, 2), contexts=(8,))

@@ -27,8 +27,9 @@ from offload.model.causal_lm import CausalLM
 from offload.model.drafter import ModelDrafter
 from offload.model.kv_cache import KVCache
 from offload.model.masks import TreeMasks
-from offload.source import TypedModel, check_source
+from offload.source import check_source
 from offload.streaming.stream import LayerStream, ResidentWeights
+from offload.typed_model import TypedModel
 from offload.weights.placement import Placement
 from shapes import from_widths
 from tree.logprobs import Scoring

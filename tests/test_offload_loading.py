@@ -15,7 +15,8 @@ from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.device.cpu import CpuDevice
 from offload.errors import DeviceMemoryError, FitError
-from offload.source import ModelSource, TypedModel, check_source
+from offload.source import ModelSource, check_source
+from offload.typed_model import TypedModel
 from offload.weights.codec import LayerCodec, identities
 from offload.weights.source import CheckpointFeed, Destinations
 from planning import L40

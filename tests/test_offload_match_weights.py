@@ -17,7 +17,7 @@ from offload.config import EngineSettings
 from offload.errors import CheckpointError, ModelError
 from offload.model import architecture
 from offload.model.architecture import architecture_of
-from offload.source import resolve_dtype
+from offload.typed_model import resolve_dtype
 from planning import L40
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -15,7 +15,7 @@ from offload.demo import DRAFT, TARGET
 from offload.errors import ModelError
 from offload.model.architecture import read_architecture
 from offload.planner.shapes import PRESETS, find_shape, preset_names, shape_from_config
-from offload.source import TypedModel
+from offload.typed_model import TypedModel
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = {

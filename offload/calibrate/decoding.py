@@ -6,7 +6,7 @@ from itertools import cycle
 import torch
 
 from ..planner.hardware import DecodeTime
-from ..source import TypedModel
+from ..typed_model import TypedModel
 from ..weights.codec import LayerCodec
 from .short_model import ROTATED_BYTES
 from .stopwatch import Stopwatch, Work
@@ -42,7 +42,8 @@ def _decoding(watch: Stopwatch, codec: LayerCodec, num_layers: int) -> Work:
     assert decode is not None
     num_buffers = max(1, min(num_layers, ROTATED_BYTES // codec.stored.num_bytes))
     buffers = [device.alloc(codec.stored.num_bytes).zero_() for _ in range(num_buffers)]
-    stored = cycle([codec.stored.views(buffer) for buffer in buffers])
+    bases = [codec.base.views(device.alloc(codec.base.num_bytes).zero_()) for _ in buffers]
+    stored = cycle([{**base, **codec.stored.views(buffer)} for base, buffer in zip(bases, buffers, strict=True)])
     parameters = codec.computed.views(device.alloc(codec.computed.num_bytes))
 
     def run() -> None:

@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 from ..planner.hardware import MeasuredModel, ModelTimes, Role, TaskTimes, shape_of
-from ..source import TypedModel
+from ..typed_model import TypedModel
 from .short_model import FEW_LAYERS, MORE_LAYERS, ShortModel, short_models
 from .stopwatch import Stopwatch
 from .tables import rising, table_of

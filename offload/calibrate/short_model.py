@@ -17,7 +17,7 @@ from ..model.kv_cache import KVCache
 from ..model.masks import TreeMasks
 from ..model.pass_inputs import Part
 from ..planner.hardware import Role
-from ..source import TypedModel
+from ..typed_model import TypedModel
 from ..weights.layout import lay_out, views_of_each
 from .draft_levels import growing_levels, num_levels, peaked_logits, tree_of_levels
 from .effort import Effort

@@ -23,7 +23,7 @@ from .terminal import PartBar, say
 if TYPE_CHECKING:
     from ..device import Device
     from ..planner.hardware import HardwareProfile
-    from ..source import TypedModel
+    from ..typed_model import TypedModel
     from ..weights.checkpoint import Checkpoint
 
 COPY_SIZES = tuple(2**power for power in range(20, 31, 2))
@@ -101,7 +101,8 @@ def _measure(settings: EngineSettings, device: "Device", *, quiet: bool) -> "Har
 def _typed(name: str, flag: str, settings: EngineSettings, device: "Device") -> tuple["TypedModel", "Checkpoint | None"]:
     """A preset has a shape and nothing to read from disk; a folder has both."""
     from ..planner.shapes import is_preset
-    from ..source import check_source, typed_preset
+    from ..source import check_source
+    from ..typed_model import typed_preset
 
     device_type = device.torch_device.type
     if is_preset(name):

@@ -5,7 +5,7 @@ from ..calibrate.effort import QUICK
 from ..calibrate.stopwatch import Stopwatch
 from ..device import Device
 from ..errors import FitError, reason
-from ..source import TypedModel
+from ..typed_model import TypedModel
 from .facts import Check, DecodeFacts
 
 

@@ -13,7 +13,7 @@ from ..device.host import available_bytes
 from ..errors import OffloadError
 from ..planner.cost import GIB
 from ..releases import installed, untested
-from ..source import TypedModel
+from ..typed_model import TypedModel
 from .decoding import time_decoding
 from .facts import Check, CopyFacts, DecodeFacts, DiskFacts, Facts, GpuActivity, GpuFacts, HostFacts, need_of
 from .model_checks import Inspected, compare_vocabularies, inspect_model, time_disk

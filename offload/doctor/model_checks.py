@@ -11,8 +11,8 @@ from ..model.locate import find_config, is_gguf
 from ..planner.cost import GIB, ModelCost
 from ..planner.shapes import ModelShape, find_shape, is_preset
 from ..scale.preset import is_scale_model, scale_shape
-from ..source import TypedModel, resolve_dtype
 from ..text.tokenizer import Tokenizer, check_same_vocabulary, open_tokenizer
+from ..typed_model import TypedModel, resolve_dtype
 from ..weights.checkpoint import Checkpoint
 from ..weights.disk_speed import measure_disk
 from .facts import Check, DiskFacts
