@@ -78,6 +78,7 @@ setup(
         "safetensors>=0.8,<0.9",
         "jinja2>=3.1.6,<4",  # chat templates; older sandboxes have known holes
         "numpy>=2.1,<3",
+        "numba>=0.64,<0.69",  # codes of weights on the CPU, in loops that are compiled
         "packaging>=24.0,<27",
         "psutil>=6.0,<8",
         "nvidia-ml-py>=12.560.30,<14",

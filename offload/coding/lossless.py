@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .chunks import row_chunks
+from .exceptions import write_exceptions
 from .lossless_layout import BLOCK, CODE_BITS, ESCAPE, Coded, num_bytes_of, parts_of, prefix_of
 from .lossless_numpy import Bits, join, read_codes
 from .tensor_codec import TensorCodec
@@ -16,7 +17,6 @@ from .tensor_codec import TensorCodec
 FORMATS: Final = {torch.bfloat16: "lossless bfloat16", torch.float16: "lossless float16"}
 MOST_OF_RAW: Final = 0.97  # what saves less is not worth decoding
 _WEIGHT_BYTES: Final = 32  # of what is made on the way
-_EXCEPTION_BYTES: Final = 16
 _FEW: Final = 2**14  # weights that torch converts in the thread that asks
 
 
@@ -60,7 +60,7 @@ class LosslessKernel:
 
         coded = Coded.of(parts, self.prefix)
         decode_by_kernel(coded, parameter)
-        write_exceptions(coded, parameter)
+        write_exceptions(coded.positions, coded.exceptions, parameter)
 
 
 def decode_anywhere(coded: Coded, parameter: torch.Tensor) -> None:
@@ -68,7 +68,7 @@ def decode_anywhere(coded: Coded, parameter: torch.Tensor) -> None:
     weights = parameter.view(-1)
     for blocks in row_chunks(coded.num_blocks, BLOCK * _WEIGHT_BYTES, device_type=parameter.device.type):
         _write_bits(_bits_of_blocks(coded, blocks), weights[blocks.start * BLOCK : blocks.stop * BLOCK])
-    write_exceptions(coded, parameter)
+    write_exceptions(coded.positions, coded.exceptions, parameter)
 
 
 def decode_on_cpu(coded: Coded, parameter: torch.Tensor) -> None:
@@ -79,17 +79,7 @@ def decode_on_cpu(coded: Coded, parameter: torch.Tensor) -> None:
         start, stop = blocks.start * BLOCK, blocks.stop * BLOCK
         found = read_codes(codes[:, start // 8 : stop // 8], low_bytes[start:stop].size)
         _write_on_cpu(join(low_bytes[start:stop], found, base, escapes, offsets[blocks.start]), weights[start:stop])
-    write_exceptions(coded, parameter)
-
-
-def write_exceptions(coded: Coded, parameter: torch.Tensor) -> None:
-    """Positions that damage has moved out of the parameter are taken for its first or last."""
-    weights, exceptions, last = parameter.view(-1), coded.exceptions, parameter.numel() - 1
-    if weights.dtype == exceptions.dtype:  # as bits, since moving a float16 may make another NaN of a NaN
-        weights, exceptions = weights.view(torch.int16), exceptions.view(torch.int16)
-    for which in row_chunks(coded.positions.numel(), _EXCEPTION_BYTES, device_type=parameter.device.type):
-        positions = coded.positions[which].long().clamp_(0, last)
-        weights.scatter_(0, positions, exceptions[which].to(weights.dtype))
+    write_exceptions(coded.positions, coded.exceptions, parameter)
 
 
 def _bits_of_blocks(coded: Coded, blocks: slice) -> torch.Tensor:

@@ -118,12 +118,12 @@ class _Run:
             cast = self.weights.cast(self.weights.bits[chunk])
             decoded = self._encode_chunk(chunk, cast.bits, escape, end, into)
             if np.not_equal(decoded.bits, cast.bits).any():
-                raise _changed()
+                raise changed()
             if cast.differs.any():
                 places.append(np.flatnonzero(cast.differs) + chunk.start)
             escape += decoded.num_escapes
         if escape != end or sum(map(len, places)) != self.survey.exceptions[self.number]:
-            raise _changed()
+            raise changed()
         self._write_exceptions(places, into)
 
     def _encode_chunk(self, chunk: slice, bits: Bits, escape: int, end: int, into: Coded) -> _Decoded:
@@ -135,7 +135,7 @@ class _Run:
         write_codes(exponents, base, codes)
         found = read_codes(codes, bits.size)
         if escape + found.escaped.size > end:
-            raise _changed()
+            raise changed()
         escapes[escape : escape + found.escaped.size] = exponents.take(found.escaped)
         starts = np.searchsorted(found.escaped, np.arange(0, bits.size, BLOCK))
         into.offsets.numpy()[chunk.start // BLOCK : -(-chunk.stop // BLOCK)] = escape + starts
@@ -150,7 +150,8 @@ class _Run:
             first += positions.size
 
 
-def _changed() -> ValueError:
+def changed() -> ValueError:
+    """Of a tensor that its code does not give back."""
     return ValueError("has changed while it was encoded: its file was written to, or memory fails")
 
 

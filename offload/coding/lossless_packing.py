@@ -9,6 +9,7 @@ import torch
 from .config_fields import LOSSLESS_NAME
 from .lossless import FORMATS, lossless_codec
 from .lossless_layout import MAX_WEIGHTS, prefix_of
+from .stored_parts import check_coded
 from .tensor_codec import Part, TensorCodec
 
 VERSION: Final = 1
@@ -41,14 +42,5 @@ class LosslessPacking:
             math.prod(parts[name].shape) if name in parts else 0 for name in ("escapes", "exceptions")
         )
         codec = lossless_codec(parameter, shape, max(num_escapes - 1, 0), num_exceptions, dtype)
-        _check_parts(codec.parts, beside)
+        check_coded(codec.parts, beside)
         return codec
-
-
-def _check_parts(needed: tuple[Part, ...], found: Mapping[str, Part]) -> None:
-    for part in needed:
-        if part.name not in found:
-            raise ValueError(f"is coded, and {part.name} is missing")
-        if (found[part.name].shape, found[part.name].dtype) != (part.shape, part.dtype):
-            there = f"{found[part.name].shape} of {found[part.name].dtype}"
-            raise ValueError(f"is coded, and has a {part.name} of {there} in place of {part.shape} of {part.dtype}")

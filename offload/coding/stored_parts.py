@@ -44,5 +44,15 @@ def whole_groups(size: int, group: int, what: str) -> int:
     return size // group
 
 
+def check_coded(needed: tuple[Part, ...], found: Beside) -> None:
+    """Of a parameter in a code of ours: all that it needs is there. ValueError where it is not."""
+    for part in needed:
+        if part.name not in found:
+            raise ValueError(f"is coded, and {part.name} is missing")
+        if (found[part.name].shape, found[part.name].dtype) != (part.shape, part.dtype):
+            there = f"{found[part.name].shape} of {found[part.name].dtype}"
+            raise ValueError(f"is coded, and has a {part.name} of {there} in place of {part.shape} of {part.dtype}")
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

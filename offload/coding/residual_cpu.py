@@ -1,0 +1,78 @@
+"""The code of residual_layout.py decoded on a CPU. Imports numba."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import numpy as np
+import torch
+
+from .base_encode import bits_of
+from .base_kinds import BaseKind
+from .base_layout import Base
+from .base_loops import unpack
+from .exceptions import write_exceptions
+from .lossless_numpy import Bits
+from .residual_layout import BLOCK, Remainder
+from .residual_loops import read_fields
+
+CHUNK: Final = 64 * BLOCK  # weights at a time: what is made on the way stays in a core's own cache
+RUN: Final = 32 * CHUNK  # weights that are worth a thread
+_FEW: Final = 2**14  # weights that torch converts in the thread that asks
+
+
+def decode_on_cpu(remainder: Remainder, base: Base, kind: BaseKind, parameter: torch.Tensor) -> None:
+    """Large parameters by as many threads as torch computes with."""
+    arrays = Arrays(remainder, base, kind, parameter.shape[-1])
+    weights = parameter.view(-1)
+    starts = range(0, weights.numel(), RUN)
+    num_threads = min(torch.get_num_threads(), len(starts))
+    if num_threads > 1:
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="residual-decoder") as pool:
+            list(pool.map(lambda start: _decode_run(arrays, weights, start), starts))
+    else:
+        for start in starts:
+            _decode_run(arrays, weights, start)
+    write_exceptions(remainder.positions, remainder.exceptions, parameter)
+
+
+class Arrays:
+    """A remainder and its base as numpy has them, of a matrix of `num_columns`."""
+
+    def __init__(self, remainder: Remainder, base: Base, kind: BaseKind, num_columns: int) -> None:
+        self.words = remainder.words.numpy().view(np.uint32)
+        self.offsets = remainder.offsets.numpy()
+        self.widths = remainder.widths.numpy()
+        self.is_half = remainder.is_half
+        self.codes, self.zero, self.scale = base.codes.numpy(), base.zero.numpy(), bits_of(base.scale)
+        self.kind, self.num_columns = kind, num_columns
+
+    def read(self, start: int, numbers: Bits) -> None:
+        """Fills `numbers`, those from `start` on, which begin with a block; exceptions are what their fields say."""
+        codes = np.empty(numbers.size, np.uint8)
+        unpack(self.codes, start, self.num_columns, self.kind.bits, codes)
+        read_fields(
+            self.words,
+            self.offsets[start // BLOCK :],
+            codes,
+            start,
+            self.num_columns,
+            self.kind.group,
+            self.scale,
+            self.zero,
+            self.is_half,
+            self.widths,
+            numbers,
+        )
+
+
+def _decode_run(arrays: Arrays, weights: torch.Tensor, start: int) -> None:
+    dtype = torch.float16 if arrays.is_half else torch.bfloat16
+    for first in range(start, min(start + RUN, weights.numel()), CHUNK):
+        into = weights[first : first + CHUNK]
+        if into.dtype == dtype:
+            arrays.read(first, bits_of(into))
+            continue
+        numbers = torch.empty(into.numel(), dtype=dtype)
+        arrays.read(first, bits_of(numbers))
+        for few, there in zip(numbers.split(_FEW), into.split(_FEW), strict=True):
+            there.copy_(few)
