@@ -61,13 +61,6 @@ def coded_layers(model: ModelCost, stored_bits: float, base_bits: float = 0.0) -
     return replace(model, layers=(layer,) * model.num_layers)
 
 
-def base_draft(target: ModelCost) -> ModelCost:
-    """The draft that the base of `target`, which has one, is."""
-    layers = [replace(layer, stored_bytes=layer.base_bytes, computed_bytes=layer.base_bytes) for layer in target.layers]
-    layers = [replace(layer, scratch_bytes=0, base_bytes=0) for layer in layers]
-    return replace(target, layers=tuple(layers), outside_bytes=0, is_base=True)
-
-
 _LARGE = LayerCost(stored_bytes=3 * 10**9, computed_bytes=5 * 10**9, num_parameters=25 * 10**8, kv_bytes_per_row=1000)
 _LITTLE = replace(_LARGE, stored_bytes=10**9, computed_bytes=10**9, num_parameters=5 * 10**8, scratch_bytes=10**8)
 TWO_KINDS = replace(LLAMA_2_70B, layers=(_LARGE, _LARGE, *[_LITTLE] * 6, _LARGE))

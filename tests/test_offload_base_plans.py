@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from offload.errors import FitError
-from offload.planner.cost import ModelCost
+from offload.planner.cost import ModelCost, base_draft
 from offload.planner.plan import plan_run
 from offload.planner.prediction import Offer, expanded_per_level, predict_tree
 from offload.planner.refit import memory_of
@@ -21,7 +21,6 @@ from planning import (
     REMAINDER_BITS,
     SETTINGS,
     TWO_KINDS,
-    base_draft,
     budgets,
     coded_layers,
     draft_option,

@@ -14,7 +14,7 @@ from offload.planner.cost import ModelCost
 from offload.planner.hardware import ModelTimes, TaskTimes
 from offload.planner.memory import MemoryPlan, plan_memory
 from offload.planner.plan import make_workload
-from offload.planner.prediction import DraftOption, Workload, expanded_per_level, predict
+from offload.planner.prediction import DraftOption, Offer, Workload, expanded_per_level, predict
 from offload.planner.residency import MAX_AUTO_SLOTS, MIN_SLOTS
 from offload.planner.search import best_choice
 from offload.planner.timeline import PartTimes, steady_round
@@ -189,7 +189,7 @@ def test_of_two_drafts_the_better_is_used_and_the_comparison_says_so() -> None:
     made = plan(tree=None, device_gib=48, drafts=(slow, quick))
     assert made.draft == 1
     workload = make_workload(SETTINGS, LLAMA_2_70B, L40, budgets(48), max_positions=4096)
-    verdicts = compare_drafts(workload, [slow, quick], (2, 3))
+    verdicts = compare_drafts([Offer(workload=workload, drafts=(slow, quick))], (2, 3))
     assert [verdict.name for verdict in verdicts] == ["quick", "slow"]
     assert verdicts[0].s_per_token == pytest.approx(made.prediction.s_per_token, rel=1e-3)
     by_formula = verdicts[0].expected_tokens / ((verdicts[0].num_levels - 1) * verdicts[0].level_s + verdicts[0].target_s)

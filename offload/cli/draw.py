@@ -16,10 +16,9 @@ from ..planner.prediction import DraftOption
 from .plan_screen import sweep_unit
 
 
-def draw_tree(path: Path, made: Plan, drafts: Sequence[DraftOption]) -> None:
+def draw_tree(path: Path, made: Plan, draft: DraftOption | None) -> None:
     """The plan's tree as SVG or PNG; the less probable a node is to be accepted, the fainter."""
-    acceptance = drafts[made.draft].acceptance if made.draft is not None else None
-    values = node_values(made.tree, acceptance) if acceptance is not None else (1.0,)
+    values = node_values(made.tree, draft.acceptance) if draft is not None else (1.0,)
     if path.suffix == ".svg":
         path.write_text(draw_svg(made.tree, values=values), encoding="utf-8")
     else:

@@ -39,14 +39,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.draw:
         from .draw import draw_tree
 
-        draw_tree(Path(arguments.draw), made, question.options())
+        draw_tree(Path(arguments.draw), made, question.chosen_draft(made))
     if arguments.json:
-        print(json.dumps(json_document(made, question.target)))
+        print(json.dumps(json_document(made, question)))
         return 0
     from ..planner.advice import wins
 
     found = wins(made, question.budgets, lambda budgets: replace(question, budgets=budgets).answer(made.tree))
-    print(screen(made, question.target, question.drafts, question.hardware, found))
+    print(screen(made, question, found))
     return 0
 
 
@@ -71,7 +71,8 @@ def _say_assumed(arguments: argparse.Namespace, question: Question) -> None:
     if arguments.quiet:
         return
     if arguments.model is None:
-        say(f"no --model given: {MODEL} with {question.drafts[0].name if question.drafts else 'no draft'}")
+        drafts = question.settings.draft_models
+        say(f"no --model given: {MODEL} with {drafts[0] if drafts else 'no draft'}")
     if arguments.profile is None:
         say(f"no --profile given: the published figures of {MACHINE}; `profile hardware` measures this machine")
 
@@ -80,10 +81,10 @@ def _compare(arguments: argparse.Namespace, question: Question) -> int:
     from ..planner.advice import compare_drafts
     from ..planner.plan import SLOTS
 
-    if not question.drafts:
+    if not question.settings.draft_models:
         raise UsageError("no draft to compare", where="--compare-drafts", cure="name one or more --draft-model")
-    verdicts = compare_drafts(question.workload(), question.options(), SLOTS)
-    plain_s = replace(question, drafts=()).answer(None).prediction.s_per_token
+    verdicts = compare_drafts(question.offers(), SLOTS)
+    plain_s = question.answer_without_drafts().prediction.s_per_token
     if arguments.json:
         drafts = [{**_fields(verdict), "law_tokens_per_s": verdict.formula_tokens_per_s} for verdict in verdicts]
         print(json.dumps({"schema_version": 1, "autoregressive_s_per_token": plain_s, "drafts": drafts}))
@@ -119,7 +120,7 @@ def _sweep(arguments: argparse.Namespace, question: Question) -> int:
                 {
                     "schema_version": 1,
                     "resource": name,
-                    "points": [{"value": value, **json_document(made, question.target)} for value, made in points],
+                    "points": [{"value": value, **json_document(made, question)} for value, made in points],
                 }
             )
         )

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from ..config import seconds_text
 from ..errors import FitError
-from ..planner.tree_flag import DEFAULT_ACCEPTANCE, read_acceptance
+from ..planner.tree_flag import assumed_acceptance
 from .plan_question import Question
 
 if TYPE_CHECKING:
     from ..planner.plan import Plan
+    from ..planner.shapes import ModelShape
+    from ..planner.stored import Stored
 
 LEAST_WIN = 0.02  # of a pass; less is not worth a line
 
@@ -22,16 +24,29 @@ def noted(made: "Plan", question: Question) -> "Plan":
 
 
 def _notes(made: "Plan", question: Question) -> Iterator[str]:
-    stored = question.target.stored
-    if stored is not None and stored.is_estimated:
-        cost = question.target.cost(question.dtype_bytes)
-        bits = 8 * cost.stored_bytes / sum(layer.num_parameters for layer in cost.layers)
-        yield f"layers are taken to have {bits:.3g} bits a weight ({stored.name}): no file of them was looked at"
+    target, draft = question.targets[made.offer], question.chosen_draft(made)
+    if target.stored is not None and target.stored.is_estimated:
+        yield from _estimates(target, target.stored, question.dtype_bytes)
     if made.placement.streamed and question.settings.codec == "auto":
         yield from _coding(made, question)
-    if made.draft is not None and not question.settings.acceptances:
-        source = read_acceptance(DEFAULT_ACCEPTANCE).source
-        yield f"acceptance is assumed, not this pair's ({source}): `profile acceptance` measures it"
+    if draft is not None and not question.settings.acceptances:
+        yield assumed_acceptance(draft.name)
+    if draft is not None and draft.cost.is_base and not question.hardware.knows(draft.cost, "draft"):
+        yield "how long a level of its draft takes is estimated from the bytes of its base: nobody measured it"
+
+
+def _estimates(target: "ModelShape", stored: "Stored", dtype_bytes: int) -> Iterator[str]:
+    """What is believed of weights that nobody has looked at."""
+    cost = target.cost(dtype_bytes)
+    num_weights = sum(layer.num_parameters for layer in cost.layers)
+    bits, base_bits = 8 * cost.stored_bytes / num_weights, 8 * cost.base_bytes / num_weights
+    beside = f", and their base {base_bits:.3g}" if cost.base_bytes else ""
+    yield f"layers are taken to have {bits:.3g} bits a weight ({stored.name}){beside}: no file of them was looked at"
+    if stored.codec and target.dtype == "float16":
+        yield (
+            "its float16 weights are taken to be numbers that were bfloat16 before, as those of Llama 2 were: of others, three "
+            "more bits of each would travel"
+        )
 
 
 def _pass_of_less(made: "Plan", question: Question) -> float:
@@ -39,11 +54,11 @@ def _pass_of_less(made: "Plan", question: Question) -> float:
     take longer than all else that `plan` does."""
     from tree.optimizer import best_part
 
-    if made.draft is None:
+    draft = question.chosen_draft(made)
+    if draft is None:
         return math.inf
-    acceptance = question.options()[made.draft].acceptance
     try:
-        half = best_part(made.tree, acceptance, max(made.tree.num_nodes // 2, 1))
+        half = best_part(made.tree, draft.acceptance, max(made.tree.num_nodes // 2, 1))
         return question.answer(half).prediction.pass_s
     except FitError:
         return math.inf
@@ -53,10 +68,11 @@ def _coding(made: "Plan", question: Question) -> Iterator[str]:
     """What the same would take with 16-bit weights coded without loss, where that is less."""
     from ..planner.what_if import coded_without_loss
 
-    coded = coded_without_loss(question.target)
-    if coded is question.target:
+    target = question.targets[made.offer]
+    coded = coded_without_loss(target)
+    if coded is target:
         return
-    other, now_s = replace(question, target=coded), made.prediction.pass_s
+    other, now_s = replace(question, targets=(coded,)), made.prediction.pass_s
     try:
         pass_s = other.answer(made.tree).prediction.pass_s
     except FitError:  # the decoded layer takes room: of so large a tree, at first

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..config import EngineSettings, check_draft_passes, sampling_kind
+from ..config import EngineSettings, base_of_draft, check_draft_passes, sampling_kind
 from ..errors import ModelError
 from ..planner.tree_flag import read_acceptances, read_tree
 from .flags_to_settings import plan_flags
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..planner.hardware import HardwareProfile
     from ..planner.memory import Budgets
     from ..planner.plan import Plan
-    from ..planner.prediction import DraftOption, Workload
+    from ..planner.prediction import DraftOption, Offer
     from ..planner.shapes import ModelShape
 
 MODEL, DRAFT, MACHINE = "llama-2-70b", "llama-2-7b", "rtx-4090"
@@ -27,10 +27,11 @@ VOCABULARY_PADDING = 0.01  # families pad one vocabulary differently; the tokeni
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """All that a plan follows from."""
+    """All that a plan follows from. `targets` is the target as each offer would have it stored, `drafts` are models of their
+    own: they are offered beside the first one."""
 
     settings: EngineSettings
-    target: "ModelShape"
+    targets: tuple["ModelShape", ...]
     drafts: tuple["ModelShape", ...]
     hardware: "HardwareProfile"
     tree: "TreeShape | OptimalTree | None"
@@ -38,47 +39,59 @@ class Question:
     dtype_bytes: int
 
     def answer(self, tree: "TreeShape | OptimalTree | None") -> "Plan":
+        return self._planned(tree, self.offers())
+
+    def answer_without_drafts(self) -> "Plan":
+        return self._planned(None, [replace(offer, drafts=()) for offer in self.offers()])
+
+    def _planned(self, tree: "TreeShape | OptimalTree | None", offers: list["Offer"]) -> "Plan":
         from ..planner.plan import plan_run
+
+        max_positions = self.targets[0].max_positions
+        return plan_run(self.settings, tree, offers, max_positions=max_positions, budgets=self.budgets)
+
+    def offers(self) -> list["Offer"]:
+        """One for each of the targets."""
+        return [self._offer(target, with_drafts=place == 0) for place, target in enumerate(self.targets)]
+
+    def _offer(self, target: "ModelShape", *, with_drafts: bool) -> "Offer":
+        from ..planner.cost import base_draft
+        from ..planner.plan import make_option, make_workload
         from ..planner.prediction import Offer
 
-        return plan_run(
-            self.settings,
-            tree,
-            [Offer(workload=self.workload(), drafts=tuple(self.options()))],
-            max_positions=self.target.max_positions,
-            budgets=self.budgets,
-        )
+        cost, drafts = target.cost(self.dtype_bytes), iter(self.drafts)
+        found: list[DraftOption] = []
+        for name, acceptance in zip(self.settings.draft_models, read_acceptances(self.settings), strict=True):
+            if (kind := base_of_draft(name)) is None:
+                draft = next(drafts)
+                if with_drafts:
+                    option = make_option(self.settings, self.hardware, draft.name, draft.cost(self.dtype_bytes), acceptance)
+                    found.append(option)
+            elif cost.base_bytes:
+                own = base_draft(cost)
+                found.append(make_option(self.settings, self.hardware, f"self:{kind}", own, acceptance))
+        workload = make_workload(self.settings, cost, self.hardware, self.budgets, max_positions=self.targets[0].max_positions)
+        return Offer(workload=workload, drafts=tuple(found))
 
-    def workload(self) -> "Workload":
-        from ..planner.plan import make_workload
-
-        return make_workload(
-            self.settings,
-            self.target.cost(self.dtype_bytes),
-            self.hardware,
-            self.budgets,
-            max_positions=self.target.max_positions,
-        )
-
-    def options(self) -> list["DraftOption"]:
-        from ..planner.plan import make_option
-
-        return [
-            make_option(self.settings, self.hardware, draft.name, draft.cost(self.dtype_bytes), acceptance)
-            for draft, acceptance in zip(self.drafts, read_acceptances(self.settings), strict=False)
-        ]
+    def chosen_draft(self, made: "Plan") -> "DraftOption | None":
+        """What `made` drafts with."""
+        return self.offers()[made.offer].drafts[made.draft] if made.draft is not None else None
 
 
 def read_question(arguments: argparse.Namespace) -> Question:
     """What the flags ask. UsageError, ModelError and CheckpointError as the flags deserve."""
     from ..planner.hardware_file import find_hardware
     from ..planner.memory import Budgets
+    from ..planner.offered import offered_targets
     from ..planner.shapes import find_shape
+    from ..planner.what_if import with_weights
 
     settings = replace(_settings(arguments), sampling=sampling_kind(arguments.temperature), context_tokens=arguments.context)
     tree = read_tree(settings.tree, has_draft=bool(settings.draft_models))
-    target = _with_weights(find_shape(settings.model, "--model"), arguments.weights, settings.codec)
-    drafts = tuple(find_shape(name, "--draft-model") for name in settings.draft_models)
+    target = find_shape(settings.model, "--model")
+    target = target if arguments.weights is None else with_weights(target, arguments.weights)
+    targets = offered_targets(settings, target)
+    drafts = tuple(find_shape(name, "--draft-model") for name in settings.other_drafts)
     for draft in drafts:
         if abs(draft.vocab_size / target.vocab_size - 1) > VOCABULARY_PADDING:
             raise ModelError(
@@ -98,7 +111,7 @@ def read_question(arguments: argparse.Namespace) -> Question:
     host_bytes = settings.host_memory_bytes if settings.host_memory_bytes is not None else hardware.host_memory_bytes
     return Question(
         settings=settings,
-        target=target,
+        targets=targets,
         drafts=drafts,
         hardware=hardware,
         tree=tree,
@@ -112,11 +125,3 @@ def _settings(arguments: argparse.Namespace) -> EngineSettings:
     if model is None:
         model, draft_model = MODEL, [DRAFT] if draft_model is None else draft_model
     return EngineSettings.parse(model=model, draft_model=draft_model, acceptance=arguments.acceptance, **plan_flags(arguments))
-
-
-def _with_weights(shape: "ModelShape", name: str | None, codec: str) -> "ModelShape":
-    """As `--weights` and `--codec` want them stored."""
-    from ..planner.what_if import coded_without_loss, with_weights, without_code
-
-    shape = shape if name is None else with_weights(shape, name)
-    return coded_without_loss(shape) if codec == "lossless" else without_code(shape) if codec == "none" else shape

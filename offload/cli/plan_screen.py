@@ -5,24 +5,26 @@ from typing import TYPE_CHECKING
 
 from ..config import bytes_text, counted, rate_text, seconds_text
 from ..errors import OffloadError
+from .plan_question import Question
 
 if TYPE_CHECKING:
     from ..planner.advice import DraftVerdict, Win
-    from ..planner.hardware import HardwareProfile
     from ..planner.plan import Plan
-    from ..planner.shapes import ModelShape
 
 COLUMN = 40
 SHOWN_WINS = 3
 
 
-def json_document(made: "Plan", target: "ModelShape") -> dict[str, object]:
+def json_document(made: "Plan", question: Question) -> dict[str, object]:
     """The object of `plan --json`, field by field in docs/cli.md."""
     placement, prediction = made.placement, made.prediction
+    target, draft = question.targets[made.offer], question.chosen_draft(made)
     return {
         "schema_version": 1,
         "fits": True,
         "weights": target.weights,
+        "codec": (target.stored.codec if target.stored is not None else "") or "none",
+        "base": target.stored.base or None if target.stored is not None else None,
         "resident_layers": len(placement.resident),
         "coded_layers": len(placement.coded),
         "streamed_layers": len(placement.streamed),
@@ -45,6 +47,7 @@ def json_document(made: "Plan", target: "ModelShape") -> dict[str, object]:
             "expected_tokens_per_pass": prediction.expected_tokens,
         },
         "draft": made.draft,
+        "draft_model": draft.name if draft is not None else None,
         "draft_passes": made.draft_passes,
         "memory": {
             "device_bytes": dict(made.device_ledger),
@@ -61,14 +64,9 @@ def refusal_document(error: OffloadError) -> dict[str, object]:
     return {"schema_version": 1, "fits": False, "error": {"what": error.what, "where": error.where, "cure": error.cure}}
 
 
-def screen(
-    made: "Plan",
-    target: "ModelShape",
-    drafts: Sequence["ModelShape"],
-    hardware: "HardwareProfile",
-    wins: Sequence["Win"],
-) -> str:
-    draft = drafts[made.draft].name if made.draft is not None else "no draft"
+def screen(made: "Plan", question: Question, wins: Sequence["Win"]) -> str:
+    target, hardware, chosen = question.targets[made.offer], question.hardware, question.chosen_draft(made)
+    draft = chosen.name if chosen is not None else "no draft"
     layers = f"{counted(target.num_layers, 'layer')} x {target.layer_parameters / 1e6:.3g} M parameters in {target.weights}"
     lines = [
         f"{target.name}, {layers} | {draft} | {hardware.device_name}" + (" (published figures)" if hardware.published else ""),

@@ -7,7 +7,7 @@ from ..errors import FitError
 from .cost import GIB
 from .memory import Budgets
 from .plan import Plan, tree_of
-from .prediction import DraftOption, Workload, predict_tree
+from .prediction import DraftOption, Offer, Workload, predict_tree
 from .search import Choice, best_choice
 
 MORE_BYTES = 8 * GIB
@@ -65,14 +65,14 @@ def _changes(made: Plan, budgets: Budgets) -> Iterator[tuple[str, Budgets]]:
             yield f"{gib} GiB more host memory, and no disk", replace(budgets, host_bytes=budgets.host_bytes + gib * GIB)
 
 
-def compare_drafts(workload: Workload, drafts: Sequence[DraftOption], slots: Sequence[int]) -> list[DraftVerdict]:
+def compare_drafts(offers: Sequence[Offer], slots: Sequence[int]) -> list[DraftVerdict]:
     """One verdict for every draft that fits, the quickest first."""
     verdicts = []
-    for draft in drafts:
-        choice = best_choice(workload, [draft], slots)
-        if choice is None:
-            continue
-        verdicts.append(_verdict(workload, choice, draft))
+    for offer in offers:
+        for draft in offer.drafts:
+            choice = best_choice(offer.workload, [draft], slots)
+            if choice is not None:
+                verdicts.append(_verdict(offer.workload, choice, draft))
     return sorted(verdicts, key=lambda verdict: verdict.s_per_token)
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..coding.workspace import WORKSPACE_BYTES
@@ -175,6 +175,16 @@ def recording_bytes(model: ModelCost, rows: int, context_rows: int) -> int:
     logits = rows * model.vocab_size * model.dtype_bytes
     inputs = rows * (4 * 8 + model.num_masks * context_rows)
     return inputs + logits + 2 * (activation_bytes(model, rows, context_rows) + logits)
+
+
+def base_draft(model: ModelCost) -> ModelCost:
+    """The draft that the base of a model, which has one, is: as many numbers in fewer bytes, and embedding and head are the
+    model's own."""
+    layers = {
+        layer: replace(layer, stored_bytes=layer.base_bytes, computed_bytes=layer.base_bytes, scratch_bytes=0, base_bytes=0)
+        for layer in set(model.layers)
+    }
+    return replace(model, layers=tuple([layers[layer] for layer in model.layers]), outside_bytes=0, is_base=True)
 
 
 def ledger_lines(ledger: Mapping[str, int], budget_bytes: int) -> str:

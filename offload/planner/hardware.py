@@ -157,6 +157,10 @@ class HardwareProfile:
         draw_s = self.task_times("draw", model.vocab_size, sampling).at(times.rows)
         return replace(times, rest_s=tuple(float(s) for s in np.asarray(times.rest_s) + draw_s))
 
+    def knows(self, model: ModelCost, role: Role) -> bool:
+        """Whether `times` are measured."""
+        return any(known.role == role and known.shape == shape_of(model) for known in self.models)
+
     def task_times(self, task: Task, vocab_size: int, sampling: SamplingKind) -> TaskTimes:
         """Measured at the nearest vocabulary and scaled to this one; else estimated from the memory rate."""
         measured = [known for known in self.tasks if (known.task, known.sampling) == (task, sampling)]

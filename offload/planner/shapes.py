@@ -19,7 +19,7 @@ from .cost import LayerCost, ModelCost, kv_bytes_per_row
 from .gguf_file import read_gguf_config, stored_in_gguf
 from .json_file import read_file
 from .quantization import Packed, read_quantization
-from .stored import Stored, aligned_bytes, by_bits
+from .stored import Stored, aligned_bytes, beside_base, by_bits
 from .weight_files import has_weights, stored_in_folder
 
 PRESETS = Path(__file__).parents[2] / "profiles/models"
@@ -76,20 +76,24 @@ class ModelShape:
         sizes = {name: math.prod(shape) for name, shape in self.layer_tensors.items()}
         computed_bytes = aligned_bytes(sizes.values(), dtype_bytes)
 
-        def layer_cost(packed: Mapping[str, int]) -> LayerCost:
-            kept = [size for name, size in sizes.items() if name not in packed]
-            return LayerCost(
-                stored_bytes=sum(packed.values()) + aligned_bytes(kept, dtype_bytes),
-                computed_bytes=computed_bytes,
-                num_parameters=self.layer_parameters,
-                kv_bytes_per_row=kv_bytes_per_row(self.num_kv_heads, self.head_dim, dtype_bytes),
-                scratch_bytes=computed_bytes if packed else 0,
-            )
-
-        packed = self.stored.layers if self.stored is not None else ({},) * self.num_layers
-        kinds = {frozenset(layer.items()): layer_cost(layer) for layer in packed}
+        stored = self.stored or Stored(name=self.dtype, layers=({},) * self.num_layers)
+        kinds: dict[tuple[int, int, bool], LayerCost] = {}
+        layers: list[LayerCost] = []
+        for layer, packed in enumerate(stored.layers):
+            stored_bytes, base_bytes = stored.sizes(sizes, layer, dtype_bytes)
+            kind = stored_bytes, base_bytes, bool(packed)
+            if kind not in kinds:
+                kinds[kind] = LayerCost(
+                    stored_bytes=stored_bytes,
+                    computed_bytes=computed_bytes,
+                    num_parameters=self.layer_parameters,
+                    kv_bytes_per_row=kv_bytes_per_row(self.num_kv_heads, self.head_dim, dtype_bytes),
+                    scratch_bytes=computed_bytes if packed else 0,
+                    base_bytes=base_bytes,
+                )
+            layers.append(kinds[kind])
         return ModelCost(
-            layers=tuple(kinds[frozenset(layer.items())] for layer in packed),
+            layers=tuple(layers),
             outside_bytes=aligned_bytes(self._outside_tensors(), dtype_bytes),
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
@@ -154,7 +158,7 @@ def _with_files(shape: ModelShape, folder: Path) -> ModelShape:
     if shape.stored is None:
         return replace(shape, has_weights=True)
     try:
-        stored = stored_in_folder(folder, shape.stored.name, shape.layer_tensors, shape.num_layers)
+        stored = stored_in_folder(folder, shape.stored, shape.layer_tensors, shape.num_layers)
     except CheckpointError:
         stored = shape.stored
     return replace(shape, stored=stored, has_weights=True)
@@ -208,7 +212,10 @@ def shape_from_config(config: Mapping[str, object], *, where: str) -> ModelShape
     )
     if packed is None:
         return shape
-    return replace(shape, stored=by_bits(packed.name, shape.layer_tensors, shape.num_layers, packed.bits))
+    stored = by_bits(packed.name, shape.layer_tensors, shape.num_layers, packed.bits, packed.codec)
+    if packed.base is not None:
+        stored = beside_base(stored, shape.layer_tensors, packed.base)
+    return replace(shape, stored=stored)
 
 
 def read_preset_config(name: str) -> tuple[dict[str, object], str]:

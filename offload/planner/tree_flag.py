@@ -8,7 +8,7 @@ from tree.acceptance import Acceptance
 from tree.shape import TreeShape
 from tree.spec import OptimalTree, parse_tree_spec
 
-from ..config import EngineSettings
+from ..config import EngineSettings, base_of_draft
 from ..errors import UsageError
 from .json_file import read_file
 
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from tree.verify import Method
 
 # What NxL trees are optimised for when no profile is given: the vector that Sequoia publishes for a 70B and its 8B draft.
-DEFAULT_ACCEPTANCE = Path(__file__).parents[2] / "profiles/acceptance/llama-3-8b__llama-3-70b__cnn__published.json"
+PROFILES = Path(__file__).parents[2] / "profiles/acceptance"
+DEFAULT_ACCEPTANCE = PROFILES / "llama-3-8b__llama-3-70b__cnn__published.json"
+# What a base of the target's own layers is taken to have then. Of int3 nothing is published: what a separate draft has.
+BASE_ACCEPTANCES = {"int8": PROFILES / "self-int4__published.json", "int4": PROFILES / "self-int4__published.json"}
 
 
 def read_tree(spec: str, *, has_draft: bool) -> TreeShape | OptimalTree | None:
@@ -44,11 +47,31 @@ def resolve_method(name: str) -> "Method":
 
 
 def read_acceptances(settings: EngineSettings) -> tuple[Acceptance, ...]:
-    """One for each of the draft models: its own file, the one for all, or the published default. ModelError for a file
-    that is none."""
-    files = settings.acceptances or (str(DEFAULT_ACCEPTANCE),)
-    read = tuple(read_acceptance(Path(name)) for name in files)
+    """One for each of the draft models: its own file, the one for all, or what is published of its kind. ModelError for a
+    file that is none."""
+    if not settings.acceptances:
+        return tuple(read_acceptance(default_acceptance(name)) for name in settings.draft_models)
+    read = tuple(read_acceptance(Path(name)) for name in settings.acceptances)
     return read if len(read) == len(settings.draft_models) else read[:1] * len(settings.draft_models)
+
+
+def default_acceptance(draft_model: str) -> Path:
+    """The file that is read of a draft model when nobody names one."""
+    return BASE_ACCEPTANCES.get(base_of_draft(draft_model) or "", DEFAULT_ACCEPTANCE)
+
+
+def assumed_acceptance(draft_model: str) -> str:
+    """What is to be said of that."""
+    kind, source = base_of_draft(draft_model), read_acceptance(default_acceptance(draft_model)).source
+    if kind is None:
+        whose = "not this pair's"
+    elif kind == "int4":
+        whose = "not this model's"
+    elif kind == "int8":
+        whose = "not this model's, and int4's: int8 has more"
+    else:
+        whose = f"that of a separate draft: nobody has published what {kind} has, which may be far less"
+    return f"acceptance is assumed, {whose} ({source}): `profile acceptance` measures it"
 
 
 def read_acceptance(path: Path) -> Acceptance:

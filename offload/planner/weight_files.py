@@ -5,6 +5,7 @@ Which parameters are packed is told by their tensors, as in offload/coding; a te
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..weights.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
@@ -23,22 +24,26 @@ _PARTS = frozenset(
         *("weight.absmax", "weight.quant_map"),
     }
 )
-_CODED = ("bytes", "codes", "base", "escapes", "offsets", "positions", "exceptions")  # behind the parameter's name and "_"
+# Behind the parameter's name and "_": of weights coded without loss, alone or beside a base, and of the base.
+_CODED = ("bytes", "codes", "base", "escapes", "remainder", "remainder_half", "widths", "offsets", "positions", "exceptions")
+_BASE = ("base_codes", "base_scale", "base_zero")
 
 
 def has_weights(folder: Path) -> bool:
     return any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME))
 
 
-def stored_in_folder(folder: Path, name: str, tensors: Shapes, num_layers: int) -> Stored:
-    """Of a model of equal layers of `tensors`, {name: shape}, whose weights people call `name`. CheckpointError for files that
-    are not sound."""
+def stored_in_folder(folder: Path, expected: Stored, tensors: Shapes, num_layers: int) -> Stored:
+    """Of a model of equal layers of `tensors`, {name: shape}; `expected` is what its config alone says. CheckpointError for
+    files that are not sound."""
     layers: list[dict[str, TensorInfo]] = [{} for _ in range(num_layers)]
     for full, tensor in open_checkpoint(folder).tensors.items():
         match = LAYER.fullmatch(full)
         if match is not None and int(match[1]) < num_layers:
             layers[int(match[1])][match[2]] = tensor
-    return Stored(name=name, layers=tuple(_packed(tensors, found) for found in layers), is_estimated=False)
+    packed = tuple(_packed(tensors, found) for found in layers)
+    bases = tuple(_bases(tensors, found) for found in layers) if expected.bases else ()
+    return replace(expected, layers=packed, bases=bases, is_estimated=False)
 
 
 def _packed(tensors: Shapes, found: Mapping[str, TensorInfo]) -> dict[str, int]:
@@ -57,6 +62,13 @@ def _packed(tensors: Shapes, found: Mapping[str, TensorInfo]) -> dict[str, int]:
         if parts:
             packed[parameter] = _slot_bytes(parts)
     return packed
+
+
+def _bases(tensors: Shapes, found: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """The same of the bases that there are."""
+    parts = {parameter: [f"{parameter}_{part}" for part in _BASE] for parameter in tensors}
+    whole = {parameter: names for parameter, names in parts.items() if all(name in found for name in names)}
+    return {parameter: _slot_bytes([found[name] for name in names]) for parameter, names in whole.items()}
 
 
 def _slot_bytes(parts: Sequence[TensorInfo]) -> int:

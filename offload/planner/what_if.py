@@ -11,17 +11,18 @@
 | mxfp4 | 4.25 | 4, and a scale of 8 bits for 32 weights |
 | nf4 | 4.5 | 4, and a scale of 32 bits for 64 weights |
 | lossless | 11.28 | quantization.py |
+| residual | 7.5 | quantization.py, beside a base of 4.375 on the device |
 | q4_k_m and others | | gguf_mixtures.py |
 """
 
 from dataclasses import replace
 
-from ..coding.config_fields import LOSSLESS_NAME
+from ..coding.base_kinds import BASE_KINDS, DEFAULT_BASE
 from ..errors import UsageError
 from .gguf_mixtures import MIXTURES, gguf_stored
-from .quantization import LOSSLESS_BITS, Packed
+from .quantization import LOSSLESS_BITS, RESIDUAL_BITS, Packed
 from .shapes import ModelShape
-from .stored import by_bits
+from .stored import Stored, beside_base, by_bits
 
 _DTYPES = {"fp16": "float16", "float16": "float16", "bf16": "bfloat16", "bfloat16": "bfloat16"}
 _PACKED = {
@@ -36,7 +37,7 @@ _PACKED = {
     "nf4": Packed(name="NF4", bits=4 + 32 / 64),
 }
 _MIXTURES = {mixture.lower(): mixture for mixture in MIXTURES}
-NAMES = (*_DTYPES, *_PACKED, "lossless", *_MIXTURES)
+NAMES = (*_DTYPES, *_PACKED, "lossless", "residual", *_MIXTURES)
 BITS_16 = ("float16", "bfloat16")
 
 
@@ -60,6 +61,8 @@ def with_weights(shape: ModelShape, name: str) -> ModelShape:
         return replace(shape, stored=gguf_stored(_MIXTURES[name], shape.layer_tensors, shape.num_layers, sharing))
     if name == "lossless":
         return coded_without_loss(replace(shape, stored=None))
+    if name == "residual":
+        return coded_beside_base(replace(shape, stored=None), DEFAULT_BASE)
     raise UsageError(f"no weights are called {said!r}", where="--weights", cure=f"one of {', '.join(NAMES)}")
 
 
@@ -68,9 +71,26 @@ def coded_without_loss(shape: ModelShape) -> ModelShape:
     if shape.stored is not None or shape.dtype not in BITS_16:
         return shape
     name = f"{shape.dtype}, coded without loss"
-    return replace(shape, stored=by_bits(name, shape.layer_tensors, shape.num_layers, LOSSLESS_BITS))
+    return replace(shape, stored=by_bits(name, shape.layer_tensors, shape.num_layers, LOSSLESS_BITS, "lossless"))
 
 
 def without_code(shape: ModelShape) -> ModelShape:
-    """The same decoded while it is loaded, where it is 16-bit weights in that code; others are left as they are."""
-    return replace(shape, stored=None) if shape.stored is not None and shape.stored.name == LOSSLESS_NAME else shape
+    """The same decoded while it is loaded, where it is 16-bit weights in one of our codes; others are left as they are."""
+    return replace(shape, stored=None) if shape.stored is not None and shape.stored.codec else shape
+
+
+def coded_beside_base(shape: ModelShape, kind: str) -> ModelShape:
+    """`shape` with 16-bit weights in the code that `convert --codec residual` makes beside a base of that `kind`; others are
+    left as they are."""
+    if shape.stored is not None or shape.dtype not in BITS_16:
+        return shape
+    name = f"{shape.dtype}, coded beside a base of {kind}"
+    stored = by_bits(name, shape.layer_tensors, shape.num_layers, RESIDUAL_BITS[kind], "residual")
+    return replace(shape, stored=beside_base(stored, shape.layer_tensors, BASE_KINDS[kind]))
+
+
+def with_base(shape: ModelShape, kind: str) -> ModelShape:
+    """`shape` with a base of that `kind` beside what it is stored as, which only drafts: of weights as they compute, or coded
+    without loss."""
+    stored = shape.stored or Stored(name=shape.dtype, layers=({},) * shape.num_layers, is_estimated=False)
+    return replace(shape, stored=beside_base(stored, shape.layer_tensors, BASE_KINDS[kind]))
