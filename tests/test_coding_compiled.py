@@ -8,19 +8,41 @@ from pathlib import Path
 import pytest
 
 from every_codec import EVERY_CODEC
+from offload.coding.base_kinds import BASE_KINDS
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def compiled_by(script: str, capability: int, folder: Path) -> dict[str, list[str]]:
+    """What the script prints."""
+    command = [sys.executable, "-W", "error", str(ROOT / "tests" / script), str(capability)]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder), "HOME": str(folder)}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=590)
+    assert ran.returncode == 0, ran.stderr
+    found: dict[str, list[str]] = json.loads(ran.stdout)
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_for_gpus_and_approximate_nothing(capability: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "error", str(ROOT / "tests" / "compiled_kernels.py"), str(capability)]
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "HOME": str(tmp_path)}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=590)
-    assert ran.returncode == 0, ran.stderr
-    found: dict[str, list[str]] = json.loads(ran.stdout)
+    found = compiled_by("compiled_kernels.py", capability, tmp_path)
     assert found.keys() == {name for name, make in EVERY_CODEC.items() if make(48, 256)[0].kernel is not None}
     assert {name: instructions for name, instructions in found.items() if instructions} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("capability", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async")])
+def test_products_with_a_base_take_the_matrix_units_and_round_no_float32(
+    capability: int, instruction: str, tmp_path: Path
+) -> None:
+    found = compiled_by("compiled_products.py", capability, tmp_path)
+    assert {name.split()[0] for name in found} == BASE_KINDS.keys()
+    for name, instructions in found.items():
+        if "float32" in name:
+            assert not instructions, f"{name}: {instructions}"  # which would be those of TF32
+        else:
+            assert instructions and all(found.startswith(instruction) and ".f32." in found for found in instructions), name
