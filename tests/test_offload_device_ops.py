@@ -208,6 +208,7 @@ def streamed(device: Any, model: TypedModel) -> tuple[CausalLM, LayerStream]:
         placement=Placement(num_layers=num_layers, resident=frozenset({1})),
         resident={1: layout.views(device.alloc(layer_bytes))},
         coded={},
+        base=lambda layer: {},
         ring=None,
         through_ring=lambda layer: False,
         ready=lambda layer: True,

@@ -4,7 +4,7 @@ The model is transformers' own code; only the memory behind its parameters is ou
 asks the source for that layer's weights and points the layer's parameters at them; a hook behind the last one ends its use.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +15,7 @@ from torch import nn
 from ..device import Device
 from ..streaming.stream import ResidentWeights, Weights
 from .architecture import Architecture
+from .base_model import parameter_forms
 from .kv_cache import KVCache
 from .pass_inputs import Part, PassInputs, pass_inputs
 from .rope import Rope
@@ -43,12 +44,18 @@ class _Pass:
         self.layers: Iterator[Weights] = iter(())
         self.before_layer: Callable[[], None] | None = None
 
-    def bind(self, parameters: dict[str, nn.Parameter]) -> None:
+    def bind(self, forms: tuple[Mapping[str, nn.Parameter], ...]) -> None:
+        """Point one of `forms` at the next layer's weights, the first of which there are all, and the rest of the others at
+        nothing."""
         if self.before_layer is not None:
             self.before_layer()
         weights = next(self.layers)
-        for name, parameter in parameters.items():
+        bound = next((form for form in forms if form.keys() <= weights.keys()), forms[0])
+        for name, parameter in bound.items():
             parameter.data = weights[name]
+        for form in forms:
+            if form is not bound:
+                _let_go(parameter for name, parameter in form.items() if name not in bound)
 
     def end(self) -> None:
         """The last layer has been used: what it lay in is free while the head computes."""
@@ -78,10 +85,9 @@ class CausalLM:
         self._row_rotary = rebuild_rotary(self._model, architecture.rope, device.torch_device)
         self._layers = list(self._model.get_submodule(architecture.prefix).children())
         self._forward = Forward(self._model, len(self._layers))
-        self._parameters = [dict(layer.named_parameters()) for layer in self._layers]
         self._hooks = [
-            layer.register_forward_pre_hook(lambda _module, _args, parameters=parameters: under_way.bind(parameters))
-            for layer, parameters in zip(self._layers, self._parameters, strict=True)
+            layer.register_forward_pre_hook(lambda _module, _args, forms=forms: under_way.bind(forms))
+            for layer, forms in zip(self._layers, map(parameter_forms, self._layers), strict=True)
         ]
         self._hooks.append(self._layers[-1].register_forward_hook(lambda _module, _args, _output: under_way.end()))
 
@@ -155,24 +161,34 @@ class CausalLM:
 
     def let_go(self) -> None:
         """Hold no layer's weights until the next pass, so that their memory may go."""
-        for parameters in self._parameters:
-            for parameter in parameters.values():
-                parameter.data = parameter.new_empty(0)
+        for layer in self._layers:
+            _let_go(layer.parameters())
+
+    def rebind(self, weights: WeightSource) -> None:
+        """Take the layers' weights from another source from the next pass on, and hold none of the old one's until then. What
+        was recorded of this model knows the old ones only."""
+        self._weights = weights
+        self.let_go()
 
     def close(self) -> None:
         """Hold no weights, keys or values any more; whoever still holds the model holds next to nothing, and may give it to
         another CausalLM."""
         for hook in self._hooks:
             hook.remove()
-        for parameter in self._model.parameters():
-            parameter.data = parameter.new_empty(0)
+        _let_go(self._model.parameters())
         self.cache.close()
         self._weights = ResidentWeights([])
 
 
+def _let_go(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        if parameter.numel():
+            parameter.data = parameter.new_empty(0)
+
+
 def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, outside: Weights) -> None:
     """Replace every meta parameter: those outside the layers by their tensors, the layers' by empty ones that a pass points
-    at its weights. A tied parameter stays one object."""
+    at its weights, whatever their dtype. A tied parameter stays one object."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():

@@ -13,7 +13,7 @@ from tree.shape import TreeShape
 from ..device import Device
 from ..errors import FitError
 from .buckets import CATCH_UP_ROWS, widest_pass
-from .causal_lm import CausalLM
+from .causal_lm import CausalLM, WeightSource
 from .fixed_pass import FixedPasses
 from .kv_cache import KVCache, Segment
 from .masks import TreeMasks
@@ -103,6 +103,11 @@ class ModelDrafter:
     def record_nothing(self) -> None:
         """Compute all passes as they come from here on, and give back the memory of recordings."""
         self._fixed = None
+
+    def rebind(self, weights: WeightSource) -> None:
+        """Draft with other weights from here on, as they come: recordings knew where the old ones lay. Between rounds."""
+        self.record_nothing()
+        self._model.rebind(weights)
 
     def close(self) -> None:
         """Give back the model's memory, and that of recordings."""
