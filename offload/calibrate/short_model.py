@@ -2,14 +2,17 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from tree.shape import TreeShape
 
+from ..coding.base_layout import base_parts, base_prefix
 from ..config import SamplingKind
 from ..device import Device, Ticket
-from ..model.architecture import shortened
+from ..model.architecture import Architecture, shortened
+from ..model.base_model import base_architecture
 from ..model.buckets import MAX_ROWS
 from ..model.causal_lm import CausalLM
 from ..model.drafter import PROMPT_CHUNK_TOKENS, ModelContext, ModelDrafter
@@ -17,8 +20,8 @@ from ..model.kv_cache import KVCache
 from ..model.masks import TreeMasks
 from ..model.pass_inputs import Part
 from ..planner.hardware import Role
-from ..typed_model import TypedModel
-from ..weights.layout import lay_out, views_of_each
+from ..typed_model import TypedModel, base_draft
+from ..weights.layout import LayerLayout
 from .draft_levels import growing_levels, num_levels, peaked_logits, tree_of_levels
 from .effort import Effort
 from .stopwatch import Work
@@ -27,6 +30,8 @@ from .stopwatch import Work
 FEW_LAYERS, MORE_LAYERS = 1, 3
 ROTATED_BYTES = 2**26
 NOISE_NUMBERS = 2**18
+BASE_SCALE = f"{base_prefix('weight')}scale"
+SCALE = 1e-4
 
 
 class _Repeated:
@@ -128,16 +133,16 @@ class _AlwaysTheSame:
 
 def short_models(device: Device, model: TypedModel, role: Role, effort: Effort) -> tuple[ShortModel, ShortModel]:
     """One of FEW_LAYERS and one of MORE_LAYERS, on the same noise, with room for all that `effort` has them do."""
-    architectures = {num_layers: shortened(model.architecture, num_layers) for num_layers in (FEW_LAYERS, MORE_LAYERS)}
-    layouts, outside = lay_out(architectures[MORE_LAYERS].layer_shapes, model.dtype), model.outside_layout
+    few, more = (shorter(model, num_layers) for num_layers in (FEW_LAYERS, MORE_LAYERS))
+    layouts, outside = [codec.computed for codec in more.codecs], model.outside_layout
     layer_bytes = max(layout.num_bytes for layout in layouts)
     num_buffers = max(1, min(model.architecture.num_layers, ROTATED_BYTES // layer_bytes))
-    buffers = [views_of_each(layouts, _noise(device, layer_bytes, model.dtype)) for _ in range(num_buffers)]
+    buffers = [_layers(device, layouts, model.dtype) for _ in range(num_buffers)]
     outside_views = outside.views(_noise(device, outside.num_bytes, model.dtype))
     new_rows = max(rows * (num_levels(rows) if role == "draft" else 1) for rows in effort.rows)
 
-    def short(num_layers: int) -> ShortModel:
-        architecture = architectures[num_layers]
+    def short(model: TypedModel) -> ShortModel:
+        architecture = _drafting(model) if model.drafts_from_base else model.architecture
         cache = KVCache(
             device,
             layer_shapes=architecture.kv_shapes,
@@ -146,10 +151,42 @@ def short_models(device: Device, model: TypedModel, role: Role, effort: Effort) 
             dtype=model.dtype,
             rope=architecture.rope,
         )
-        weights = _Repeated(device, buffers, num_layers)
+        weights = _Repeated(device, buffers, architecture.num_layers)
         return ShortModel(device, role, CausalLM(architecture, device, model.dtype, outside_views, weights, cache), weights)
 
-    return short(FEW_LAYERS), short(MORE_LAYERS)
+    return short(few), short(more)
+
+
+def shorter(model: TypedModel, num_layers: int) -> TypedModel:
+    """`model` with `num_layers` layers, as they compute, or as they draft where `model` is drafted from a base: then every
+    matrix has one."""
+    architecture = shortened(model.architecture, num_layers)
+    plain = replace(model, architecture=architecture, packed={}, bases={}, drafts_from_base=False)
+    if not model.drafts_from_base:
+        return plain
+    assert model.base is not None
+    bases = {
+        f"{architecture.prefix}.{layer}.{name}": base_parts(name, shape, model.base)
+        for layer, shapes in enumerate(architecture.layer_shapes)
+        for name, shape in shapes.items()
+        if len(shape) == 2
+    }
+    return base_draft(replace(plain, bases=bases))
+
+
+def _drafting(model: TypedModel) -> Architecture:
+    assert model.base is not None
+    return base_architecture(model.architecture, model.base, model.bases.keys(), kernels=model.kernels)
+
+
+def _layers(device: Device, layouts: Sequence[LayerLayout], dtype: torch.dtype) -> list[Mapping[str, torch.Tensor]]:
+    """Noise that takes the place of layers; those of one layout are one. Its bytes are codes as good as any, but no scales."""
+    made = {layout: layout.views(_noise(device, layout.num_bytes, dtype)) for layout in set(layouts)}
+    for views in made.values():
+        for name, view in views.items():
+            if name.endswith(BASE_SCALE):
+                view.fill_(SCALE)
+    return [made[layout] for layout in layouts]
 
 
 def _noise(device: Device, num_bytes: int, dtype: torch.dtype) -> torch.Tensor:
