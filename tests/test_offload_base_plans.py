@@ -3,12 +3,15 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from offload.errors import FitError
 from offload.planner.cost import ModelCost, base_draft
+from offload.planner.fallback import Fallbacks
 from offload.planner.plan import plan_run
 from offload.planner.prediction import Offer, expanded_per_level, predict_tree
-from offload.planner.refit import memory_of
+from offload.planner.refit import Seen, memory_of, refit
 from offload.planner.residency import layers_ledger, residency
 from offload.weights.placement import Placement
 from planning import (
@@ -183,3 +186,40 @@ def test_decoding_beside_a_base_reads_that_too() -> None:
     assert slower == pytest.approx(
         (layer.stored_bytes + layer.base_bytes + layer.computed_bytes) / (layer.stored_bytes + layer.computed_bytes)
     )
+
+
+@settings(max_examples=20)
+@given(st.floats(0.3, 1.0), st.floats(1.0, 4.0))
+def test_a_plan_with_raw_layers_beside_a_base_predicts_what_was_seen_of_it(compute: float, drafting: float) -> None:
+    """Raw layers serve the draft, too: the passes tell what they take, and the rest of drafting is the base's."""
+    self_draft = draft_option(base_draft(BESIDE_BASE), SURE)
+    workload = offer(BESIDE_BASE, limits=budgets(100)).workload
+    made = plan(replace(SETTINGS, resident_layers=20), CHAINS, device_gib=100, target=BESIDE_BASE, drafts=(self_draft,))
+    made = replace(made, placement=replace(made.placement, coded=frozenset()))
+    predicted = predict_tree(workload, memory_of(made), made.tree, self_draft)
+    seen = Seen(
+        num_rounds=10**9,
+        tokens=predicted.expected_tokens,
+        round_s=predicted.round_s,
+        compute_s=compute * predicted.compute_s,
+        draft_s=drafting * predicted.draft_s,
+        after_s=predicted.after_s,
+        copied_s=made.bytes_per_pass / 25e9,
+    )
+    refitted = refit(seen, made, workload, self_draft, seen.tokens)
+    again = predict_tree(refitted[0], memory_of(made), made.tree, refitted[1])
+    assert again.compute_s == pytest.approx(seen.compute_s) and again.draft_s == pytest.approx(seen.draft_s)
+
+
+def test_a_resident_layer_that_leaves_a_full_device_gets_its_base_back() -> None:
+    self_draft = draft_option(base_draft(BESIDE_BASE), SURE)
+    limits = budgets(100)
+    workload = offer(BESIDE_BASE, limits=limits).workload
+    made = plan(replace(SETTINGS, resident_layers=20), CHAINS, device_gib=100, target=BESIDE_BASE, drafts=(self_draft,))
+    made = replace(made, placement=replace(made.placement, coded=frozenset()))
+    fallbacks = Fallbacks(settings=SETTINGS, workload=workload, draft=self_draft, budgets=limits)
+    smaller = fallbacks.fewer_resident(made)
+    assert smaller is not None and len(smaller.placement.resident) == 19
+    assert smaller.device_ledger["base of 61 layers"] == 61 * BESIDE_BASE.common_layer.base_bytes
+    raw = BESIDE_BASE.common_layer.computed_bytes
+    assert smaller.device_ledger["19 resident layers"] == 19 * raw and smaller.device_ledger["draft model"] == 0

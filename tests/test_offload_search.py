@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from offload.errors import FitError
+from offload.planner import search
 from offload.planner.advice import compare_drafts
 from offload.planner.cost import ModelCost
 from offload.planner.hardware import ModelTimes, TaskTimes
@@ -16,7 +17,7 @@ from offload.planner.memory import MemoryPlan, plan_memory
 from offload.planner.plan import make_workload
 from offload.planner.prediction import DraftOption, Offer, Workload, expanded_per_level, predict
 from offload.planner.residency import MAX_AUTO_SLOTS, MIN_SLOTS
-from offload.planner.search import best_choice
+from offload.planner.search import MAX_LEVELS, best_choice
 from offload.planner.timeline import PartTimes, steady_round
 from offload.weights.placement import Placement, spread_evenly
 from planning import GIB, L40, LLAMA_2_7B, LLAMA_2_70B, SETTINGS, budgets, constant_times, draft_option, equal_layers, plan
@@ -142,6 +143,22 @@ def test_the_choice_is_the_best_of_all(device_gib: float, link: float, weights: 
     choice = best_choice(workload, [None, draft], (MIN_SLOTS, MAX_AUTO_SLOTS), max_nodes=16, max_levels=6)
     assert choice is not None
     assert choice.s_per_token == pytest.approx(brute_force(workload, [draft], 16, 6), rel=1e-9)
+
+
+@pytest.mark.parametrize(("first", "overhead_s"), [(0.6, 1e-3), (0.9, 1e-4), (0.95, 1e-4), (0.97, 1e-3), (0.99, 1e-4)])
+def test_trees_of_dozens_of_levels_are_found_without_trying_all(
+    monkeypatch: pytest.MonkeyPatch, first: float, overhead_s: float
+) -> None:
+    """As if all numbers of levels up to the bound had been tried, to a thousandth."""
+    hardware = replace(L40, layer_overhead_s=overhead_s)
+    draft = draft_option(acceptance=Acceptance(((first, (1 - first) * 0.4, (1 - first) * 0.2),)), hardware=hardware)
+    workload = make_workload(SETTINGS, LLAMA_2_70B, hardware, budgets(60), max_positions=4096)
+    found = best_choice(workload, [draft], (2,))
+    monkeypatch.setattr(search, "LEVELS", tuple(range(1, MAX_LEVELS + 1)))
+    best = best_choice(workload, [draft], (2,))
+    assert found is not None and best is not None
+    assert best.s_per_token <= found.s_per_token <= best.s_per_token * 1.001
+    assert best.num_levels > 32 or first < 0.97
 
 
 def test_a_bound_on_the_width_is_taken_when_wide_levels_are_slow() -> None:

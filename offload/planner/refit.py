@@ -75,7 +75,10 @@ def refit(
         workload = replace(workload, link_bytes_per_s=plan.bytes_per_pass / seen.copied_s)
     if draft is None or plan.tree.num_nodes == 1:
         return workload, draft
-    slower = _ratio(seen.draft_s, expected.draft_s)
+    # Layers of the target that serve its draft take as long as has been seen of them already.
+    served_s = predict_tree(workload, memory_of(plan), plan.tree, _of_no_time(draft)).draft_s
+    own_s = predict_tree(workload, memory_of(plan), plan.tree, draft).draft_s - served_s
+    slower = _ratio(max(seen.draft_s - served_s, 0.0), own_s)
     times = replace(
         draft.times,
         layer_s=tuple(slower * seconds for seconds in draft.times.layer_s),
@@ -83,6 +86,11 @@ def refit(
         wake_s=slower * draft.times.wake_s,
     )
     return workload, replace(draft, times=times, acceptance=scaled_acceptance(draft.acceptance, plan.tree, tokens))
+
+
+def _of_no_time(draft: DraftOption) -> DraftOption:
+    nothing = (0.0,) * len(draft.times.rows)
+    return replace(draft, times=replace(draft.times, layer_s=nothing, rest_s=nothing, wake_s=0.0))
 
 
 def believed_tokens(settings: EngineSettings, seen: Seen, plan: Plan) -> float:

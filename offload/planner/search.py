@@ -25,11 +25,13 @@ from .prediction import DraftOption, Workload, predict, rounds
 
 Ints = npt.NDArray[np.int64]
 
-MAX_NODES, MAX_LEVELS = 4096, 32
+MAX_NODES, MAX_LEVELS = 4096, 64
 # All sizes up to 16, then four per doubling, as tokens per pass grow with the logarithm of the nodes; at the end as many as
 # BETWEEN around the best.
 NODES = (*range(1, 17), *(round(2 ** (quarter / 4)) for quarter in range(17, 49)))
 BETWEEN = 32
+# Levels are tried as sizes are: tokens grow ever less with them. Those between are tried around the best.
+LEVELS = (*range(1, 17), *range(18, 33, 2), *range(36, MAX_LEVELS + 1, 4))
 WIDTHS = (4, 8, 16, 32, 64, 128, 256)  # tried as bounds on a level's nodes, where a wider level takes a draft longer
 
 
@@ -117,14 +119,18 @@ class _Search:
         self._workload, self._draft, self._trees, self._num_slots, self._coded = workload, draft, trees, num_slots, coded
 
     def run(self, grid: Sequence[int]) -> Choice | None:
-        """The best choice, None where nothing fits. First over all sizes and numbers of levels, then with bounds on
-        the width of levels, then over the sizes between those of the grid."""
+        """The best choice, None where nothing fits. First over the sizes and the numbers of levels of the grids, then over the
+        numbers between and with bounds on the width of levels, then over the sizes between."""
         plans = self._fitting(grid)
         if not plans or (self._coded and not any(memory.placement.coded for memory in plans.values())):
             return None  # nothing fits, or nothing is otherwise than where layers are decoded for good
-        best = self._best(plans, [(num_levels, None) for num_levels in range(1, self._trees.max_levels + 1)])
+        levels = [num_levels for num_levels in LEVELS if num_levels <= self._trees.max_levels]
+        best = self._best(plans, [(num_levels, None) for num_levels in levels])
         draft = self._draft.beside(self._workload, best.memory.placement)
-        bounds = [(best.num_levels, width) for width in (None, *self._widths(draft, max(plans)))]
+        fewest = max((num_levels for num_levels in levels if num_levels < best.num_levels), default=0)
+        most = min((num_levels for num_levels in levels if num_levels > best.num_levels), default=self._trees.max_levels + 1)
+        bounds: list[tuple[int, int | None]] = [(num_levels, None) for num_levels in range(fewest + 1, most)]
+        bounds += [(best.num_levels, width) for width in self._widths(draft, max(plans))]
         best = self._best(plans, bounds)
         first = max((size for size in plans if size < best.num_nodes), default=best.num_nodes)
         last = min((size for size in grid if size > best.num_nodes), default=best.num_nodes)
