@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..config import parse_rate, parse_size
 from ..errors import FitError, UsageError
 from .flags_to_settings import check_writable
-from .plan_notes import noted
+from .plan_notes import noted, other_flags
 from .plan_question import MACHINE, MODEL, Question, read_question
 from .plan_screen import json_document, refusal_document, screen, sweep_lines, verdict_lines
 from .terminal import say
@@ -45,7 +45,12 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     from ..planner.advice import wins
 
-    found = wins(made, question.budgets, lambda budgets: replace(question, budgets=budgets).answer(made.tree))
+    found = wins(
+        made,
+        question.budgets,
+        lambda budgets: replace(question, budgets=budgets).answer(made.tree),
+        other_flags(made, question),
+    )
     print(screen(made, question, found))
     return 0
 

@@ -1,13 +1,15 @@
 """What `plan` says beside a plan: what it rests on that nobody measured, and what would make it quicker."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..config import seconds_text
 from ..errors import FitError
 from ..planner.tree_flag import assumed_acceptance
+from ..planner.what_if import BITS_16
 from .plan_question import Question
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from ..planner.stored import Stored
 
 LEAST_WIN = 0.02  # of a pass; less is not worth a line
+USUAL_TREE = 256, 40  # nodes and levels of a tree that is good with a base, if not the best: to search takes long
 
 
 def noted(made: "Plan", question: Question) -> "Plan":
@@ -47,6 +50,26 @@ def _estimates(target: "ModelShape", stored: "Stored", dtype_bytes: int) -> Iter
             "its float16 weights are taken to be numbers that were bfloat16 before, as those of Llama 2 were: of others, three "
             "more bits of each would travel"
         )
+
+
+def other_flags(made: "Plan", question: Question) -> dict[str, Callable[[], "Plan"]]:
+    """Plans with flags that nobody gave, where they may be worth it: a shorter context where the tree had to make room for it,
+    as there is nothing else that could; and a base."""
+    from tree.spec import OptimalTree
+
+    from ..planner.offered import offered_targets
+
+    settings, found = question.settings, dict[str, Callable[[], "Plan"]]()
+    if made.draft is not None and settings.max_context is None and settings.tree == "auto" and not made.placement.resident:
+        shorter = replace(settings, max_context=made.text_tokens // 2)
+        found[f"--max-context {shorter.max_context}"] = partial(replace(question, settings=shorter).answer, None)
+    target = question.targets[0]
+    is_16_bit = target.dtype in BITS_16 and (target.stored is None or bool(target.stored.codec))
+    if settings.self_kind is None and settings.codec == "auto" and is_16_bit and made.placement.streamed:
+        drafted = replace(settings, draft_models=("self",), acceptances=())
+        other = replace(question, settings=drafted, targets=offered_targets(drafted, target)[-1:], drafts=())
+        found["--draft-model self, accepted as is published of others"] = partial(other.answer, OptimalTree(*USUAL_TREE))
+    return found
 
 
 def _pass_of_less(made: "Plan", question: Question) -> float:

@@ -1,7 +1,8 @@
 """Pure: what would make a plan quicker, and what each draft brings. Every figure is a plan of its own, made the same way."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ..errors import FitError
 from .cost import GIB
@@ -41,12 +42,14 @@ class DraftVerdict:
         return self.expected_tokens / ((self.num_levels - 1) * self.level_s + self.target_s)
 
 
-def wins(made: Plan, budgets: Budgets, again: Callable[[Budgets], Plan]) -> list[Win]:
-    """The biggest first. `again` makes the same plan, with the same tree, within other budgets."""
+def wins(made: Plan, budgets: Budgets, again: Callable[[Budgets], Plan], others: Mapping[str, Callable[[], Plan]]) -> list[Win]:
+    """The biggest first. `again` makes the same plan, with the same tree, within other budgets; `others` are plans with
+    something else changed, by what that is."""
+    plans = {change: partial(again, other) for change, other in _changes(made, budgets)}
     found = []
-    for change, other in _changes(made, budgets):
+    for change, planned in (plans | dict(others)).items():
         try:
-            s_per_token = again(other).prediction.s_per_token
+            s_per_token = planned().prediction.s_per_token
         except FitError:
             continue
         if s_per_token < made.prediction.s_per_token * (1 - LEAST_WIN):
