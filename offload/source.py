@@ -17,7 +17,8 @@ from .scale.preset import is_scale_model
 from .text.tokenizer import Tokenizer, open_tokenizer
 from .typed_model import TypedModel, resolve_dtype
 from .weights.checkpoint import Checkpoint
-from .weights.encoding_source import lossless_source
+from .weights.encoding import LOSSLESS
+from .weights.encoding_source import encoding_source
 from .weights.packed import stored_shapes
 from .weights.packed_source import Codecs, DecodedSource, check_scales
 from .weights.source import CheckpointSource, TensorSource
@@ -163,7 +164,7 @@ def _coded(source: _Source, progress: Progress | None) -> _Source:
         if progress is not None:
             progress(read_bytes, total_bytes)
 
-    coded_tensors = lossless_source(tensors, parameters, copies, count)
+    coded_tensors = encoding_source(tensors, parameters, copies, LOSSLESS, count)
     if not coded_tensors.codecs:
         logger.warning("--codec lossless: there is nothing to gain by a code for %s", dtype_text(source.stored))
         return source

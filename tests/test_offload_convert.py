@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -21,25 +22,36 @@ from allocations import working_bytes
 from coding import same_bits
 from command_line import CHANGED, DOES_NOT_FIT, INVALID, assert_error, assert_usage_error, run_command
 from offload.cli.convert import conversion_of
+from offload.coding.base_kinds import BASE_KINDS, BaseKind
+from offload.coding.lossless_layout import num_bytes_of
 from offload.model.files import open_model
 from offload.weights.conversion import Converted, convert
 from offload.weights.conversion_state import STATE_NAME
+from offload.weights.encoding import LOSSLESS, Scheme
 from offload.weights.packed_source import DecodedSource
 from offload.weights.safetensors_writer import SafetensorsWriter
 from offload.weights.source import CheckpointSource
 
 ROOT = Path(__file__).parents[1]
 DEMO = Path(offload.demo.__file__).parent / "target"
-MARK = {
-    "quantization_config": {"quant_method": "treestream_lossless", "version": 1},
-    "transformers_weights": "treestream_lossless.safetensors",
+SCHEMES = {"lossless": LOSSLESS, "residual": Scheme("residual", BASE_KINDS["int4"])}
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+MARKS: dict[str, dict[str, Any]] = {
+    "lossless": {
+        "quantization_config": {"quant_method": "treestream_lossless", "version": 1},
+        "transformers_weights": "treestream_lossless.safetensors",
+    },
+    "residual": {
+        "quantization_config": {"quant_method": "treestream_residual", "version": 1, "bits": 4, "group_size": 64},
+        "transformers_weights": "treestream_residual.safetensors",
+    },
 }
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Converted]:
+@pytest.fixture(scope="module", params=SCHEMES)
+def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Converted]:
     output = tmp_path_factory.mktemp("converted") / "deeper" / "model"
-    return output, convert(conversion_of(str(DEMO), str(output)))
+    return output, convert(conversion_of(str(DEMO), str(output), SCHEMES[request.param]))
 
 
 @pytest.fixture
@@ -58,10 +70,10 @@ def rewrite(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Pat
     return folder
 
 
-def assert_is_the_model(output: Path, model: Path) -> None:
+def assert_is_the_model(output: Path, model: Path, most: float = 0.8) -> None:
     files = open_model(str(output), "--model")
     expected = raw_tensors(model)
-    assert files.codecs and files.checkpoint.num_bytes < 0.8 * sum(2 * tensor.numel() for tensor in expected.values())
+    assert files.codecs and files.checkpoint.num_bytes < most * sum(2 * tensor.numel() for tensor in expected.values())
     found = {name: torch.empty(shape, dtype=files.dtype) for name, shape in files.architecture.expected_tensors.items()}
     with DecodedSource(stored=CheckpointSource(files.checkpoint), codecs=files.codecs).open() as feed:
         feed.fill(found)
@@ -75,8 +87,9 @@ def test_a_converted_folder_has_the_weights_of_the_model(converted: tuple[Path, 
     assert summary.stored_bytes == open_model(str(output), "--model").checkpoint.num_bytes
 
 
-def test_float16_that_was_bfloat16_is_converted_as_float16(demo: Path, tmp_path: Path) -> None:
-    convert(conversion_of(str(rewrite(demo, lambda tensor: tensor.half())), str(tmp_path / "new")))
+@every_scheme
+def test_float16_that_was_bfloat16_is_converted_as_float16(demo: Path, tmp_path: Path, scheme: Scheme) -> None:
+    convert(conversion_of(str(rewrite(demo, lambda tensor: tensor.half())), str(tmp_path / "new"), scheme))
     assert open_model(str(tmp_path / "new"), "--model").dtype == torch.float16
     assert_is_the_model(tmp_path / "new", demo)
 
@@ -88,17 +101,31 @@ def test_files_are_those_that_safetensors_reads(converted: tuple[Path, Converted
             assert names and all(file.get_slice(name).get_shape() is not None for name in names)
 
 
-def test_everything_else_comes_along(converted: tuple[Path, Converted], demo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", BASE_KINDS.values(), ids=BASE_KINDS)
+def test_a_base_of_every_kind_is_what_the_folder_says(kind: BaseKind, tmp_path: Path) -> None:
+    summary = convert(conversion_of(str(DEMO), str(tmp_path / "new"), Scheme("residual", kind)))
+    assert_is_the_model(tmp_path / "new", DEMO)
+    files = open_model(str(tmp_path / "new"), "--model")
+    assert files.base == kind and files.is_lossless and files.bases.keys() == files.codecs.keys()
+    assert summary.base_bytes == sum(num_bytes_of(parts) for parts in files.bases.values())
+    assert summary.code_bytes == sum(num_bytes_of(codec.parts) for codec in files.codecs.values())
+    assert summary.stored_bytes == summary.raw_bytes - summary.coded_raw_bytes + summary.code_bytes + summary.base_bytes
+    most = {"int8": 0.26, "int4": 0.48, "int3": 0.54}[kind.name]  # of 16 bits
+    assert 0 < summary.code_bytes < most * summary.coded_raw_bytes
+
+
+@every_scheme
+def test_everything_else_comes_along(scheme: Scheme, demo: Path, tmp_path: Path) -> None:
     for name in ("LICENSE", "LICENSE.txt", "chat_template.jinja", "merges.txt", "README.md"):
         (demo / name).write_text(name)
     (demo / "modeling_model.py").write_text("print()")
-    convert(conversion_of(str(demo), str(tmp_path / "new")))
+    convert(conversion_of(str(demo), str(tmp_path / "new"), scheme))
     old, new = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (demo, tmp_path / "new"))
     weights = {name for name in old if name.endswith(".safetensors")}
     changed = {"config.json", "model.safetensors.index.json", *weights}
     assert new.keys() == old.keys() - {"modeling_model.py"} | {"treestream.manifest.json"}
     assert all(new[name] == old[name] for name in old.keys() - changed - {"modeling_model.py"})
-    assert json.loads(new["config.json"]) == {**json.loads(old["config.json"]), **MARK}
+    assert json.loads(new["config.json"]) == {**json.loads(old["config.json"]), **MARKS[scheme.travel]}
 
 
 def test_a_model_in_one_file_stays_in_one(demo: Path, tmp_path: Path) -> None:
@@ -114,7 +141,7 @@ def test_a_model_in_one_file_stays_in_one(demo: Path, tmp_path: Path) -> None:
 def test_transformers_refuses_a_converted_folder_rather_than_read_it_wrongly(converted: tuple[Path, Converted]) -> None:
     from transformers import AutoModelForCausalLM
 
-    with pytest.raises(OSError, match="treestream_lossless"):
+    with pytest.raises(OSError, match=r"treestream_(lossless|residual)\.safetensors"):
         AutoModelForCausalLM.from_pretrained(converted[0])
 
 
@@ -132,20 +159,50 @@ def test_verify_finds_damage_in_a_converted_folder(
     assert_error(run_command(capsys, "verify", "--model", copy, "--full"), CHANGED, damaged.name)
 
 
-def test_conversion_says_what_it_did(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    finished = run_command(capsys, "convert", "--model", demo, "--output", tmp_path / "new", "--json", "--quiet")
+@pytest.mark.parametrize(
+    ("codec", "base", "says"),
+    [("lossless", None, "42 of 56 tensors coded, every bit"), ("residual", "int4", "tensors coded: a base of ")],
+)
+def test_conversion_says_what_it_did(
+    codec: str, base: str | None, says: str, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--model", demo, "--codec", codec)
+    finished = run_command(capsys, "convert", *flags, "--output", tmp_path / "new", "--json", "--quiet")
     assert (finished.code, finished.stderr) == (0, "")
     document = json.loads(finished.stdout)
-    assert (document["schema_version"], document["codec"], document["num_coded"]) == (1, "lossless", 42)
+    assert (document["schema_version"], document["codec"], document["base"], document["num_coded"]) == (1, codec, base, 42)
     assert 0 < document["stored_bytes"] < 0.8 * document["raw_bytes"]
-    finished = run_command(capsys, "convert", "--model", demo, "--output", tmp_path / "other")
-    assert finished.code == 0 and "42 of 56 tensors coded, every bit compared" in finished.stdout
+    finished = run_command(capsys, "convert", *flags, "--output", tmp_path / "other")
+    assert finished.code == 0 and says in finished.stdout
+
+
+def test_a_base_is_chosen_for_residual_coding_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("convert", "--model", DEMO, "--output", tmp_path / "new", "--json", "--quiet")
+    assert_usage_error(run_command(capsys, *flags, "--base", "int8"), "--base int8", "--codec residual")
+    assert_usage_error(run_command(capsys, *flags, "--codec", "residual", "--base", "int5"), "--base", "int5")
+    finished = run_command(capsys, *flags, "--codec", "residual", "--base", "int8")
+    document = json.loads(finished.stdout)
+    coded_bytes = document["coded_raw_bytes"]
+    assert document["base"] == "int8" and document["code_bytes"] < coded_bytes / 4 < coded_bytes / 2 < document["base_bytes"]
+
+
+def test_a_conversion_goes_on_as_it_was_begun_and_not_with_another_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted(tmp_path / "new", after_files=1, scheme=SCHEMES["residual"])
+    flags = ("convert", "--model", DEMO, "--output", tmp_path / "new")
+    for other in ((), ("--codec", "residual", "--base", "int3")):
+        assert_usage_error(run_command(capsys, *flags, *other), "another model", "or in another way", "delete this one")
+    finished = run_command(capsys, *flags, "--codec", "residual")
+    assert finished.code == 0 and "1 of them kept" in finished.stdout
+    assert_is_the_model(tmp_path / "new", DEMO)
 
 
 @pytest.mark.slow
-def test_killed_at_any_point_it_goes_on_and_is_a_model_only_when_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", SCHEMES)
+def test_killed_at_any_point_it_goes_on_and_is_a_model_only_when_whole(codec: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/converting.py"), "11", str(DEMO), str(tmp_path / "new")],
+        [sys.executable, str(ROOT / "tests/converting.py"), "11", str(DEMO), str(tmp_path / "new"), codec],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -161,7 +218,7 @@ def test_killed_at_any_point_it_goes_on_and_is_a_model_only_when_whole(tmp_path:
     assert_is_the_model(tmp_path / "new", DEMO)
 
 
-def interrupted(output: Path, *, after_files: int) -> None:
+def interrupted(output: Path, *, after_files: int, scheme: Scheme = LOSSLESS) -> None:
     """A conversion of the demo that ends after some files, as by Ctrl-C."""
     total = sum(path.stat().st_size for path in sorted(DEMO.glob("*.safetensors"))[:after_files])
     done = 0
@@ -173,7 +230,7 @@ def interrupted(output: Path, *, after_files: int) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(conversion_of(str(DEMO), str(output)), progress)
+        convert(conversion_of(str(DEMO), str(output), scheme), progress)
 
 
 def test_an_interruption_leaves_finished_files_and_nothing_half(tmp_path: Path) -> None:
@@ -256,26 +313,55 @@ def test_two_conversions_do_not_write_to_one_folder(tmp_path: Path) -> None:
     assert_is_the_model(tmp_path / "new", DEMO)
 
 
+@pytest.mark.parametrize("codec", SCHEMES)
 def test_packed_models_gain_nothing(
-    converted: tuple[Path, Converted], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    codec: str, converted: tuple[Path, Converted], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finished = run_command(capsys, "convert", "--model", converted[0], "--output", tmp_path / "new")
+    finished = run_command(capsys, "convert", "--model", converted[0], "--codec", codec, "--output", tmp_path / "new")
     assert_error(finished, INVALID, "nothing to gain", "coded already")
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("change", [lambda tensor: tensor.float(), lambda tensor: (tensor.float() * 0.7777).half()])
+def to_float(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float()
+
+
+def to_all_of_float16(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.float() * 0.7777).half()
+
+
+def to_random_bits(tensor: torch.Tensor) -> torch.Tensor:
+    bits = torch.randint(-(2**15), 2**15, tensor.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int16)
+    return bits.view(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("codec", "change"),
+    [
+        ("lossless", to_float),
+        ("lossless", to_all_of_float16),
+        ("lossless", to_random_bits),
+        ("residual", to_float),
+        ("residual", to_random_bits),
+    ],
+)
 def test_weights_that_no_code_shortens_are_refused(
-    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[torch.Tensor], torch.Tensor]
+    codec: str,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    demo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    finished = run_command(capsys, "convert", "--model", rewrite(demo, change), "--output", tmp_path / "new")
+    flags = ("--model", rewrite(demo, change), "--codec", codec)
+    finished = run_command(capsys, "convert", *flags, "--output", tmp_path / "new")
     assert_error(finished, INVALID, "nothing to gain", "float")
     assert not (tmp_path / "new").exists()
 
 
-def test_a_later_codec_is_named_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    finished = run_command(capsys, "convert", "--model", DEMO, "--codec", "residual", "--output", tmp_path / "new")
-    assert_usage_error(finished, "residual", "lossless")
+def test_all_of_float16_has_a_base_that_knows_something_of_it(demo: Path, tmp_path: Path) -> None:
+    summary = convert(conversion_of(str(rewrite(demo, to_all_of_float16)), str(tmp_path / "new"), SCHEMES["residual"]))
+    assert_is_the_model(tmp_path / "new", demo, most=1.0)
+    assert summary.code_bytes < 0.7 * summary.coded_raw_bytes
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
@@ -286,6 +372,28 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     finished = run_command(capsys, "convert", "--model", DEMO, "--output", tmp_path / "new")
     assert_error(finished, DOES_NOT_FIT, "of disk", "0.95 MiB are free")
     assert not list((tmp_path / "new").glob("*.safetensors*"))
+
+
+def test_a_disk_that_is_full_when_a_file_is_flushed_leaves_nothing_half(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is noticed while the file after it is written, or after the last."""
+    for number in (2, 4):
+        fsync, calls = os.fsync, iter(range(100))
+
+        def full(descriptor: int, number: int = number, calls: Any = calls, fsync: Any = fsync) -> None:
+            if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".safetensors.part") and next(calls) == number - 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(descriptor)
+
+        output = tmp_path / f"new-{number}"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            finished = run_command(capsys, "convert", "--model", DEMO, "--output", output)
+        assert_error(finished, DOES_NOT_FIT, "disk is full", "run the same command again")
+        assert len(list(output.glob("*.safetensors"))) == number - 1 and not list(output.glob("*.part"))
+        assert not (output / "config.json").exists()
+        assert convert(conversion_of(str(DEMO), str(output))).num_kept == number - 1
 
 
 def test_a_disk_that_fills_up_is_said_and_what_is_finished_stays(
@@ -306,13 +414,19 @@ def test_a_disk_that_fills_up_is_said_and_what_is_finished_stays(
     assert convert(conversion_of(str(DEMO), str(tmp_path / "new"))).num_kept > 0
 
 
-def test_memory_is_for_one_matrix_and_its_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What torch gives out beyond the matrix and its code are chunks of the encoder."""
-    largest = max(2 * tensor.numel() for tensor in raw_tensors(DEMO).values())
-    converting = conversion_of(str(DEMO), str(tmp_path / "new"))
-    assert working_bytes(lambda: convert(converting)) <= 2 * largest
+@every_scheme
+def test_memory_is_for_two_matrices_and_two_codes(scheme: Scheme, tmp_path: Path) -> None:
+    """What torch gives out: one of each is read or written while the other is coded."""
+    architecture = open_model(str(DEMO), "--model").architecture
+    largest, matrix = (
+        max(2 * math.prod(shape) for shape in shapes.values())
+        for shapes in (architecture.expected_tensors, architecture.layer_shapes[0])
+    )
+    converting = conversion_of(str(DEMO), str(tmp_path / "new"), scheme)
+    assert working_bytes(lambda: convert(converting)) <= 2 * largest + 2 * matrix
 
 
+@pytest.mark.parametrize("converted", ["lossless"], indirect=True)
 @pytest.mark.parametrize("tree", ["none", "3x4:kary"])
 def test_texts_are_those_of_the_model_whichever_way_its_weights_travel(
     converted: tuple[Path, Converted], tree: str, capsys: pytest.CaptureFixture[str]

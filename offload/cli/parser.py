@@ -3,6 +3,7 @@
 import argparse
 from typing import NoReturn
 
+from ..coding.base_kinds import BASE_KINDS, DEFAULT_BASE
 from ..config import CODECS, DECODE_KERNELS, DRAFT_PASSES, DTYPES, SMALL_UPLOADS, VERIFIERS
 from ..errors import UsageError
 from .flag_types import flops, percent, positive, probability, rate, seconds, temperature, top_k, whole
@@ -64,9 +65,9 @@ def build_parser() -> Parser:
     add_bench_flags(bench)
     convert = commands.add_parser("convert", help="code a model's 16-bit weights, without loss", allow_abbrev=False)
     convert.add_argument("--model", required=True, metavar="PATH", help="folder or hub id")
-    convert.add_argument(
-        "--codec", default="lossless", choices=("lossless", "residual"), help="lossless: seven tenths of the bytes (default)"
-    )
+    convert_help = "lossless: seven tenths of the bytes (default); residual: a base, and what it lacks in half of the bytes"
+    convert.add_argument("--codec", default="lossless", choices=("lossless", "residual"), help=convert_help)
+    convert.add_argument("--base", choices=tuple(BASE_KINDS), help=f"with --codec residual; default {DEFAULT_BASE}")
     convert.add_argument(
         "--output", required=True, metavar="DIR", help="a new folder, or one in which this was interrupted: it goes on"
     )

@@ -77,4 +77,5 @@ def encode_rows(numbers: Numbers, rows: slice, kind: BaseKind, fit: Fit, into: B
     """Fills these rows of `into`."""
     codes = codes_of(numbers.of_rows(rows), rows.start * numbers.num_columns, numbers.num_columns, kind, fit)
     pack_rows(codes, numbers.num_columns, kind.bits, into.codes[rows].numpy())
-    into.scale[rows], into.zero[rows] = fit.scale[rows], fit.zero[rows]
+    # numpy writes to whatever memory the caller has, in whichever thread: of tensors of inference torch does not let it
+    bits_of(into.scale)[rows], into.zero.numpy()[rows] = bits_of(fit.scale)[rows], fit.zero.numpy()[rows]

@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from ..errors import ModelError
-from .config_fields import LOSSLESS_METHOD, quant_method, said
+from .config_fields import LOSSLESS_METHOD, RESIDUAL_METHOD, quant_method, said
 from .lossless_packing import read_lossless
 from .packing_bitsandbytes import read_bitsandbytes
 from .packing_compressed_tensors import read_compressed_tensors
 from .packing_fp4 import read_modelopt, read_mxfp4
 from .packing_fp8 import read_fp8
 from .packing_gptq import read_awq, read_gptq
+from .residual_packing import read_residual
 from .tensor_codec import Packing
 
 # By `quant_method`: reads the rest of the object. ValueError says what is wrong with it.
@@ -28,7 +29,9 @@ READERS: Final[dict[str, Callable[[Mapping[str, object]], Packing]]] = {
     "modelopt": read_modelopt,
     "mxfp4": read_mxfp4,
     LOSSLESS_METHOD: read_lossless,
+    RESIDUAL_METHOD: read_residual,
 }
+OURS: Final = {LOSSLESS_METHOD, RESIDUAL_METHOD}  # what nobody is told to look for
 
 
 def read_packing(quantization: Mapping[str, object], where: str) -> Packing:
@@ -41,7 +44,7 @@ def read_packing(quantization: Mapping[str, object], where: str) -> Packing:
         raise ModelError(
             f"its weights are quantised by {said(method)}, which we do not read",
             where=where,
-            cure=f"take the model in 16 bit, or quantised by one of {', '.join(sorted(READERS.keys() - {LOSSLESS_METHOD}))}",
+            cure=f"take the model in 16 bit, or quantised by one of {', '.join(sorted(READERS.keys() - OURS))}",
         )
     try:
         return reader(quantization)

@@ -95,8 +95,8 @@ class ResidualEncoder:
         """Fills all of `base` and of `remainder`, whose shapes `survey` decided. ValueError, which says what is wrong with the
         tensor, when it is not the one that was surveyed or when the code does not give it back."""
         self.encode_base(tensor, survey.fit, base)
-        remainder.widths.copy_(torch.tensor(survey.widths))
-        remainder.words[-1:].fill_(0)
+        remainder.widths.numpy()[:] = survey.widths
+        remainder.words.numpy()[-1] = 0
         numbers = Numbers(tensor)
         arrays = Arrays(remainder, base, self._kind, numbers.num_columns)
         starts = zip(_starts(survey.words), _starts(survey.exceptions), strict=True)

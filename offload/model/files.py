@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 
-from ..coding.config_fields import LOSSLESS_METHOD
+from ..coding.base_kinds import BaseKind
+from ..coding.config_fields import LOSSLESS_METHOD, RESIDUAL_METHOD
 from ..coding.packings import read_packing
-from ..coding.tensor_codec import Packing
+from ..coding.residual_packing import ResidualPacking
+from ..coding.tensor_codec import Packing, Part
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.packed_source import Codecs
 from .architecture import Architecture, match_weights, read_architecture, read_architecture_of
@@ -18,18 +20,25 @@ from .locate import is_gguf, locate_model
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFiles:
     """Checked against each other; no weight was read. `weights` is what people call how they are stored: "float16", "FP8".
-    `codecs` are those of the parameters that are not stored as they compute. `path` is a folder or a GGUF file."""
+    `codecs` are those of the parameters that are not stored as they compute. `path` is a folder or a GGUF file. `base` is the
+    kind of the low-bit copy that the files have of the layers, if any."""
 
     path: Path
     architecture: Architecture
     checkpoint: Checkpoint
     weights: str
     codecs: Codecs
+    base: BaseKind | None = None
 
     @property
     def is_lossless(self) -> bool:
-        """Whether what is stored are the 16-bit weights, coded."""
-        return self.architecture.quantization.get("quant_method") == LOSSLESS_METHOD
+        """Whether what is stored are the 16-bit weights, coded; alone or beside a base."""
+        return self.architecture.quantization.get("quant_method") in (LOSSLESS_METHOD, RESIDUAL_METHOD)
+
+    @property
+    def bases(self) -> dict[str, tuple[Part, ...]]:
+        """Of the parameters that have a low-bit copy in the files, its parts."""
+        return {name: codec.kept for name, codec in self.codecs.items() if codec.kept}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,7 +73,14 @@ def _matched(path: Path, architecture: Architecture, checkpoint: Checkpoint, pac
     architecture, checkpoint, codecs = match_weights(architecture, checkpoint, packing)
     first = checkpoint.tensors.get(first_parameter(architecture))
     weights = packing.name if packing is not None else dtype_text(first.dtype if first is not None else torch.float32)
-    return ModelFiles(path=path, architecture=architecture, checkpoint=checkpoint, weights=weights, codecs=codecs)
+    return ModelFiles(
+        path=path,
+        architecture=architecture,
+        checkpoint=checkpoint,
+        weights=weights,
+        codecs=codecs,
+        base=packing.kind if isinstance(packing, ResidualPacking) else None,
+    )
 
 
 def first_parameter(architecture: Architecture) -> str:

@@ -1,5 +1,5 @@
-"""A checkpoint folder into another one, whose matrices are coded without loss: file by file and tensor by tensor, in memory for
-two matrices and a code. Whenever it is interrupted, files that were finished are kept.
+"""A checkpoint folder into another one, whose matrices are coded without loss, alone or beside a base: file by file and tensor
+by tensor, in memory for two matrices and two codes. Whenever it is interrupted, files that were finished are kept.
 
 The new folder has no config.json until all else is there: it is a model when it is whole.
 """
@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -17,24 +17,26 @@ from typing import Any, Final
 
 import torch
 
-from ..coding.config_fields import LOSSLESS_METHOD
-from ..coding.lossless import lossless_codec
-from ..coding.lossless_encode import Encoder
-from ..coding.lossless_packing import VERSION
+from ..coding import lossless_packing, residual_packing
+from ..coding.config_fields import LOSSLESS_METHOD, RESIDUAL_METHOD
+from ..coding.lossless import FORMATS, pays
+from ..coding.lossless_layout import num_bytes_of
+from ..coding.residual import residual_pays
 from ..coding.tensor_codec import part_name
 from ..config import bytes_text
 from ..errors import FitError, ModelError, UsageError, reason
 from .checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, Checkpoint
 from .conversion_state import STATE_NAME, begun, fingerprint, write_state
 from .dtypes import DTYPE_NAMES
-from .encoding_source import encode_into, encoding_of, may_be_coded
+from .encoding import Coder, Encoding, Scheme, possible_parts, unread
 from .header import TensorInfo, read_header
 from .manifest import MANIFEST_NAME, FileDigest, digest_files, manifest_text, write_atomically
+from .output_files import Made, OutputFiles
 from .read_ahead import ReadAhead, Wanted
-from .safetensors_writer import Entry, SafetensorsWriter, sync_folder
+from .safetensors_writer import Entry, sync_folder
 from .source import CheckpointSource
 
-CODED_SHARE: Final = 0.72  # of a matrix that is coded, for the guess of what is needed on the disk
+CODED_SHARE: Final = {"lossless": 0.72, "residual": 0.77}  # of a matrix, for the guess of what is needed on the disk
 NUM_TRIED: Final = 4  # matrices, before anything is written
 # What a model folder has beside weights, config and index.
 COMPANIONS: Final = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -45,24 +47,30 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """`matrices` are the names of those tensors of `checkpoint` that a code is tried for: the decoder layers'."""
+    """`matrices` are the names of those tensors of `checkpoint` that are stored as `scheme` has it, if they can: the decoder
+    layers'."""
 
     checkpoint: Checkpoint
     matrices: Collection[str]
     output: Path
+    scheme: Scheme
 
     @property
     def candidates(self) -> list[TensorInfo]:
         tensors = (self.checkpoint.tensors[name] for name in self.matrices)
-        return [tensor for tensor in tensors if may_be_coded(tensor.shape, tensor.dtype)]
+        return [tensor for tensor in tensors if self.scheme.may_be_coded(tensor.shape, tensor.dtype)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Converted:
-    """What has become of it. `num_kept` files were there from an earlier attempt."""
+    """What has become of it. Of the `num_coded` tensors, which were `coded_raw_bytes`, `code_bytes` travel and `base_bytes`
+    stay on a device. `num_kept` files were there from an earlier attempt."""
 
     raw_bytes: int
     stored_bytes: int
+    coded_raw_bytes: int
+    code_bytes: int
+    base_bytes: int
     num_coded: int
     num_tensors: int
     num_files: int
@@ -79,21 +87,14 @@ def convert(conversion: Conversion, progress: Progress | None = None) -> Convert
         cure = "name another folder: the model is left as it is"
         raise UsageError("the output is the model itself", where=f"--output {output}", cure=cure)
     _check_gain(conversion)
-    with _writing(output), begun(output, source := fingerprint(checkpoint, f"{LOSSLESS_METHOD} {VERSION}")) as said:
+    quantization = _quantization(conversion.scheme)
+    source = fingerprint(checkpoint, " ".join(map(str, quantization.values())))
+    with _writing(output), begun(output, source) as said:
         kept = _proved(output, said)
         _check_space(conversion, kept)
-        finished = dict(kept)
-        with CheckpointSource(checkpoint).open() as feed, Encoder() as encoder, closing(ReadAhead(feed)) as ahead:
-            for file in checkpoint.files:
-                tensors = read_header(file)
-                if file.name in kept:
-                    _report(progress, sum(tensor.num_bytes for tensor in tensors))
-                    continue
-                _convert_file(conversion, file.name, tensors, ahead, encoder, progress)
-                finished |= digest_files([output / file.name], None)
-                write_state(output, source, finished)
-        _finish(checkpoint, output, finished)
-    return _converted(checkpoint, output, len(kept))
+        _convert_files(conversion, source, finished := dict(kept), progress)
+        _finish(checkpoint, output, finished, quantization)
+    return _converted(conversion, len(kept))
 
 
 def _check_gain(conversion: Conversion) -> None:
@@ -101,11 +102,11 @@ def _check_gain(conversion: Conversion) -> None:
     largest = sorted(conversion.candidates, key=lambda tensor: tensor.num_bytes, reverse=True)
     with (
         CheckpointSource(conversion.checkpoint).open() as feed,
-        Encoder() as encoder,
+        Coder(conversion.scheme) as coder,
         closing(ReadAhead(feed)) as ahead,
         closing(ahead.each(map(_wanted, largest[:NUM_TRIED]))) as tensors,
     ):
-        if any(encoding_of(one.name, tensor, encoder) is not None for one, tensor in tensors):
+        if any(_gains(coder.look(one.name, tensor)) for one, tensor in tensors):
             return
     dtypes = {str(conversion.checkpoint.tensors[name].dtype).removeprefix("torch.") for name in conversion.matrices}
     raise ModelError(
@@ -115,6 +116,12 @@ def _check_gain(conversion: Conversion) -> None:
     )
 
 
+def _gains(encoding: Encoding | None) -> bool:
+    if encoding is None or encoding.codec is None:
+        return False
+    return residual_pays(encoding.codec, encoding.shape) if encoding.base else pays(encoding.codec, encoding.shape)
+
+
 def _proved(output: Path, said: Mapping[str, FileDigest]) -> dict[str, FileDigest]:
     """Those of the files that are `said` to be finished that have the contents that they had."""
     there = [output / name for name in said if (output / name).is_file()]
@@ -122,9 +129,9 @@ def _proved(output: Path, said: Mapping[str, FileDigest]) -> dict[str, FileDiges
 
 
 def _check_space(conversion: Conversion, kept: Mapping[str, FileDigest]) -> None:
-    candidates = {tensor.name for tensor in conversion.candidates}
+    candidates, share = {tensor.name for tensor in conversion.candidates}, CODED_SHARE[conversion.scheme.travel]
     left = [tensor for tensor in conversion.checkpoint.tensors.values() if tensor.path.name not in kept]
-    needed = sum(tensor.num_bytes * (CODED_SHARE if tensor.name in candidates else 1) for tensor in left)
+    needed = sum(tensor.num_bytes * (share if tensor.name in candidates else 1) for tensor in left)
     stale = [path for path in conversion.output.glob("*.safetensors*") if path.name not in kept]
     free = shutil.disk_usage(conversion.output).free + sum(path.stat().st_size for path in stale)
     if needed > free:
@@ -135,46 +142,55 @@ def _check_space(conversion: Conversion, kept: Mapping[str, FileDigest]) -> None
         )
 
 
-def _convert_file(
-    conversion: Conversion,
-    name: str,
-    tensors: Sequence[TensorInfo],
-    ahead: ReadAhead,
-    encoder: Encoder,
-    progress: Progress | None,
-) -> None:
-    entries = chain.from_iterable(map(_possible_entries, tensors))
-    names = {tensor.name: tensor.dtype_name for tensor in tensors}
+def _convert_files(conversion: Conversion, source: str, finished: dict[str, FileDigest], progress: Progress | None) -> None:
+    """Those that are not yet `finished`, to which they are added."""
+    checkpoint, output = conversion.checkpoint, conversion.output
+
+    def note(name: str, digest: FileDigest) -> None:
+        finished[name] = digest
+        write_state(output, source, finished)
+
+    kept = set(finished)
     with (
-        SafetensorsWriter(conversion.output / name, entries) as writer,
-        closing(ahead.each(map(_wanted, tensors), progress)) as each,
+        CheckpointSource(checkpoint).open() as feed,
+        Coder(conversion.scheme) as coder,
+        closing(ReadAhead(feed)) as ahead,
+        OutputFiles(output, note) as files,
     ):
-        for one, tensor in each:
-            tried = one.name in conversion.matrices and may_be_coded(one.shape, one.dtype)
-            encoding = encoding_of(one.name, tensor, encoder) if tried else None
-            if encoding is None:
-                writer.add(one.name, names[one.name], tensor)
+        for file in checkpoint.files:
+            tensors = read_header(file)
+            if file.name in kept:
+                _report(progress, sum(tensor.num_bytes for tensor in tensors))
                 continue
-            parts = {part.name: torch.empty(part.shape, dtype=part.dtype) for part in encoding.codec.parts}
-            encode_into(one.name, tensor, encoding, parts, encoder)
-            for part, stored in parts.items():
-                writer.add(part_name(one.name, part), DTYPE_NAMES[stored.dtype], stored)
+            with closing(ahead.each(map(_wanted, tensors), progress)) as each:
+                made = (_made(conversion, coder, *one) for one in each)
+                files.write(file.name, chain.from_iterable(_possible_entries(conversion, tensor) for tensor in tensors), made)
+
+
+def _made(conversion: Conversion, coder: Coder, one: Wanted, tensor: torch.Tensor) -> Made:
+    """What is stored of a tensor."""
+    tried = one.name in conversion.matrices and conversion.scheme.may_be_coded(one.shape, one.dtype)
+    encoding = coder.look(one.name, tensor) if tried else None
+    if encoding is None or encoding.codec is None:
+        return Made(tensors={one.name: (conversion.checkpoint.tensors[one.name].dtype_name, tensor)}, is_lent=True)
+    parts = {part.name: torch.empty(part.shape, dtype=part.dtype) for part in encoding.parts}
+    coder.encode(one.name, tensor, encoding, parts)
+    return Made(tensors={part_name(one.name, name): (DTYPE_NAMES[part.dtype], part) for name, part in parts.items()})
 
 
 def _wanted(tensor: TensorInfo) -> Wanted:
     return Wanted(name=tensor.name, shape=tensor.shape, dtype=tensor.dtype)
 
 
-def _possible_entries(tensor: TensorInfo) -> Iterator[Entry]:
+def _possible_entries(conversion: Conversion, tensor: TensorInfo) -> Iterator[Entry]:
     """Of a tensor in the header of its file, be it coded or not."""
     yield tensor.name, tensor.dtype_name, tensor.shape
-    if may_be_coded(tensor.shape, tensor.dtype):
-        most = tensor.num_bytes  # of escapes, of exceptions
-        codec = lossless_codec(tensor.name, tensor.shape, most, most, tensor.dtype)
-        yield from ((part_name(tensor.name, part.name), DTYPE_NAMES[part.dtype], part.shape) for part in codec.parts)
+    if tensor.name in conversion.matrices:
+        parts = possible_parts(conversion.scheme, tensor.name, tensor.shape, tensor.dtype)
+        yield from ((part_name(tensor.name, part.name), DTYPE_NAMES[part.dtype], part.shape) for part in parts)
 
 
-def _finish(checkpoint: Checkpoint, output: Path, files: Mapping[str, FileDigest]) -> None:
+def _finish(checkpoint: Checkpoint, output: Path, files: Mapping[str, FileDigest], quantization: Mapping[str, object]) -> None:
     """The config last: with it, the folder is a model."""
     for path in _companions(checkpoint.folder):
         _copy(path, output / path.name)
@@ -184,7 +200,7 @@ def _finish(checkpoint: Checkpoint, output: Path, files: Mapping[str, FileDigest
         total = sum(tensor.num_bytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": {name: info.path.name for name, info in tensors.items()}}
         write_atomically(output / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
-    write_atomically(output / CONFIG_NAME, json.dumps(_config(checkpoint), indent=2) + "\n")
+    write_atomically(output / CONFIG_NAME, json.dumps(_config(checkpoint, quantization), indent=2) + "\n")
     (output / STATE_NAME).unlink()
     sync_folder(output)
 
@@ -197,15 +213,23 @@ def _copy(old: Path, new: Path) -> None:
         os.fsync(copy.fileno())
 
 
-def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, quantization: Mapping[str, object]) -> dict[str, Any]:
     """The model's, which says that its weights are coded, and of which dtype they are: the parts do not. transformers, which
     takes an unknown method for none and makes weights up, does not find the file that it is sent to."""
     config: dict[str, Any] = json.loads((checkpoint.folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    dtypes = [tensor.dtype for tensor in checkpoint.tensors.values() if may_be_coded(tensor.shape, tensor.dtype)]
+    dtypes = [tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1 and tensor.dtype in FORMATS]
     dtype = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.")
     config["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = dtype
-    config["transformers_weights"] = f"{LOSSLESS_METHOD}.safetensors"
-    return {**config, "quantization_config": {"quant_method": LOSSLESS_METHOD, "version": VERSION}}
+    config["transformers_weights"] = f"{quantization['quant_method']}.safetensors"
+    return {**config, "quantization_config": quantization}
+
+
+def _quantization(scheme: Scheme) -> dict[str, object]:
+    """What the new config says of its weights, and what an interrupted conversion is known by."""
+    if scheme.travel == "residual":
+        method, kind = {"quant_method": RESIDUAL_METHOD, "version": residual_packing.VERSION}, scheme.kind
+        return {**method, "bits": kind.bits, "group_size": kind.group}
+    return {"quant_method": LOSSLESS_METHOD, "version": lossless_packing.VERSION}
 
 
 def _companions(folder: Path) -> list[Path]:
@@ -215,13 +239,21 @@ def _companions(folder: Path) -> list[Path]:
     return sorted(path for path in kept if path.stat().st_size <= MAX_COMPANION_BYTES)
 
 
-def _converted(checkpoint: Checkpoint, output: Path, num_kept: int) -> Converted:
-    tensors = [tensor for file in checkpoint.files for tensor in read_header(output / file.name)]
-    names = {tensor.name for tensor in tensors}
+def _converted(conversion: Conversion, num_kept: int) -> Converted:
+    checkpoint = conversion.checkpoint
+    stored = [tensor for file in checkpoint.files for tensor in read_header(conversion.output / file.name)]
+    sizes = {tensor.name: tensor.num_bytes for tensor in stored}
+    coded = [tensor for tensor in checkpoint.tensors.values() if tensor.name not in sizes]
+    bases = [unread(conversion.scheme, tensor.name, tensor.shape, tensor.dtype) for tensor in coded]
+    base_bytes = sum(num_bytes_of(base.base) for base in bases if base is not None)
+    coded_raw_bytes, stored_bytes = sum(tensor.num_bytes for tensor in coded), sum(sizes.values())
     return Converted(
         raw_bytes=checkpoint.num_bytes,
-        stored_bytes=sum(tensor.num_bytes for tensor in tensors),
-        num_coded=len(checkpoint.tensors.keys() - names),
+        stored_bytes=stored_bytes,
+        coded_raw_bytes=coded_raw_bytes,
+        code_bytes=stored_bytes - (checkpoint.num_bytes - coded_raw_bytes) - base_bytes,
+        base_bytes=base_bytes,
+        num_coded=len(coded),
         num_tensors=len(checkpoint.tensors),
         num_files=len(checkpoint.files),
         num_kept=num_kept,

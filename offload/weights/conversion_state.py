@@ -73,7 +73,7 @@ def _read_state(folder: Path, source: str) -> dict[str, FileDigest]:
         raise _refusal(f"has a {STATE_NAME} that {reason(error)}", folder, other) from error
     if state.get("source") != source:
         cure = "name another folder, or delete this one to begin again"
-        raise _refusal("was begun with another model, or its files have changed since", folder, cure)
+        raise _refusal("was begun with another model or in another way, or its files have changed since", folder, cure)
     return found
 
 

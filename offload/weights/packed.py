@@ -42,11 +42,11 @@ def module_and_part(name: str) -> tuple[str, str]:
 
 
 def stored_shapes(parameters: Shapes, codecs: Mapping[str, TensorCodec]) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of what is stored of `parameters`."""
+    """{name: shape} of what is stored of `parameters`, be it what travels or what is kept on the device."""
     stored: dict[str, tuple[int, ...]] = {}
     for name, shape in parameters.items():
         if (codec := codecs.get(name)) is None:
             stored[name] = shape
         else:
-            stored |= {part_name(name, part.name): part.shape for part in codec.parts}
+            stored |= {part_name(name, part.name): part.shape for part in (*codec.parts, *codec.kept)}
     return stored

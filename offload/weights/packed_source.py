@@ -7,7 +7,7 @@ from types import TracebackType
 import torch
 
 from ..coding.scales import bad_scale
-from ..coding.tensor_codec import TensorCodec, part_name
+from ..coding.tensor_codec import Part, TensorCodec, part_name
 from .header import problems_error
 from .source import Destinations, TensorFeed, TensorSource
 
@@ -18,7 +18,7 @@ CURE = "download this checkpoint again; if it is whole, it was not made well"
 def check_scales(stored: TensorSource, codecs: Codecs, where: str) -> None:
     """Reads all scales, those of one parameter at a time: some hundredths of the weights at most. CheckpointError, which names
     all that are not finite, and `where` they are."""
-    scaled = {name: parts for name, codec in codecs.items() if (parts := [part for part in codec.parts if part.is_scale])}
+    scaled = {name: parts for name, codec in codecs.items() if (parts := [part for part in _all_parts(codec) if part.is_scale])}
     if not scaled:
         return
     problems: list[str] = []
@@ -35,10 +35,12 @@ def check_scales(stored: TensorSource, codecs: Codecs, where: str) -> None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodedSource:
     """A TensorSource of parameters, of which those in `codecs` are decoded on the host from what `stored` has, by plain torch:
-    for what is loaded once."""
+    for what is loaded once. `unpacked` is the dtype that they are, where they are of one. What is stored goes by its names,
+    too."""
 
     stored: TensorSource
     codecs: Codecs
+    unpacked: torch.dtype | None = None
 
     @property
     def equal_layers(self) -> frozenset[int]:
@@ -46,13 +48,13 @@ class DecodedSource:
 
     def num_bytes(self, name: str) -> int:
         codec = self.codecs.get(name)
-        names = [name] if codec is None else [part_name(name, part.name) for part in codec.parts]
+        names = [name] if codec is None else [part_name(name, part.name) for part in _all_parts(codec)]
         return sum(map(self.stored.num_bytes, names))
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a packed parameter that of its first part, in which nobody computes."""
+        """Of a packed parameter `unpacked`, or that of its first part, in which nobody computes."""
         codec = self.codecs.get(name)
-        return self.stored.dtype(name) if codec is None else codec.parts[0].dtype
+        return self.stored.dtype(name) if codec is None else self.unpacked or codec.parts[0].dtype
 
     def open(self) -> "_DecodedFeed":
         return _DecodedFeed(self)
@@ -76,7 +78,11 @@ class _DecodedFeed:
         for name, parameter in destinations.items():
             if (codec := self._codecs.get(name)) is None:
                 continue
-            parts = {part.name: torch.empty(part.shape, dtype=part.dtype) for part in codec.parts}
+            parts = {part.name: torch.empty(part.shape, dtype=part.dtype) for part in _all_parts(codec)}
             self._inner.fill({part_name(name, part): tensor for part, tensor in parts.items()}, progress)
             with torch.inference_mode():
                 codec.decode(parts, parameter)
+
+
+def _all_parts(codec: TensorCodec) -> tuple[Part, ...]:
+    return (*codec.parts, *codec.kept)

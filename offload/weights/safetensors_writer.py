@@ -32,14 +32,28 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self._file:
-            if kind is None:
-                self._write_header()
-                os.fsync(self._file.fileno())
         if kind is None:
+            self.finish()
+        else:
+            self.discard()
+
+    def finish(self) -> None:
+        """All was added: the file appears. After an exception nothing is left of it."""
+        try:
+            self._write_header()
+            os.fsync(self._file.fileno())
+            self._file.close()
             os.replace(self._part, self._path)
             sync_folder(self._path.parent)
-        else:
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Nothing is left of it."""
+        try:
+            self._file.close()
+        finally:
             self._part.unlink(missing_ok=True)
 
     def add(self, name: str, dtype: str, tensor: torch.Tensor) -> None:
