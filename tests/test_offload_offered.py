@@ -229,6 +229,8 @@ def test_a_32b_on_24_gib_sends_half_and_is_told_what_its_tree_needs(capsys: Caps
     assert isinstance(tight["tree"], dict) and tight["tree"]["nodes"] < 16
     finished = run_command(capsys, "plan", "-q", *flags)
     assert "win: --max-context 2048: 0.06" in finished.stdout
+    beside = run_command(capsys, "plan", "-q", *flags[:-1], "auto", "--draft-model", "qwen3-0.6b").stdout
+    assert "| qwen3-0.6b |" in beside and "win: --max-context 2048: 0.06" in beside
 
 
 def test_a_base_is_a_win_where_nobody_named_it(capsys: Capsys) -> None:

@@ -45,7 +45,7 @@ def _estimates(target: "ModelShape", stored: "Stored", dtype_bytes: int) -> Iter
     bits, base_bits = 8 * cost.stored_bytes / num_weights, 8 * cost.base_bytes / num_weights
     beside = f", and their base {base_bits:.3g}" if cost.base_bytes else ""
     yield f"layers are taken to have {bits:.3g} bits a weight ({stored.name}){beside}: no file of them was looked at"
-    if stored.codec and target.dtype == "float16":
+    if stored.codec == "residual" and target.dtype == "float16":
         yield (
             "its float16 weights are taken to be numbers that were bfloat16 before, as those of Llama 2 were: of others, three "
             "more bits of each would travel"
@@ -53,22 +53,25 @@ def _estimates(target: "ModelShape", stored: "Stored", dtype_bytes: int) -> Iter
 
 
 def other_flags(made: "Plan", question: Question) -> dict[str, Callable[[], "Plan"]]:
-    """Plans with flags that nobody gave, where they may be worth it: a shorter context where the tree had to make room for it,
-    as there is nothing else that could; and a base."""
+    """Plans with flags that nobody gave, where they may be worth it: a shorter context where nothing else could make room for a
+    tree, or for the base that was asked for; and a base where none was."""
     from tree.spec import OptimalTree
 
     from ..planner.offered import offered_targets
 
+    usual = OptimalTree(*USUAL_TREE)
     settings, found = question.settings, dict[str, Callable[[], "Plan"]]()
-    if made.draft is not None and settings.max_context is None and settings.tree == "auto" and not made.placement.resident:
+    target, draft = question.targets[0], question.chosen_draft(made)
+    is_self = draft is not None and draft.cost.is_base
+    lacks_room = not made.placement.resident if is_self else settings.self_kind is not None
+    if lacks_room and settings.max_context is None and settings.tree == "auto":
         shorter = replace(settings, max_context=made.text_tokens // 2)
-        found[f"--max-context {shorter.max_context}"] = partial(replace(question, settings=shorter).answer, None)
-    target = question.targets[0]
+        found[f"--max-context {shorter.max_context}"] = partial(replace(question, settings=shorter).answer, usual)
     is_16_bit = target.dtype in BITS_16 and (target.stored is None or bool(target.stored.codec))
     if settings.self_kind is None and settings.codec == "auto" and is_16_bit and made.placement.streamed:
         drafted = replace(settings, draft_models=("self",), acceptances=())
         other = replace(question, settings=drafted, targets=offered_targets(drafted, target)[-1:], drafts=())
-        found["--draft-model self, accepted as is published of others"] = partial(other.answer, OptimalTree(*USUAL_TREE))
+        found["--draft-model self, accepted as is published of others"] = partial(other.answer, usual)
     return found
 
 
