@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "docs/benchmarks/gpu_session.sh"
-CALL_S = {"first": 360, "second": 300, "rest": 120}
-STEPS = ["facts", "latency", "tests", "light", "figure", "sanitizer", "formats"]
+CALL_S = {"first": 360, "second": 300, "rest": 120, "base": 180}
+STEPS = ["facts", "latency", "tests", "light", "figure", "sanitizer", "formats", "base"]
 
 
 def run(call: str, folder: Path) -> str:
@@ -38,6 +38,7 @@ def test_all_calls_end_well_and_what_they_find_is_packed(tmp_path: Path) -> None
     assert texts[0][: len(texts[1])] == texts[1]
     busy = json.loads((tmp_path / "work/latency.json").read_text())["copy"]["upload of 64 KiB, busy"]
     assert "|fp8|8.00|" in (tmp_path / "work/formats.txt").read_text()
+    assert "|int4|256|" in (tmp_path / "work/base.txt").read_text()
     assert 0 < busy["p50_s"] <= busy["p99_s"] <= busy["most_s"]
 
 

@@ -4,6 +4,7 @@
 #   OUT=DIR bash docs/benchmarks/gpu_session.sh first    facts, latency of small transfers, tests, first light
 #   OUT=DIR bash docs/benchmarks/gpu_session.sh second   the figure at 70B's shape, then sanitizer if time is left
 #   OUT=DIR bash docs/benchmarks/gpu_session.sh rest     if a minute or two are left: how fast each format is decoded
+#   OUT=DIR bash docs/benchmarks/gpu_session.sh base     the draft that a base is: products against their twin, levels against memory
 #   OUT=DIR bash docs/benchmarks/gpu_session.sh STEP...  these steps, in this order
 #
 # Every step has a limit, and none ends another. After each, OUT gets summary.txt and results.tar.gz; WORK keeps everything.
@@ -28,17 +29,22 @@ figure() { step figure; }   # 70B: ours with a trace of two rounds, plain, Accel
 formats() { # larger than a cache; by kernels and by plain torch
     "$PYTHON" tests/bench_formats.py --seconds 0.2 $([ -n "$SMALL" ] && echo "--rows 48 --columns 256" || echo "--device cuda --rows 6144 --columns 8192")
 }
+base() { # levels of 70B's layers first, then what compiling takes longest for
+    "$PYTHON" tests/bench_base.py --seconds 0.1 $([ -n "$SMALL" ] || echo "--device cuda --hidden 8192 --intermediate 28672 --kv 1024 --layers 2")
+    FILES=tests/test_gpu_base.py pytest env
+}
 
-pytest() { "$@" "$PYTHON" -m pytest -v -W default -p no:cacheprovider --durations=10 -m gpu tests/test_gpu.py tests/test_gpu_decoders.py; }
+export FILES="tests/test_gpu.py tests/test_gpu_decoders.py"
+pytest() { "$@" "$PYTHON" -m pytest -v -s -W default -p no:cacheprovider --durations=10 -m gpu $FILES; }
 tests() { pytest env; } # in the order of the file, the fastest first
 sanitizer() {
     command -v compute-sanitizer || { echo "no compute-sanitizer on the PATH"; return 0; }
     pytest compute-sanitizer --tool memcheck --error-exitcode 9 -k "recordings_share or exactly"
 }
 
-declare -A LIMIT=([facts]=50 [latency]=40 [tests]=100 [light]=150 [figure]=240 [sanitizer]=60 [formats]=110)
-declare -A CALLS=([first]="facts latency tests light" [second]="figure sanitizer" [rest]="formats")
-declare -A TOTAL=([first]=350 [second]=290 [rest]=110)
+declare -A LIMIT=([facts]=50 [latency]=40 [tests]=100 [light]=150 [figure]=240 [sanitizer]=60 [formats]=110 [base]=170)
+declare -A CALLS=([first]="facts latency tests light" [second]="figure sanitizer" [rest]="formats" [base]="base")
+declare -A TOTAL=([first]=350 [second]=290 [rest]=110 [base]=170)
 
 pack() {
     {
