@@ -169,7 +169,7 @@ def test_a_tree_that_was_asked_for_takes_an_offer_that_has_a_draft() -> None:
 
 def test_a_self_draft_that_does_not_fit_or_pay_is_told_of_as_any_draft_is() -> None:
     for device_gib, acceptance, said in (
-        (20, SURE, "none of the drafts offered fits"),
+        (20, SURE, "with a tree; a base of all layers takes 34.9 GiB"),
         (48, Acceptance(((0.01,),)), "to draft and"),
     ):
         limits = budgets(device_gib)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +11,21 @@ import pytest
 import torch
 
 from command_line import assert_usage_error, run_command
+from offload.cli.convert import conversion_of, scheme_of
 from offload.coding.base_kinds import BASE_KINDS
 from offload.coding.base_layout import base_parts
 from offload.config import EngineSettings
+from offload.demo import TARGET
 from offload.errors import UsageError
+from offload.planner.cost import base_draft as cost_of_draft
 from offload.planner.offered import offered_targets, wanted_base
 from offload.planner.shapes import ModelShape, find_shape, shape_from_config
 from offload.planner.tree_flag import DEFAULT_ACCEPTANCE, assumed_acceptance, read_acceptance, read_acceptances
 from offload.planner.what_if import coded_beside_base, coded_without_loss, with_base, with_weights, without_code
+from offload.source import check_source
+from offload.typed_model import base_draft
 from offload.weights.codec import coded
+from offload.weights.conversion import convert
 from offload.weights.layout import LayerLayout
 from tree.optimizer import best_tree, expected_tokens
 
@@ -156,6 +164,41 @@ def test_what_nobody_named_is_assumed_by_kind_and_said() -> None:
     assert "not this pair's" in assumed_acceptance("d")
     given = EngineSettings(model="m", draft_models=("self", "d"), acceptances=(str(DEFAULT_ACCEPTANCE),))
     assert read_acceptances(given) == (default, default)
+
+
+@pytest.mark.parametrize("kind", BASE_KINDS)
+def test_sizes_of_a_folder_coded_beside_a_base_are_those_of_the_model_that_runs(kind: str, tmp_path: Path) -> None:
+    """From its headers; and what a config alone lets one believe is near."""
+    folder = tmp_path / "converted"
+    convert(conversion_of(str(TARGET), str(folder), scheme_of("residual", kind)), lambda *_: None)
+    shape = find_shape(str(folder), "--model")
+    assert said_of(shape) == ("residual", kind) and shape.stored is not None and not shape.stored.is_estimated
+    for dtype in ("float32", "bfloat16"):
+        model = check_source(str(folder), "--model", dtype, "cpu").model
+        kept = {name: codec.kept for name, codec in model.packed.items()}
+        model = replace(model, bases=kept, base=BASE_KINDS[kind])
+        cost = shape.cost(model.dtype.itemsize)
+        assert cost == model.cost
+        assert cost_of_draft(cost) == base_draft(model).cost
+        raw = check_source(str(folder), "--model", dtype, "cpu", codec="none").model
+        assert replace(without_code(shape).cost(model.dtype.itemsize), weights=raw.weights) == raw.cost
+    believed = coded_beside_base(find_shape(str(TARGET), "--model"), kind).cost(2)
+    assert believed.base_bytes == shape.cost(2).base_bytes
+    assert believed.stored_bytes == pytest.approx(shape.cost(2).stored_bytes, rel=0.03)
+
+
+def test_a_folder_coded_beside_a_base_is_planned_without_torch(tmp_path: Path) -> None:
+    folder = tmp_path / "converted"
+    convert(conversion_of(str(TARGET), str(folder), scheme_of("residual", None)), lambda *_: None)
+    code = (
+        "from sys import modules; from offload.cli.main import main; "
+        f"code = main(['plan', '-q', '--model', {str(folder)!r}, '--draft-model', 'self', '--json']); "
+        "print(code, [m for m in ('torch', 'transformers', 'numba') if m in modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    *_, document, last = ran.stdout.splitlines()
+    assert last == "0 []" and ran.stderr == ""
+    assert json.loads(document)["codec"] == "residual"
 
 
 def plan_json(capsys: Capsys, *flags: object) -> dict[str, object]:

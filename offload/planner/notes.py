@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from ..config import counted, seconds_text
+from ..config import bytes_text, counted, seconds_text
 from .cost import stored_bytes
 from .memory import MemoryPlan
 from .prediction import DraftOption, Prediction, Workload
@@ -16,7 +16,9 @@ def why_no_tree(drafts: Sequence[DraftOption], plain: Prediction | None, tree: P
     if not drafts:
         return f"{NO_TREE}there is no draft model; --draft-model names one of the same family"
     if plain is None or tree is None:
-        return f"{NO_TREE}none of the drafts offered fits beside the target's slots, with a tree"
+        bases = [draft.cost.computed_bytes for draft in drafts if draft.cost.is_base]
+        of_base = f"; a base of all layers takes {bytes_text(bases[0])}" if bases else ""
+        return f"{NO_TREE}none of the drafts offered fits beside the target's slots, with a tree{of_base}"
     return (
         f"{NO_TREE}{seconds_text(plain.s_per_token)} s/token are expected so, and {seconds_text(tree.s_per_token)} with the "
         f"best tree, whose {tree.expected_tokens:.2g} tokens a pass take {seconds_text(tree.draft_s)} s to draft and "
