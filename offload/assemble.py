@@ -27,12 +27,13 @@ from .planner.prediction import Offer
 from .planner.tree_flag import read_acceptances, read_tree, resolve_method
 from .report.report import Memory, Weights
 from .report.trace import Trace
-from .source import ModelSource, open_drafts, open_target
+from .source import Draft, ModelSource, open_drafts, open_target
 from .text.tokenizer import Tokenizer, check_same_vocabulary
 from .weights.store import WeightStore
 
 logger = logging.getLogger(__name__)
 
+Pair = tuple[ModelSource, list[Draft]]  # a target, and the drafts that may run beside it
 CUDA_RESERVE_BYTES = 2**30  # context, kernels' workspaces, fragmentation
 
 
@@ -61,14 +62,13 @@ def open_engine(
         stack.enter_context(device.translated())
         target, drafts = _models(settings, device.torch_device.type, progress)
         settings = expect(settings, target.tokenizer, target.architecture.max_positions) if expect is not None else settings
-        budgets = host = _budgets(settings, device)
-        if target.tensors.equal_layers:  # what exceeds the host's memory is borrowed, see lend_memory
-            budgets = replace(budgets, host_bytes=None)
+        host = _budgets(settings, device)  # where layers are equal, what exceeds the host's memory is borrowed, see lend_memory
+        budgets = replace(host, host_bytes=None) if target.tensors.equal_layers else host
         looked_s = time.monotonic()
-        hardware = hardware or look_at_machine(settings, device, budgets, target, drafts, stack)
+        hardware = hardware or look_at_machine(settings, device, budgets, target, _sources(drafts), stack)
         looked_s = time.monotonic() - looked_s
-        plan, fallbacks = _plan(settings, hardware, budgets, target, drafts)
-        draft = drafts[plan.draft] if plan.draft is not None else None
+        plan, fallbacks, target, chosen = _plan(settings, hardware, budgets, _pairs(target, drafts))
+        draft, place = (chosen.source, chosen.place) if chosen is not None else (None, None)
         admission = _admitted(target, plan, seed, admit)
         eos_token_ids = _ends_of_text(target)
         plan = lend_memory(target, plan, _left_for_layers(host, plan), may_refuse=not device.host_addressable)
@@ -95,6 +95,7 @@ def open_engine(
         memory=_memory_of(device, loaded.store),
         close=close,
         replanner=_replanner(settings, target, draft, looked_s),
+        draft_place=place,
     )
 
 
@@ -132,13 +133,28 @@ def _replanner(
     return Replanner(measure, measuring_s)
 
 
-def _models(settings: EngineSettings, device_type: str, progress: LoadProgress | None) -> tuple[ModelSource, list[ModelSource]]:
+def _models(settings: EngineSettings, device_type: str, progress: LoadProgress | None) -> Pair:
     """The target, and drafts that speak its tokens."""
-    target, drafts = open_target(settings, device_type, progress), open_drafts(settings, device_type)
+    target = open_target(settings, device_type, progress)
+    drafts = open_drafts(settings, target, device_type)
     for draft in drafts:
-        sizes = (target.architecture.vocab_size, draft.architecture.vocab_size)
-        check_same_vocabulary(target.tokenizer, draft.tokenizer, sizes, "--draft-model")
+        sizes = (target.architecture.vocab_size, draft.source.architecture.vocab_size)
+        check_same_vocabulary(target.tokenizer, draft.source.tokenizer, sizes, "--draft-model")
     return target, drafts
+
+
+def _sources(drafts: list[Draft]) -> list[ModelSource]:
+    return [draft.source for draft in drafts]
+
+
+def _pairs(target: ModelSource, drafts: list[Draft]) -> list[Pair]:
+    """What the planner may choose from. A base is worth its memory only if it drafts: other drafts run beside a target that has
+    none, where it need not have one."""
+    own = [draft for draft in drafts if draft.source.model.drafts_from_base]
+    others = [draft for draft in drafts if draft not in own]
+    if target.plain is None or not others:
+        return [(target, drafts)]
+    return [(target.plain, others), (target, own)]
 
 
 def _budgets(settings: EngineSettings, device: Device) -> Budgets:
@@ -164,20 +180,24 @@ def _left_for_layers(budgets: Budgets, plan: Plan) -> int:
 
 
 def _plan(
-    settings: EngineSettings, hardware: HardwareProfile, budgets: Budgets, target: ModelSource, drafts: list[ModelSource]
-) -> tuple[Plan, Fallbacks]:
-    tree = read_tree(settings.tree, has_draft=bool(drafts))
-    max_positions = target.architecture.max_positions
-    workload = make_workload(settings, target.model.cost, hardware, budgets, max_positions=max_positions)
-    options = [
-        make_option(settings, hardware, draft.path.name, draft.model.cost, acceptance)
-        for draft, acceptance in zip(drafts, read_acceptances(settings), strict=True)
-    ]
-    offers = [Offer(workload=workload, drafts=tuple(options))]
+    settings: EngineSettings, hardware: HardwareProfile, budgets: Budgets, pairs: list[Pair]
+) -> tuple[Plan, Fallbacks, ModelSource, Draft | None]:
+    """The plan, what smaller ones follow from, and the pair that it is for."""
+    tree = read_tree(settings.tree, has_draft=any(drafts for _, drafts in pairs))
+    max_positions, acceptances = pairs[0][0].architecture.max_positions, read_acceptances(settings)
+    offers: list[Offer] = []
+    for target, drafts in pairs:
+        workload = make_workload(settings, target.model.cost, hardware, budgets, max_positions=max_positions)
+        costs = [draft.source.model.cost for draft in drafts]
+        options = [
+            make_option(settings, hardware, draft.name, cost, acceptances[draft.place])
+            for draft, cost in zip(drafts, costs, strict=True)
+        ]
+        offers.append(Offer(workload=workload, drafts=tuple(options)))
     plan = plan_run(settings, tree, offers, max_positions=max_positions, budgets=budgets)
-    chosen = offers[plan.offer]
-    draft = chosen.drafts[plan.draft] if plan.draft is not None else None
-    return plan, Fallbacks(settings=settings, workload=chosen.workload, draft=draft, budgets=budgets)
+    offer, (target, drafts) = offers[plan.offer], pairs[plan.offer]
+    option, draft = (offer.drafts[plan.draft], drafts[plan.draft]) if plan.draft is not None else (None, None)
+    return plan, Fallbacks(settings=settings, workload=offer.workload, draft=option, budgets=budgets), target, draft
 
 
 def _see_placed(loaded: Loaded, plan: Plan, fallbacks: Fallbacks) -> tuple[Plan, Fallbacks]:
@@ -224,6 +244,7 @@ def _record(loaded: Loaded, fallbacks: Fallbacks, device: Device) -> tuple[Plan,
 def _memory_of(device: Device, store: WeightStore) -> Callable[[], Memory]:
     return lambda: Memory(
         device_peak_bytes=device.peak_bytes(),
+        device_base_bytes=store.base_bytes,
         host_weights_bytes=store.host_bytes,
         host_pinned_bytes=store.pinned_bytes,
         host_shared_layers=len(store.placement.borrowed),

@@ -127,6 +127,11 @@ class EngineSettings:
     max_sequences: int = 1
 
     @property
+    def self_draft(self) -> str | None:
+        """The draft model that is a base of the target, as it was named: "self", "self:KIND" or "auto"."""
+        return next((name for name in self.draft_models if base_of_draft(name) is not None), None)
+
+    @property
     def self_kind(self) -> str | None:
         """The base that is offered as a draft, one of BASES."""
         return next((kind for name in self.draft_models if (kind := base_of_draft(name)) is not None), None)

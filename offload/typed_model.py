@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .coding.base_kinds import BaseKind
+from .coding.base_layout import base_parts
 from .coding.tensor_codec import Part
 from .model.architecture import Architecture, architecture_of
 from .model.transformers_api import make_config
@@ -90,6 +91,15 @@ class TypedModel:
             weights=self.weights,
             is_base=self.drafts_from_base,
         )
+
+
+def with_bases(model: TypedModel, kind: BaseKind) -> TypedModel:
+    """`model` with a base of each matrix of its decoder layers, which travel as they did."""
+    prefix, layers = model.architecture.prefix, enumerate(model.architecture.layer_shapes)
+    matrices = {
+        f"{prefix}.{layer}.{name}": shape for layer, shapes in layers for name, shape in shapes.items() if len(shape) == 2
+    }
+    return replace(model, bases={name: base_parts(name, shape, kind) for name, shape in matrices.items()}, base=kind)
 
 
 def base_draft(target: TypedModel) -> TypedModel:

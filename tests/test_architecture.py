@@ -48,11 +48,8 @@ ALLOWED: dict[str, set[str]] = {
     # makes tensors instead of reading them; computes what the demo target computes
     "scale": {*MACHINE, "model", "planner.shapes", "demo"},
     "typed_model": MODEL,  # what of a model has a size, without its files
-    "source": {
-        *MODEL,
-        "scale",
-        "typed_model",
-    },  # a model looked at, not yet loaded: what calibrate measures and engine loads
+    "stored": {*MODEL, "scale"},  # which of its tensors travel as what
+    "source": {*MODEL, "stored", "typed_model"},  # a model looked at, not yet loaded: what calibrate measures and engine loads
     "calibrate": {*MODEL, "source", "typed_model"},
     "engine": {*MODEL, "report", "source", "typed_model"},
     "assemble": {*MODEL, "calibrate", "engine", "report", "source", "typed_model"},

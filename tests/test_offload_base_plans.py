@@ -223,13 +223,3 @@ def test_a_resident_layer_that_leaves_a_full_device_gets_its_base_back() -> None
     assert smaller.device_ledger["base of 61 layers"] == 61 * BESIDE_BASE.common_layer.base_bytes
     raw = BESIDE_BASE.common_layer.computed_bytes
     assert smaller.device_ledger["19 resident layers"] == 19 * raw and smaller.device_ledger["draft model"] == 0
-
-
-def test_a_plan_says_that_the_acceptance_of_its_base_is_of_others() -> None:
-    """Of a run, too, not only of the command `plan`; and nothing where somebody said what it is."""
-    self_draft = draft_option(base_draft(BESIDE_BASE), SURE, name="self:int8")
-    made = plan(SETTINGS, CHAINS, device_gib=48, target=BESIDE_BASE, drafts=(self_draft,))
-    assert [note for note in made.notes if "acceptance is assumed" in note and "int8 has more" in note]
-    said = replace(SETTINGS, acceptances=("a.json",))
-    made = plan(said, CHAINS, device_gib=48, target=BESIDE_BASE, drafts=(self_draft,))
-    assert not [note for note in made.notes if "acceptance" in note]

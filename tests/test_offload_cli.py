@@ -39,7 +39,8 @@ KEYS = {
         *("raw_bytes_per_pass", "codecs", "link_peak_bytes_per_s", "link_utilisation", "stall_s", "emulated_link"),
     },
     "memory": {
-        *("device_peak_bytes", "host_weights_bytes", "host_pinned_bytes", "host_sessions_bytes", "host_shared_layers"),
+        *("device_peak_bytes", "device_base_bytes", "host_weights_bytes", "host_pinned_bytes", "host_sessions_bytes"),
+        "host_shared_layers",
     },
     "plan": {"predicted_pass_s", "predicted_round_s", "predicted_s_per_token"},
     "environment": {"device", "torch", "transformers", "commit", "weights"},

@@ -76,7 +76,8 @@ def hardware(size: SuiteSize, max_seconds: float) -> Row:
     """A quick look at the machine, as a profile: with it all engines of later steps plan, instead of looking for themselves."""
     settings = size.settings
     device_type = "cuda" if size.on_gpu else "cpu"
-    target, drafts = open_target(settings, device_type), open_drafts(settings, device_type)
+    target = open_target(settings, device_type)
+    drafts = [draft.source for draft in open_drafts(settings, target, device_type)]
     return to_json(measure_machine(settings, target, drafts, sampling_kinds=("greedy", "sampled")))
 
 

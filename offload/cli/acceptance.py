@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tree.acceptance import AcceptanceCounter
 
-from ..config import EngineSettings, counted
+from ..config import EngineSettings, base_of_draft, counted
 from ..errors import UsageError
 from ..report.report import git_commit
 
@@ -52,10 +52,11 @@ class AcceptanceRecorder:
 
 
 def provenance(arguments: argparse.Namespace, settings: EngineSettings, draft: int | None) -> dict[str, object]:
-    """What the acceptance depends on; `draft` is the place of the one used. Models by name: the file may travel."""
+    """What the acceptance depends on; `draft` is the place of the one used. Models by name: the file may travel. Of a base of
+    the target its kind is told."""
     return {
         "target": Path(settings.model).name,
-        "draft": Path(settings.draft_models[draft]).name if draft is not None else None,
+        "draft": _draft_name(settings.draft_models[draft]) if draft is not None else None,
         "temperature": arguments.temperature,
         "top_k": arguments.top_k,
         "top_p": arguments.top_p,
@@ -64,6 +65,11 @@ def provenance(arguments: argparse.Namespace, settings: EngineSettings, draft: i
         "max_new_tokens": arguments.max_new_tokens,
         "seed": arguments.seed,
     }
+
+
+def _draft_name(name: str) -> str:
+    kind = base_of_draft(name)
+    return Path(name).name if kind is None else f"self:{kind}"
 
 
 def write_json(path: Path, document: object) -> None:

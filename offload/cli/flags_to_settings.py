@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import EngineSettings, sampling_kind
+from ..config import EngineSettings, base_of_draft, sampling_kind
 from ..demo import DRAFT, LINK, TARGET, acceptance_at
 from ..errors import ModelError, UsageError
 from ..model.locate import check_name
 from ..planner.shapes import is_preset
-from ..planner.tree_flag import read_acceptances, read_tree
+from ..planner.tree_flag import default_acceptance, read_acceptances, read_tree
 from ..scale.preset import PREFIX as SCALE_PREFIX
 from .terminal import say
 
@@ -27,8 +27,8 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
     if model is not None and model.startswith(SCALE_PREFIX) and draft_model is None:  # the demo target's function: its draft
         draft_model, acceptance = str(DRAFT), acceptance or str(acceptance_at(temperature))
     if model is None:
-        acceptance = acceptance or str(acceptance_at(temperature))
-        model, draft_model = str(TARGET), str(DRAFT) if draft_model is None else draft_model
+        model, draft_model = str(TARGET), [str(DRAFT)] if draft_model is None else draft_model
+        acceptance = acceptance or [_demo_acceptance(name, temperature) for name in draft_model if name != "none"]
         if emulate_link is None and emulate_demo_link and not arguments.device.startswith("cuda"):
             emulate_link = LINK
     settings = EngineSettings.parse(
@@ -46,6 +46,11 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
     if arguments.model is None:  # the bundled pair is there to show trees
         settings = replace(settings, needs_tree=True)
     return replace(settings, sampling=sampling_kind(temperature, getattr(arguments, "top_p", 1.0)))
+
+
+def _demo_acceptance(draft_model: str, temperature: float) -> str:
+    """The file of the bundled pair's; of a base of its target what is published."""
+    return str(acceptance_at(temperature) if base_of_draft(draft_model) is None else default_acceptance(draft_model))
 
 
 def plan_flags(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -67,7 +72,7 @@ def check_small_files(settings: EngineSettings) -> None:
 def check_and_announce_models(arguments: argparse.Namespace, settings: EngineSettings) -> None:
     """ModelError for a model that is nowhere, and for a preset, which has no weights. Then stderr is told which models run when
     none was named, and of untested releases. It is called when all flags are right: a usage error stays one line."""
-    for flag, name in [("--model", settings.model), *(("--draft-model", draft) for draft in settings.draft_models)]:
+    for flag, name in [("--model", settings.model), *(("--draft-model", draft) for draft in settings.other_drafts)]:
         if name.startswith(SCALE_PREFIX):
             continue
         if is_preset(name):

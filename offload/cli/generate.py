@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         exit_code = _print_text(engine, generation, recorder, silent=arguments.json)
         report = generation.result()
     _print_report(arguments, report)
-    _write_files(arguments, settings, report, trace, recorder)
+    _write_files(arguments, report, trace, recorder, provenance(arguments, settings, engine.draft_place))
     return exit_code
 
 
@@ -179,10 +179,10 @@ def _print_report(arguments: argparse.Namespace, report: "Report") -> None:
 
 def _write_files(
     arguments: argparse.Namespace,
-    settings: EngineSettings,
     report: "Report",
     trace: Trace | None,
     recorder: AcceptanceRecorder,
+    acceptance_of: dict[str, object],
 ) -> None:
     try:
         if arguments.output:
@@ -190,7 +190,7 @@ def _write_files(
         if trace is not None:
             trace.save(Path(arguments.trace))
         if arguments.record_acceptance:
-            write_json(Path(arguments.record_acceptance), recorder.document(provenance(arguments, settings, report.plan.draft)))
+            write_json(Path(arguments.record_acceptance), recorder.document(acceptance_of))
     except OSError as error:
         raise DeviceError(
             f"the text above is complete, but a file could not be written: {reason(error)}",

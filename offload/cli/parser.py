@@ -86,7 +86,9 @@ def build_parser() -> Parser:
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models")
     group.add_argument("--model", metavar="PATH|HUB_ID|PRESET", help="a folder with config.json, or a preset: llama-2-70b")
-    group.add_argument("--draft-model", action="append", metavar="PATH|HUB_ID|PRESET|none", help="several: the best is taken")
+    group.add_argument(
+        "--draft-model", action="append", metavar="PATH|HUB_ID|PRESET|self|auto|none", help="several: the best is taken"
+    )
     group.add_argument("--tree", default="auto", metavar="SPEC", help="auto, none, 768x18, 4x6:kary, or a JSON file")
     group.add_argument("--acceptance", action="append", metavar="FILE", help="acceptance profile of each draft, or of all")
     group.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: the model's own")
@@ -194,8 +196,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--draft-model",
         action="append",
-        metavar="PATH|HUB_ID|none",
-        help="draft model; none = no speculation; several: the planner takes the best",
+        metavar="PATH|HUB_ID|self|auto|none",
+        help="draft; self[:int8|int4|int3] = a low-bit copy of the target; several: the best is taken; auto = self, too",
     )
     group.add_argument("--tree", default="auto", metavar="SPEC", help="auto, none, 768x18, 4x6:kary, or a JSON file")
     group.add_argument("--verifier", default="auto", choices=VERIFIERS, help="how sampled trees are verified, all exactly")

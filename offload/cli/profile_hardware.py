@@ -10,7 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import EngineSettings
+from ..coding.base_kinds import BASE_KINDS, BaseKind
+from ..config import EngineSettings, base_of_draft
 from ..demo import DRAFT, TARGET
 from ..errors import UsageError
 from ..planner.hardware_file import PRESETS, to_json
@@ -75,7 +76,9 @@ def _measure(settings: EngineSettings, device: "Device", *, quiet: bool) -> "Har
     target, disk = _typed(settings.model, "--model", settings, device)
     subjects = [Subject(role="target", model=target)]
     for name in settings.draft_models:
-        subjects.append(Subject(role="draft", model=_typed(name, "--draft-model", settings, device)[0]))
+        kind = base_of_draft(name)
+        model = _typed(name, "--draft-model", settings, device)[0] if kind is None else _base_of(target, BASE_KINDS[kind])
+        subjects.append(Subject(role="draft", model=model))
     emulated = settings.emulate_link_bytes_per_s
     threads = own_threads(subjects, QUICK) if device.host_addressable else nullcontext()
     with threads, PartBar(len(subjects) + 2 + (emulated is None) + (disk is not None), enabled=not quiet) as progress:
@@ -110,6 +113,13 @@ def _typed(name: str, flag: str, settings: EngineSettings, device: "Device") -> 
     kernels, codec = settings.decode_kernels, settings.codec
     source = check_source(name, flag, settings.dtype, device_type, codec=codec, decode_kernels=kernels)
     return source.model, source.checkpoint
+
+
+def _base_of(target: "TypedModel", kind: BaseKind) -> "TypedModel":
+    """What drafts is measured without being made: its weights are noise. Where there is a base of some kind, it is that."""
+    from ..typed_model import base_draft, with_bases
+
+    return base_draft(target if target.base is not None else with_bases(target, kind))
 
 
 def _machine(device: "Device") -> dict[str, object]:

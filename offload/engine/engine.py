@@ -41,11 +41,13 @@ class Engine:
         memory: Callable[[], Memory],
         close: Callable[[], None],
         replanner: Replanner | None = None,
+        draft_place: int | None = None,
     ) -> None:
         self.loop, self.admission, self.tokenizer = loop, admission, admission.tokenizer
         self.eos_token_ids, self.load_s = eos_token_ids, load_s
         self.method, self.emulated_link, self.device_name, self.weights = method, emulated_link, device_name, weights
         self._memory, self._close, self.replanner = memory, close, replanner
+        self.draft_place = draft_place  # of the draft in use among those that the settings name
         self.turn = RLock()
         self._live: dict[Generation, sequence.Sequence] = {}  # not asked for longest first
         self._closed = False

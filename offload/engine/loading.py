@@ -4,9 +4,10 @@ Memory is taken before any weight is read, the device's first: what does not fit
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -14,6 +15,8 @@ from ..config import bytes_text
 from ..device import Device
 from ..device.host import available_bytes
 from ..errors import FitError, HostMemoryError
+from ..model.architecture import Architecture
+from ..model.base_model import base_architecture
 from ..model.causal_lm import CausalLM, WeightSource
 from ..model.drafter import ModelDrafter
 from ..model.kv_cache import KVCache
@@ -22,7 +25,7 @@ from ..planner.cost import ledger_lines, size_text, stored_bytes
 from ..planner.fallback import Fallbacks
 from ..planner.plan import Plan
 from ..source import ModelSource
-from ..streaming.stream import LayerStream, ResidentWeights
+from ..streaming.stream import LayerStream, ResidentWeights, Weights
 from ..weights.placement import RING_BUFFERS, Placement
 from ..weights.source import borrowed_layers
 from ..weights.store import WeightStore
@@ -54,11 +57,19 @@ class ReadCounter:
 
 def bytes_to_read(source: ModelSource, draft: ModelSource | None, plan: Plan) -> int:
     """What loading under `plan` reads: layers on disk are read later, those that borrow memory not at all."""
-    names = source.stored_names([*plan.placement.resident, *plan.placement.host_owners])
-    num_bytes = sum(map(source.tensors.num_bytes, names))
-    if draft is not None:
-        num_bytes += sum(map(draft.tensors.num_bytes, draft.stored_names(range(draft.architecture.num_layers))))
+    num_bytes = _bytes_of(source, plan.placement)
+    if draft is not None and not draft.model.drafts_from_base:
+        num_bytes += _bytes_of(draft, _resident(draft))
     return num_bytes
+
+
+def _bytes_of(source: ModelSource, placement: Placement) -> int:
+    """A layer with a base is read as a parameter where it is resident as it computes; elsewhere the base is read, too."""
+    codecs = source.model.codecs
+    raw = {layer for layer in placement.resident - placement.coded if codecs[layer].base.fields}
+    stored = [*(placement.resident - raw), *placement.host_owners]
+    names = [*source.stored_names(stored), *source.base_names(placement.decoded), *source.outside_names]
+    return sum(map(source.tensors.num_bytes, names)) + sum(map(source.parameters.num_bytes, source.parameter_names(raw)))
 
 
 def lend_memory(source: ModelSource, plan: Plan, host_bytes: int, *, may_refuse: bool) -> Plan:
@@ -150,9 +161,17 @@ def _take_memory(
         model = main.model(stream, own)
         parts, drafter = [main], None
         if draft is not None:
-            aside = _Memory(device, draft, _resident(draft), plan, own)
-            parts.append(aside)
-            drafter = _drafter(device, aside, plan, target.architecture.vocab_size, masks, own)
+            if draft.model.drafts_from_base:
+                draft_model = main.base_draft(draft, plan, own)
+            else:
+                aside = _Memory(device, draft, _resident(draft), plan, own)
+                parts.append(aside)
+                draft_model = aside.model(_weights_of(aside.store.resident.values(), own), own)
+            vocab_size, room = target.architecture.vocab_size, plan.room_nodes
+            drafter = ModelDrafter(draft_model, device, vocab_size, masks, plan.tree, plan.pass_rows, max_nodes=room)
+            own.callback(drafter.close)
+            if draft.model.drafts_from_base:
+                stream.watch(partial(_follow, drafter, main.store))
         for part in parts:
             part.store.take_host_memory()
         stack.push(own.pop_all())
@@ -173,22 +192,27 @@ class _Memory:
     ) -> None:
         self._device, self._source, architecture = device, source, source.architecture
         self._outside = device.alloc(source.model.outside_layout.num_bytes)
-        self._cache = KVCache(
-            device,
-            layer_shapes=architecture.kv_shapes,
-            num_segments=plan.max_sequences,
-            segment_rows=plan.context_rows,
-            dtype=source.model.dtype,
-            rope=architecture.rope,
-        )
+        self._cache = _cache_of(device, source, plan)
         codecs, prefix = source.model.codecs, architecture.prefix
-        self.store = WeightStore(device, source.tensors, codecs, prefix, placement, plan.host_budget_bytes)
+        most_bytes, parameters = plan.host_budget_bytes, source.parameters
+        self.store = WeightStore(device, source.tensors, codecs, prefix, placement, most_bytes, parameters)
         stack.callback(self.store.close)
 
     def model(self, weights: WeightSource, stack: ExitStack) -> CausalLM:
         """The model in this memory, which need not be filled yet."""
+        return self._model(self._source.architecture, weights, self._cache, stack)
+
+    def base_draft(self, draft: ModelSource, plan: Plan, stack: ExitStack) -> CausalLM:
+        """The `draft` that the base of this model is, in the same memory but for keys and values, which are its own."""
+        model = draft.model
+        assert model.base is not None
+        architecture = base_architecture(model.architecture, model.base, model.bases, kernels=model.kernels)
+        weights = _weights_of(self.store.drafting, stack)
+        return self._model(architecture, weights, _cache_of(self._device, draft, plan), stack)
+
+    def _model(self, architecture: Architecture, weights: WeightSource, cache: KVCache, stack: ExitStack) -> CausalLM:
         outside = self._source.model.outside_layout.views(self._outside)
-        model = CausalLM(self._source.architecture, self._device, self._source.model.dtype, outside, weights, self._cache)
+        model = CausalLM(architecture, self._device, self._source.model.dtype, outside, weights, cache)
         stack.callback(model.close)
         return model
 
@@ -208,11 +232,25 @@ def _resident(source: ModelSource) -> Placement:
     return Placement(num_layers=num_layers, resident=frozenset(range(num_layers)))
 
 
-def _drafter(device: Device, memory: _Memory, plan: Plan, vocab_size: int, masks: TreeMasks, stack: ExitStack) -> ModelDrafter:
-    """The draft stays on the device whole."""
-    weights = ResidentWeights(list(memory.store.resident.values()))
+def _cache_of(device: Device, source: ModelSource, plan: Plan) -> KVCache:
+    architecture = source.architecture
+    return KVCache(
+        device,
+        layer_shapes=architecture.kv_shapes,
+        num_segments=plan.max_sequences,
+        segment_rows=plan.context_rows,
+        dtype=source.model.dtype,
+        rope=architecture.rope,
+    )
+
+
+def _weights_of(layers: Iterable[Weights], stack: ExitStack) -> ResidentWeights:
+    """Of a draft, which stays on the device whole."""
+    weights = ResidentWeights(list(layers))
     stack.callback(weights.close)
-    model = memory.model(weights, stack)
-    drafter = ModelDrafter(model, device, vocab_size, masks, plan.tree, plan.pass_rows, max_nodes=plan.room_nodes)
-    stack.callback(drafter.close)
-    return drafter
+    return weights
+
+
+def _follow(drafter: ModelDrafter, store: WeightStore) -> None:
+    """Layers of the target have left the device: their base is there now, and recordings knew where they lay."""
+    drafter.rebind(ResidentWeights(store.drafting))

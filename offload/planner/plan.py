@@ -22,7 +22,6 @@ from .prediction import DraftOption, Offer, Prediction, Workload, predict_tree
 from .residency import MAX_AUTO_SLOTS, MIN_SLOTS
 from .room import reserve_memory, with_room
 from .search import MAX_NODES, NODES, Choice, best_choice, quickest
-from .tree_flag import assumed_acceptance
 
 # Attention costs grow with the context; predictions are for a text in its middle, and texts are seldom longer than this.
 TYPICAL_CONTEXT_TOKENS = 512
@@ -173,8 +172,6 @@ def plan_run(
         room_nodes, memory, prediction = with_room(workload, drafts[best.draft], best.tree, memory, prediction)
     streams = bool(memory.placement.streamed)
     plain_s = plain[1].s_per_token if plain else None
-    draft = drafts[best.draft] if best.draft is not None else None
-    assumed = [assumed_acceptance(draft.name)] if draft and draft.cost.is_base and not settings.acceptances else []
     return Plan(
         offer=best.offer,
         draft=best.draft,
@@ -197,7 +194,7 @@ def plan_run(
         prediction=prediction,
         autoregressive_s_per_token=plain_s,
         draft_passes=None if best.draft is None else "graphs" if budgets.replays else "eager",
-        notes=(*best.notes, *plan_notes(workload, memory), *assumed),
+        notes=(*best.notes, *plan_notes(workload, memory)),
     )
 
 

@@ -24,13 +24,15 @@ SCHEMA_VERSION = 1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """Bytes, as measured at the end of a run. `device_peak_bytes` on the CPU device counts what went through the device:
-    weights, slots and caches, not activations. `host_shared_layers` of a scale model borrow another layer's memory."""
+    weights, slots and caches, not activations; `device_base_bytes` of it are what stays of layers that come and go.
+    `host_shared_layers` of a scale model borrow another layer's memory."""
 
     device_peak_bytes: int
     host_weights_bytes: int
     host_pinned_bytes: int
     host_sessions_bytes: int = 0  # keys and values of conversations that other requests have put aside
     host_shared_layers: int = 0
+    device_base_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +115,7 @@ class Report:
             },
             "memory": {
                 "device_peak_bytes": self.memory.device_peak_bytes,
+                "device_base_bytes": self.memory.device_base_bytes,
                 "host_weights_bytes": self.memory.host_weights_bytes,
                 "host_pinned_bytes": self.memory.host_pinned_bytes,
                 "host_sessions_bytes": self.memory.host_sessions_bytes,

@@ -8,7 +8,7 @@ leaves the stream ready to start over.
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,7 @@ class LayerStream:
         self._queue: deque[Fetch] = deque()
         self._flying: dict[int, CopyTicket] = {}
         self._pass_number = -1  # no copy is under way
+        self._watchers: list[Callable[[], None]] = []
 
     @property
     def bytes_per_pass(self) -> int:
@@ -147,12 +148,19 @@ class LayerStream:
         self._store.evict(placement, spare)
         self._slots, self._scratch = [*self._slots, *slots], scratch
         self._see_placement()
+        for moved in self._watchers:
+            moved()
+
+    def watch(self, moved: Callable[[], None]) -> None:
+        """`moved` is called when resident layers have left the device: for those who hold them, too."""
+        self._watchers.append(moved)
 
     def close(self) -> None:
         """Let copies under way land, so that their memory may go; and let go of ours."""
         self._abandon()
         for memory in (self._slots, self._views, self._targets, self._resident, self._coded, self._decoded):
             memory.clear()
+        self._watchers.clear()
         self._scratch, self.log = NO_MEMORY, None
 
     def prefetch(self) -> None:

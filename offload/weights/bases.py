@@ -16,6 +16,10 @@ class LayerBases:
         self._device, self._codecs = device, codecs
         self._memory: dict[int, torch.Tensor] = {}
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(buffer.numel() for buffer in self._memory.values())
+
     def only(self, layers: Collection[int]) -> dict[int, torch.Tensor]:
         """[bytes of its base] uint8 of the device, of those of `layers` that have memory for one."""
         return {layer: buffer for layer, buffer in self._memory.items() if layer in layers}

@@ -3,7 +3,7 @@ the ring that brings what the device does not copy from where it lies."""
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -84,6 +84,17 @@ class WeightStore:
     def base(self, layer: int) -> dict[str, torch.Tensor]:
         """What the device keeps of a layer that is not resident as it computes: nothing where it has no base."""
         return self._bases.views(layer)
+
+    @property
+    def drafting(self) -> list[Mapping[str, torch.Tensor]]:
+        """What a base drafts with, layer by layer: where one is resident as it computes, that."""
+        raw = self.resident
+        return [raw[layer] if layer in raw else self.base(layer) for layer in range(self.placement.num_layers)]
+
+    @property
+    def base_bytes(self) -> int:
+        """Device memory held for bases."""
+        return self._bases.num_bytes
 
     @property
     def host_bytes(self) -> int:
