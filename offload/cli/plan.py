@@ -88,7 +88,7 @@ def _compare(arguments: argparse.Namespace, question: Question) -> int:
 
     if not question.settings.draft_models:
         raise UsageError("no draft to compare", where="--compare-drafts", cure="name one or more --draft-model")
-    verdicts = compare_drafts(question.offers(), SLOTS)
+    verdicts = compare_drafts(question.offers, SLOTS)
     plain_s = question.answer_without_drafts().prediction.s_per_token
     if arguments.json:
         drafts = [{**_fields(verdict), "law_tokens_per_s": verdict.formula_tokens_per_s} for verdict in verdicts]

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..config import EngineSettings, base_of_draft, check_draft_passes, sampling_kind
@@ -25,10 +26,10 @@ RESERVE_BYTES = 2**30  # of a device's memory when no budget is given: context, 
 VOCABULARY_PADDING = 0.01  # families pad one vocabulary differently; the tokenizers are compared when a pair is loaded
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Question:
     """All that a plan follows from. `targets` is the target as each offer would have it stored, `drafts` are models of their
-    own: they are offered beside the first one."""
+    own: they are offered beside the first one. Without slots: what is offered is asked for several times."""
 
     settings: EngineSettings
     targets: tuple["ModelShape", ...]
@@ -39,10 +40,10 @@ class Question:
     dtype_bytes: int
 
     def answer(self, tree: "TreeShape | OptimalTree | None") -> "Plan":
-        return self._planned(tree, self.offers())
+        return self._planned(tree, self.offers)
 
     def answer_without_drafts(self) -> "Plan":
-        return self._planned(None, [replace(offer, drafts=()) for offer in self.offers()])
+        return self._planned(None, [replace(offer, drafts=()) for offer in self.offers])
 
     def _planned(self, tree: "TreeShape | OptimalTree | None", offers: list["Offer"]) -> "Plan":
         from ..planner.plan import plan_run
@@ -50,6 +51,7 @@ class Question:
         max_positions = self.targets[0].max_positions
         return plan_run(self.settings, tree, offers, max_positions=max_positions, budgets=self.budgets)
 
+    @cached_property
     def offers(self) -> list["Offer"]:
         """One for each of the targets."""
         return [self._offer(target, with_drafts=place == 0) for place, target in enumerate(self.targets)]
@@ -75,7 +77,7 @@ class Question:
 
     def chosen_draft(self, made: "Plan") -> "DraftOption | None":
         """What `made` drafts with."""
-        return self.offers()[made.offer].drafts[made.draft] if made.draft is not None else None
+        return self.offers[made.offer].drafts[made.draft] if made.draft is not None else None
 
 
 def read_question(arguments: argparse.Namespace) -> Question:

@@ -80,7 +80,7 @@ def plan_memory(
     if host_bytes is not None and budgets.shared:
         host_bytes = max(host_bytes - sum(ledger.values()), 0)
     placement = Placement(num_layers=target.num_layers, resident=kept.resident, coded=kept.coded)
-    placement = _with_disk(target, placement, host_bytes, shared=budgets.shared)
+    placement, on_host = _with_disk(target, placement, host_bytes, shared=budgets.shared)
     return MemoryPlan(
         placement=placement,
         num_slots=kept.num_slots,
@@ -88,7 +88,7 @@ def plan_memory(
         context_rows=context_rows,
         pass_rows=pass_rows,
         device_ledger=ledger,
-        host_ledger=host_ledger(target, placement, shared=budgets.shared),
+        host_ledger=on_host,
     )
 
 
@@ -173,11 +173,13 @@ def _check_device(ledger: Mapping[str, int], budget: int | None) -> None:
         )
 
 
-def _with_disk(target: ModelCost, placement: Placement, budget: int | None, *, shared: bool) -> Placement:
-    """Host layers as the budget allows; the others on disk, spread evenly so that reading never pauses."""
-    streamed = placement.streamed
-    if budget is None or sum(host_ledger(target, placement, shared=shared).values()) <= budget:
-        return placement
+def _with_disk(
+    target: ModelCost, placement: Placement, budget: int | None, *, shared: bool
+) -> tuple[Placement, dict[str, int]]:
+    """Host layers as the budget allows; the others on disk, spread evenly so that reading never pauses. With it the ledger."""
+    streamed, ledger = placement.streamed, host_ledger(target, placement, shared=shared)
+    if budget is None or sum(ledger.values()) <= budget:
+        return placement, ledger
     room = budget - ring_bytes(target)
     if room < 0:
         raise FitError(
@@ -192,4 +194,5 @@ def _with_disk(target: ModelCost, placement: Placement, budget: int | None, *, s
         num_disk += 1
     chosen = spread_evenly(num_disk, len(sizes))
     disk = frozenset(layer for order, layer in enumerate(streamed) if order in chosen)
-    return replace(placement, disk=disk)
+    placement = replace(placement, disk=disk)
+    return placement, host_ledger(target, placement, shared=shared)

@@ -99,16 +99,15 @@ class _Trees:
 
     def __init__(self, acceptance: Acceptance, num_nodes: int, max_levels: int, max_branching: int) -> None:
         self._grow = partial(growth, acceptance, num_nodes, max_branching=max_branching)
-        unbounded = self._grow(max_levels)
-        self.max_levels = max_levels
-        self._grown: dict[tuple[int, int | None], Growth] = {
-            (num_levels, None): unbounded.within(num_levels) for num_levels in range(1, max_levels + 1)
-        }
+        self._unbounded, self.max_levels = self._grow(max_levels), max_levels
+        self._grown: dict[tuple[int, int | None], Growth] = {}
 
     def within(self, num_levels: int, max_level_width: int | None) -> Growth:
         key = num_levels, max_level_width
         if key not in self._grown:
-            self._grown[key] = self._grow(num_levels, max_level_width=max_level_width).within(num_levels)
+            wide = max_level_width is None
+            grown = self._unbounded if wide else self._grow(num_levels, max_level_width=max_level_width)
+            self._grown[key] = grown.within(num_levels)
         return self._grown[key]
 
 
@@ -159,7 +158,9 @@ class _Search:
         after_s = self._workload.after_s(sizes)
         grown = [self._trees.within(*bound) for bound in bounds]
         tokens = np.stack([one.expected_tokens(sizes) for one in grown], axis=1)  # [S, B]
-        expanded = [one.expanded(sizes) for one in grown]
+        expanded = np.zeros((len(sizes), len(grown), max(one.num_levels for one in grown)), dtype=np.int64)  # [S, B, levels]
+        for place, one in enumerate(grown):
+            expanded[:, place, : one.num_levels] = one.expanded(sizes)
         held = np.stack([sizes <= len(one.values) for one in grown], axis=1)  # [S, B]: there are trees of so many nodes
         round_s = np.full(tokens.shape, np.inf)
         alike: dict[tuple[Placement, int], list[int]] = {}
@@ -167,7 +168,7 @@ class _Search:
             alike.setdefault((memory.placement, memory.num_slots), []).append(row)
         for rows in alike.values():
             draft = self._draft.beside(self._workload, memories[rows[0]].placement)
-            draft_s = np.stack([draft.draft_s(each[rows]) for each in expanded], axis=1)  # [rows, B]
+            draft_s = draft.draft_s(expanded[rows])  # [rows, B]
             times = rounds(self._workload, memories[rows[0]], sizes[rows, None], draft_s, after_s[rows, None])
             round_s[rows] = np.where(held[rows], times.round_s, np.inf)
         s_per_token = round_s / tokens
