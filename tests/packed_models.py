@@ -223,6 +223,90 @@ def numbered(numbers: tuple[float, ...], kind: str) -> Packer:
     return pack
 
 
+def apart(bits: int, group: int) -> Packer:
+    """A base of plain rounding to nearest, and what it lacks of 16-bit weights; some are such that no field is made for
+    them."""
+
+    def pack(rows: int, columns: int, generator: torch.Generator) -> tuple[Tensors, torch.Tensor]:
+        weight = torch.randn(rows, columns, generator=generator).mul(2 / columns**0.5)
+        weight[:, ::61] *= 2.0**-20
+        weight[::7, ::53] = -0.0
+        weight = weight.bfloat16()
+        codes, scale, zero, steps = rounded(weight, bits, group)
+        field, needed = fields(weight, steps, spread(scale, rows, columns, (1, group)))
+        widths = torch.stack([most_of(needed[steps.abs() == step]) for step in range(2**bits)])
+        width = widths[steps.abs()]
+        field += (width - 1).clamp(min=0).exp2().long() * ((steps == 0) & (weight.view(torch.int16) < 0))
+        words, offsets = in_blocks(field.flatten(), width.flatten())
+        positions = (needed > width).flatten().nonzero().flatten()
+        return {
+            "weight_base_codes": from_low_bits(codes, torch.full_like(codes, bits)),
+            "weight_base_scale": scale,
+            "weight_base_zero": zero.to(torch.uint8),
+            "weight_remainder": words,
+            "weight_widths": widths.to(torch.uint8),
+            "weight_offsets": offsets,
+            "weight_positions": positions.to(torch.int32),
+            "weight_exceptions": weight.flatten()[positions],
+        }, weight.float()
+
+    return pack
+
+
+def rounded(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, ...]:
+    """(codes [N, K], scale [N, G], zero [N, G], steps [N, K])"""
+    groups = weight.float().split(group, 1)
+    low, high = (torch.stack([some.amin(1).clamp(max=0) for some in each], 1) for each in (groups, [-some for some in groups]))
+    scale = ((-high - low) / (2**bits - 1)).bfloat16()
+    zero = (-low / scale.float()).round().clamp(0, 2**bits - 1)
+    rows, columns = weight.shape
+    zeros = spread(zero, rows, columns, (1, group))
+    codes = (weight.float() / spread(scale, rows, columns, (1, group))).round().add(zeros).clamp(0, 2**bits - 1)
+    return codes.long(), scale, zero, (codes - zeros).long()
+
+
+def fields(weight: torch.Tensor, steps: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is stored of each weight, but for the sign of those of no step; and how many bits that needs, 99 where none do."""
+    beyond = ordinal(weight) - ordinal((steps.abs() * scale).bfloat16())
+    below = ordinal((scale / 2).bfloat16()) - ordinal(weight)
+    has_its_sign = (weight.view(torch.int16) < 0) == (steps < 0)
+    of_step = torch.where(has_its_sign, 1 + bit_length(torch.where(beyond < 0, -beyond - 1, beyond)), 99)
+    of_none = torch.where(below >= 0, 1 + bit_length(below), 99)
+    return torch.where(steps == 0, below, beyond), torch.where(steps == 0, of_none, of_step)
+
+
+def ordinal(values: torch.Tensor) -> torch.Tensor:
+    return values.view(torch.int16).long() & 0x7FFF
+
+
+def bit_length(values: torch.Tensor) -> torch.Tensor:
+    return torch.stack([(values >> bit) > 0 for bit in range(16)]).sum(0)
+
+
+def most_of(needed: torch.Tensor) -> torch.Tensor:
+    """A width that suffices for all but a few."""
+    return needed.sort().values[len(needed) * 98 // 100].clamp(max=16) if len(needed) else torch.tensor(0)
+
+
+def in_blocks(field: torch.Tensor, width: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(words, and one that nobody needs; the word that each block begins with)"""
+    bytes_of_blocks = []
+    for some, widths in zip(field.split(1024), width.split(1024), strict=True):
+        packed = from_low_bits(some[None], widths[None])[0]
+        bytes_of_blocks.append(torch.nn.functional.pad(packed, (0, -len(packed) % 4)))
+    offsets = torch.tensor([0, *(len(some) // 4 for some in bytes_of_blocks)]).cumsum(0)
+    return torch.cat([*bytes_of_blocks, torch.zeros(4, dtype=torch.uint8)]).view(torch.int32), offsets[:-1].to(torch.int32)
+
+
+def from_low_bits(values: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:
+    """[rows, bytes] uint8 of `values` [rows, N], each in as many bits as `widths` says, one after another."""
+    bits = [(values >> bit & 1)[..., None] for bit in range(16)]
+    is_there = torch.arange(16) < widths[..., None]
+    stream = torch.cat(bits, -1)[is_there].view(len(values), -1)
+    stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8)).unflatten(1, (-1, 8))
+    return torch.sum(stream << torch.arange(8), -1).to(torch.uint8)
+
+
 # -- forms ------------------------------------------------------------------------------------------------------------
 
 
@@ -290,10 +374,19 @@ FORMS: Mapping[str, Form] = {
     "fp4": Form({**BNB, "bnb_4bit_quant_type": "fp4"}, numbered(E2M1, "fp4")),
 }
 
+# What `convert` makes: 16-bit weights, apart.
+RESIDUAL_FORMS: Mapping[str, Form] = {
+    f"residual-int{bits}": Form(
+        {"quant_method": "treestream_residual", "version": 1, "bits": bits, "group_size": group}, apart(bits, group)
+    )
+    for bits, group in ((8, 128), (4, 64), (3, 64))
+}
+EVERY_FORM: Mapping[str, Form] = {**FORMS, **RESIDUAL_FORMS}
+
 # One of each way to pack; the others differ in where a scale or a zero point lies, and are for the slow tests.
 QUICK_FORMS = (
     *("fp8", "fp8-blocks", "compressed-tensors-int4", "compressed-tensors-int4-asymmetric", "compressed-tensors-mxfp4"),
-    *("gptq", "gptq-ordered", "awq", "modelopt-nvfp4", "nf4"),
+    *("gptq", "gptq-ordered", "awq", "modelopt-nvfp4", "nf4", "residual-int4"),
 )
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -316,6 +409,7 @@ SIZES: dict[str, Any] = {
 
 def write_packed(form: str, folder: Path, *, seed: int = 0, **changes: Any) -> PackedModel:
     """A tiny model of the family Llama below `folder`, the matrices of its layers packed in `form`, the rest in bfloat16."""
+    packing = EVERY_FORM[form]
     config = AutoConfig.for_model("llama", **{**SIZES, **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -326,7 +420,7 @@ def write_packed(form: str, folder: Path, *, seed: int = 0, **changes: Any) -> P
             stem, _, last = name.rpartition(".")
             if "_proj" in stem and last == "weight":
                 rows, columns = parameter.shape
-                parts, weight = FORMS[form].pack(rows, columns, generator)
+                parts, weight = packing.pack(rows, columns, generator)
                 stored |= {f"{stem}.{part}": tensor.contiguous() for part, tensor in parts.items()}
                 parameter.copy_(weight)
             else:
@@ -337,6 +431,6 @@ def write_packed(form: str, folder: Path, *, seed: int = 0, **changes: Any) -> P
     packed.mkdir()
     save_file(stored, packed / "model.safetensors", metadata={"format": "pt"})
     written = json.loads((folder / "unpacked" / "config.json").read_text())
-    written |= {"dtype": "bfloat16", "quantization_config": FORMS[form].quantization}
+    written |= {"dtype": "bfloat16", "quantization_config": packing.quantization}
     (packed / "config.json").write_text(json.dumps(written))
     return PackedModel(packed, folder / "unpacked")

@@ -17,7 +17,7 @@ from allocations import working_bytes
 from offload.coding import chunks
 from offload.coding.packings import read_packing
 from offload.coding.tensor_codec import Part, TensorCodec
-from packed_models import FORMS, QUICK_FORMS, in_bytes, powers, random_codes
+from packed_models import EVERY_FORM, FORMS, QUICK_FORMS, in_bytes, powers, random_codes
 
 SHAPES = [(64, 128), (336, 192), (16, 320)]  # blocks of 128 that are whole and cut short, groups of 64
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -43,7 +43,7 @@ def codec_of(
 
 def decoded(codec: TensorCodec, parts: Tensors, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     parameter = torch.full(shape, torch.nan, dtype=dtype)
-    codec.decode({part.name: parts[part.name] for part in codec.parts}, parameter)
+    codec.decode({part.name: parts[part.name] for part in (*codec.parts, *codec.kept)}, parameter)
     return parameter
 
 
@@ -61,19 +61,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 # -- what packers know -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EVERY_FORM)
 def test_weights_are_unpacked_exactly_and_rounded_once(form: str) -> None:
     for shape in SHAPES:
-        parts, weight = FORMS[form].pack(*shape, generator())
-        codec = codec_of(FORMS[form].quantization, shape, parts)
+        parts, weight = EVERY_FORM[form].pack(*shape, generator())
+        codec = codec_of(EVERY_FORM[form].quantization, shape, parts)
         for dtype in DTYPES:
             assert_same_bits(decoded(codec, parts, shape, dtype), weight.to(dtype))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EVERY_FORM)
 def test_pieces_of_any_size_make_the_same_weights(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts, weight = FORMS[form].pack(336, 192, generator())
-    codec = codec_of(FORMS[form].quantization, (336, 192), parts)
+    parts, weight = EVERY_FORM[form].pack(336, 192, generator())
+    codec = codec_of(EVERY_FORM[form].quantization, (336, 192), parts)
     monkeypatch.setattr(chunks, "CPU_WORKSPACE_BYTES", 9 * 192 * 24)
     assert_same_bits(decoded(codec, parts, (336, 192), torch.float32), weight)
 
@@ -82,7 +82,7 @@ def test_pieces_of_any_size_make_the_same_weights(form: str, monkeypatch: pytest
     "form",
     [
         form if form in QUICK_FORMS else pytest.param(form, marks=pytest.mark.slow)
-        for form in FORMS
+        for form in EVERY_FORM
         if form not in ("nf4", "fp4")
     ],
 )
@@ -91,11 +91,11 @@ def test_kernels_make_the_bits_of_their_twins(form: str) -> None:
     pytest.importorskip("triton")
     shapes = [(16, 320), (48, 64), (32, 128), (144, 64)] if "block" in form else [(16, 320), (48, 64), (32, 128)]
     for shape, dtype in zip(shapes, [*DTYPES, torch.bfloat16], strict=False):
-        parts, _ = FORMS[form].pack(*shape, generator(1))
-        codec = codec_of(FORMS[form].quantization, shape, parts)
+        parts, _ = EVERY_FORM[form].pack(*shape, generator(1))
+        codec = codec_of(EVERY_FORM[form].quantization, shape, parts)
         assert codec.kernel is not None
         found = torch.full(shape, torch.nan, dtype=dtype, device=KERNEL_DEVICE)
-        codec.kernel({part.name: parts[part.name].to(KERNEL_DEVICE) for part in codec.parts}, found)
+        codec.kernel({part.name: parts[part.name].to(KERNEL_DEVICE) for part in (*codec.parts, *codec.kept)}, found)
         assert_same_bits(found.cpu(), decoded(codec, parts, shape, dtype))
 
 
@@ -104,7 +104,7 @@ def by_both(codec: TensorCodec, parts: Tensors, shape: tuple[int, ...]) -> Itera
     yield decoded(codec, parts, shape, torch.float32)
     assert codec.kernel is not None
     found = torch.full(shape, torch.nan, device=KERNEL_DEVICE)
-    codec.kernel({part.name: parts[part.name].to(KERNEL_DEVICE) for part in codec.parts}, found)
+    codec.kernel({part.name: parts[part.name].to(KERNEL_DEVICE) for part in (*codec.parts, *codec.kept)}, found)
     yield found.cpu()
 
 
@@ -129,22 +129,22 @@ def test_blocks_may_be_of_any_size_and_cut_short(block: tuple[int, int], rows: i
         assert_same_bits(found, weight)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EVERY_FORM)
 def test_decoders_keep_within_their_workspace(form: str) -> None:
     """Which the values of the whole matrix, in float32, would fill three times."""
     shape = (384, 4096)
-    parts, _ = FORMS[form].pack(*shape, generator())
-    codec, parameter = codec_of(FORMS[form].quantization, shape, parts), torch.empty(shape, dtype=torch.bfloat16)
-    taken = {part.name: parts[part.name] for part in codec.parts}
+    parts, _ = EVERY_FORM[form].pack(*shape, generator())
+    codec, parameter = codec_of(EVERY_FORM[form].quantization, shape, parts), torch.empty(shape, dtype=torch.bfloat16)
+    taken = {part.name: parts[part.name] for part in (*codec.parts, *codec.kept)}
     assert 0 < working_bytes(lambda: codec.decode(taken, parameter)) <= chunks.CPU_WORKSPACE_BYTES
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EVERY_FORM)
 def test_scales_are_marked_and_codecs_of_equal_parameters_are_equal(form: str) -> None:
-    parts, _ = FORMS[form].pack(64, 128, generator())
-    first, second = (codec_of(FORMS[form].quantization, (64, 128), parts, name) for name in ("a.weight", "b.weight"))
+    parts, _ = EVERY_FORM[form].pack(64, 128, generator())
+    first, second = (codec_of(EVERY_FORM[form].quantization, (64, 128), parts, name) for name in ("a.weight", "b.weight"))
     assert first == second and hash(first) == hash(second)
-    marked = {part.name for part in first.parts if part.is_scale}
+    marked = {part.name for part in (*first.parts, *first.kept) if part.is_scale}
     assert marked and all("scale" in name or name in ("weight.absmax", "weight.quant_map") for name in marked)
 
 
@@ -159,9 +159,9 @@ def library_scheme(quantization: Mapping[str, Any]) -> QuantizationScheme:
 @pytest.mark.parametrize("form", [form for form in FORMS if form.startswith("compressed-tensors") and "ordered" not in form])
 def test_compressed_tensors_own_library_unpacks_the_same(form: str) -> None:
     """It computes in the scale's dtype, bfloat16."""
-    quantization = FORMS[form].quantization
+    quantization = EVERY_FORM[form].quantization
     for shape in SHAPES:
-        parts, _ = FORMS[form].pack(*shape, generator(2))
+        parts, _ = EVERY_FORM[form].pack(*shape, generator(2))
         compressor = BaseCompressor.get_value_from_registry(quantization["format"])
         expected = compressor.decompress(dict(parts), library_scheme(quantization))["weight"]
         assert expected.dtype == torch.bfloat16
@@ -203,8 +203,8 @@ def field(words: torch.Tensor, place: tuple[int, int], shift: int, bits: int) ->
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form.startswith("gptq")])
 def test_gptq_read_weight_by_weight_is_the_same(form: str) -> None:
-    quantization, rows, columns = FORMS[form].quantization, 32, 128
-    parts, _ = FORMS[form].pack(rows, columns, generator(6))
+    quantization, rows, columns = EVERY_FORM[form].quantization, 32, 128
+    parts, _ = EVERY_FORM[form].pack(rows, columns, generator(6))
     found = decoded(codec_of(quantization, (rows, columns), parts), parts, (rows, columns), torch.float32)
     bits = quantization["bits"]
     added = quantization["checkpoint_format"] == "gptq"
@@ -225,8 +225,8 @@ def test_gptq_read_weight_by_weight_is_the_same(form: str) -> None:
 def test_compressed_tensors_read_weight_by_weight_is_the_same(form: str) -> None:
     """Columns in an order of their own, which the library's newest release does not unpack."""
     rows, columns = 16, 128
-    parts, _ = FORMS[form].pack(rows, columns, generator(10))
-    found = decoded(codec_of(FORMS[form].quantization, (rows, columns), parts), parts, (rows, columns), torch.float32)
+    parts, _ = EVERY_FORM[form].pack(rows, columns, generator(10))
+    found = decoded(codec_of(EVERY_FORM[form].quantization, (rows, columns), parts), parts, (rows, columns), torch.float32)
     for row in range(rows):
         for column in range(columns):
             group = int(parts["weight_g_idx"][column]) if "weight_g_idx" in parts else column // 32
@@ -252,8 +252,8 @@ def test_awq_read_weight_by_weight_is_the_same() -> None:
 
 @pytest.mark.parametrize("form", ["nf4", "fp4"])
 def test_bitsandbytes_read_weight_by_weight_is_the_same(form: str) -> None:
-    parts, _ = FORMS[form].pack(8, 64, generator(8))
-    found = decoded(codec_of(FORMS[form].quantization, (8, 64), parts), parts, (8, 64), torch.float32).flatten()
+    parts, _ = EVERY_FORM[form].pack(8, 64, generator(8))
+    found = decoded(codec_of(EVERY_FORM[form].quantization, (8, 64), parts), parts, (8, 64), torch.float32).flatten()
     numbers = packed_models.NF4 if form == "nf4" else packed_models.E2M1
     for number, weight in enumerate(found.tolist()):
         byte = int(parts["weight"].flatten()[number // 2])

@@ -11,7 +11,7 @@ from conftest import reference_model
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.planner.plan import Plan
-from packed_models import FORMS, QUICK_FORMS, write_packed
+from packed_models import EVERY_FORM, QUICK_FORMS, write_packed
 from planning import L40
 
 PROMPT = [5, 9, 33, 2, 71]
@@ -35,7 +35,7 @@ def theirs(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "form", [form if form in QUICK_FORMS else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+    "form", [form if form in QUICK_FORMS else pytest.param(form, marks=pytest.mark.slow) for form in EVERY_FORM]
 )
 def test_greedy_text_is_that_of_the_unpacked_model(tmp_path: Path, form: str) -> None:
     model = write_packed(form, tmp_path)

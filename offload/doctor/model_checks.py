@@ -88,6 +88,8 @@ def _inspect_files(path: Path, flag: str, label: str, on_gpu: bool) -> Inspected
         weights=files.weights,
         packed=files.codecs,
         kernels=on_gpu and has_kernels(),
+        bases=files.bases,
+        base=files.base,
     )
     tokenizer, tokenizer_check = _inspect_tokenizer(path, label, architecture.vocab_size)
     return Inspected(
