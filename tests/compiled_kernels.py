@@ -38,28 +38,30 @@ INEXACT = re.compile(r"\S*(?:\.ftz|\.approx|div\.full|fma)\S*")
 ROWS, COLUMNS = 384, 256
 
 
-def compiled(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any], capability: int) -> str:
-    """The PTX of a launch with these arguments. What machine code is made of it is made, too."""
+def compiled(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any], capability: int) -> Any:
+    """What Triton makes of a launch with these arguments, machine code included."""
     parameters = {parameter.name: parameter for parameter in kernel.params}
     options = {name: value for name, value in named.items() if name not in parameters}
     given = inspect.signature(kernel.fn).bind(*arguments, **{name: named[name] for name in named.keys() - options.keys()})
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}  # as a launch finds them: memory is aligned, and sizes may be multiples of 16
     for number, (name, value) in enumerate(given.arguments.items()):
         if parameters[name].is_constexpr:
             signature[name], constants[number,] = "constexpr", value
         else:
             signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    code: str = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
-    return code
+            if isinstance(value, torch.Tensor) or (value % 16 == 0 and not parameters[name].do_not_specialize):
+                attributes[number,] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def main(capability: int = 90) -> None:
     code: list[str] = []
 
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        code.append(compiled(kernel, arguments, named, capability))
+        code.append(compiled(kernel, arguments, named, capability).asm["ptx"])
 
     JITFunction.run = compile_only
     found: dict[str, list[str]] = {}

@@ -2,8 +2,8 @@
 
     python tests/compiled_products.py [compute capability, such as 90]
 
-Prints a JSON object: of each kind of base, dtype and number of rows, the matrix instructions in it. It is a process of its own,
-as Triton's interpreter, which other tests use, compiles nothing.
+Prints a JSON object: of each kind of base, dtype and number of rows, the matrix instructions in it and the bytes of shared
+memory that it takes. It is a process of its own, as Triton's interpreter, which other tests use, compiles nothing.
 """
 
 import json
@@ -24,17 +24,17 @@ from offload.coding.base_product_kernel import product_by_kernel
 
 MATRIX = re.compile(r"wgmma\.mma_async\S*|mma\.sync\S*")
 OUTPUTS, COLUMNS = 1000, 8192
-CASES = ((torch.bfloat16, 1), (torch.float16, 64), (torch.bfloat16, 256), (torch.float32, 16))
+CASES = ((torch.bfloat16, 1), (torch.float16, 64), (torch.bfloat16, 256), (torch.float32, 256))
 
 
 def main(capability: int = 90) -> None:
-    code: list[str] = []
+    code: list[Any] = []
 
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
         code.append(compiled(kernel, arguments, named, capability))
 
     JITFunction.run = compile_only
-    found: dict[str, list[str]] = {}
+    found: dict[str, Any] = {}
     for name, kind in BASE_KINDS.items():
         parts = base_parts("weight", (OUTPUTS, COLUMNS), kind)
         base = Base.of({part.name: torch.empty(part.shape, dtype=part.dtype, device="meta") for part in parts}, "weight_base_")
@@ -42,7 +42,10 @@ def main(capability: int = 90) -> None:
             code.clear()
             x = torch.empty(rows, COLUMNS, dtype=dtype, device="meta")
             product_by_kernel(x, base, kind, torch.empty(rows, OUTPUTS, dtype=dtype, device="meta"))
-            found[f"{name} {dtype} {rows}"] = sorted(set(MATRIX.findall("\n".join(code))))
+            found[f"{name} {dtype} {rows}"] = {
+                "matrix": sorted({name for kernel in code for name in MATRIX.findall(kernel.asm["ptx"])}),
+                "shared_bytes": max(kernel.metadata.shared for kernel in code),
+            }
     print(json.dumps(found))
 
 

@@ -19,7 +19,8 @@ from .base_layout import Base
 from .kernel_rounding import rounded
 
 OUTPUTS: Final = 64
-LEAST_ROWS, MOST_ROWS = 16, 128  # of a program: what a dot takes, and what its registers hold
+LEAST_ROWS: Final = 16  # of a program: a dot takes no fewer
+MOST_INPUT_BYTES: Final = 2**14  # of the rows beside a group: four such tiles are under way in 99 KiB of shared memory
 PROGRAMS: Final = 512  # that keep the memory of a large GPU busy
 LEAST_GROUPS: Final = 4  # that a part of the columns has
 SUMMED: Final = 1024  # numbers of a program that adds parts
@@ -28,7 +29,8 @@ SUMMED: Final = 1024  # numbers of a program that adds parts
 def product_by_kernel(x: torch.Tensor, base: Base, kind: BaseKind, product: torch.Tensor) -> None:
     """`product` [M, N] = `x` [M, K] times the transposed base of N rows, all contiguous and of one float dtype."""
     (num_rows, num_columns), num_outputs = x.shape, product.shape[1]
-    rows = min(max(triton.next_power_of_2(num_rows), LEAST_ROWS), MOST_ROWS)
+    most_rows = MOST_INPUT_BYTES // (kind.group * x.itemsize)
+    rows = max(min(triton.next_power_of_2(num_rows), most_rows), LEAST_ROWS)
     num_blocks, num_row_blocks = triton.cdiv(num_outputs, OUTPUTS), triton.cdiv(num_rows, rows)
     num_groups = base.scale.shape[1]
     num_parts = max(min(triton.cdiv(PROGRAMS, num_blocks * num_row_blocks), num_groups // LEAST_GROUPS), 1)
@@ -52,8 +54,8 @@ def product_by_kernel(x: torch.Tensor, base: Base, kind: BaseKind, product: torc
         ROWS=rows,
         OUTPUTS=OUTPUTS,
         IS_INTERPRETED=x.device.type == "cpu",  # by an interpreter whose dots take bfloat16 for integers
-        num_warps=4 if rows < MOST_ROWS else 8,
-        num_stages=4,
+        num_warps=8 if rows > OUTPUTS else 4,
+        num_stages=4 if x.itemsize == 2 else 3,
         enable_fp_fusion=True,  # rounding once more would be no closer to anything
     )
     if num_parts > 1:
