@@ -6,11 +6,13 @@ from functools import partial
 import torch
 
 from coding import encode, normal, random_blocks
+from offload.coding.base_kinds import BASE_KINDS
 from offload.coding.gguf_codec import gguf_codec
 from offload.coding.gguf_types import BLOCKS
 from offload.coding.packings import read_packing
 from offload.coding.tensor_codec import Part, TensorCodec
 from packed_models import FORMS, in_bytes, powers, random_codes
+from residual_coding import normal_matrix, take_apart
 
 Parts = Mapping[str, torch.Tensor]
 # Of a parameter of (rows, columns), which whole blocks make up: 48 divides the rows, 256 the columns.
@@ -45,6 +47,13 @@ def lossless(dtype: torch.dtype, rows: int, columns: int) -> tuple[TensorCodec, 
     return code.codec, code.parts
 
 
+def residual(kind: str, dtype: torch.dtype, rows: int, columns: int) -> tuple[TensorCodec, Parts]:
+    """The float16 numbers are none of bfloat16."""
+    tensor = normal_matrix(rows, columns).float() + 1e-5
+    code = take_apart(tensor.to(dtype), BASE_KINDS[kind])
+    return code.codec, code.parts
+
+
 def _read(
     quantization: Mapping[str, object], parameter: str, shape: tuple[int, ...], parts: Parts
 ) -> tuple[TensorCodec, Parts]:
@@ -60,6 +69,8 @@ EVERY_CODEC: Mapping[str, Make] = {
     **{f"GGUF {name}": partial(blocks, name) for name in BLOCKS if BLOCKS[name].num_weights > 1},
     "lossless bfloat16": partial(lossless, torch.bfloat16),
     "lossless float16": partial(lossless, torch.float16),
+    **{f"residual bfloat16 beside {kind}": partial(residual, kind, torch.bfloat16) for kind in BASE_KINDS},
+    **{f"residual float16 beside {kind}": partial(residual, kind, torch.float16) for kind in BASE_KINDS},
 }
 
 

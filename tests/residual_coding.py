@@ -72,7 +72,8 @@ def codes_by_bits(packed: torch.Tensor, num_columns: int, kind: BaseKind) -> tor
     """[N, K] int64, as base_layout.py says: bit by bit."""
     bits = (packed[..., None].long() >> torch.arange(8)) & 1  # [N, bytes, 8]
     of_code = bits.flatten(1)[:, : num_columns * kind.bits].unflatten(1, (num_columns, kind.bits))
-    return (of_code << torch.arange(kind.bits)).sum(-1)
+    codes: torch.Tensor = (of_code << torch.arange(kind.bits)).sum(-1)
+    return codes
 
 
 def groups_of(num_columns: int, kind: BaseKind) -> Iterator[slice]:

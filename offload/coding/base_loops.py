@@ -10,8 +10,11 @@ import numpy as np
 
 from .loops import loop, sum_loop
 
-_MAGIC = np.float32(1.5 * 2**23)  # a float32 beside it has no fraction: adding it rounds to the nearest integer, ties to even
-_FAR = np.float32(2**12)  # beyond every code
+MAGIC = np.float32(1.5 * 2**23)
+MIDDLE = np.int32(0x4B400000)  # its bits
+MOST = np.float32(1e38)
+NONE, FAR = np.int32(0), np.int32(2**12)  # codes are nearer
+SIZE, INFINITE = np.int32(0x7FFF), np.int32(0x7F80)  # bits of a bfloat16 number without its sign
 
 
 @loop
@@ -24,26 +27,30 @@ def _float_of(bits):
 def _bits_of(value):
     """The bfloat16 nearest to a finite float32, or an infinity."""
     bits = np.float32(value).view(np.uint32)
-    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint16(np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd) >> np.uint32(16))
 
 
 @loop
-def _finite(numbers, start, values):
-    """Into float32; those that are not finite are taken for 0."""
+def _inverse(step):
+    """Finite."""
+    inverse = np.float32(np.float32(1) / step)
+    return inverse if inverse < MOST else MOST
+
+
+@loop
+def _finite(numbers, values):
+    """Into float32, those that are not finite as 0. Bits of the largest sizes: of the numbers below 0, and of the others."""
+    low = high = NONE
     for place in range(values.size):
-        bits = np.uint32(numbers[start + place]) << np.uint32(16)
-        if bits & np.uint32(0x7F800000) == np.uint32(0x7F800000):
-            bits = np.uint32(0)
+        number = np.int32(numbers[place])
+        size = number & SIZE
+        size = size if size < INFINITE else NONE
+        is_negative = number > SIZE
+        low = max(low, size if is_negative else NONE)
+        high = max(high, NONE if is_negative else size)
+        bits = np.uint32(np.uint32(size) << np.uint32(16)) | (np.uint32(1 << 31) if is_negative else np.uint32(0))
         values[place] = np.uint32(bits).view(np.float32)
-
-
-@sum_loop
-def _limits(values):
-    """Of a range that 0 lies in."""
-    low = high = np.float32(0)
-    for value in values:
-        low = min(low, value)
-        high = max(high, value)
     return low, high
 
 
@@ -51,11 +58,31 @@ def _limits(values):
 def _error(values, inverse, zero, top):
     """Sum of squares, in units of the scale."""
     error = np.float32(0)
-    for value in values:
-        wanted = value * inverse + zero
-        code = np.float32(np.int32(min(max(wanted, np.float32(0)), top) + np.float32(0.5)))
-        error += (wanted - code) * (wanted - code)
+    for place in range(values.size):
+        wanted = np.float32(values[place] * inverse + zero)
+        code = min(max(np.int32(wanted + np.float32(0.5)), NONE), top)
+        off = np.float32(wanted - np.float32(code))
+        error += np.float32(off * off)
     return error
+
+
+@loop
+def _fit_group(values, low, high, top, shrinks):
+    """Bits of the scale, and the zero point."""
+    widest = np.float32(high / np.float32(top) + low / np.float32(top))
+    best, best_zero, least = np.uint16(0), NONE, np.float32(np.inf)
+    for shrink in shrinks:
+        bits = _bits_of(widest * shrink)
+        step = _float_of(bits)
+        if step == 0:
+            break
+        inverse = _inverse(step)
+        zero = min(np.int32(np.float32(low * shrink * inverse) + np.float32(0.5)), top)
+        relative = np.float32(step / widest)
+        error = np.float32(_error(values, inverse, np.float32(zero), top) * relative * relative)
+        if error < least:
+            best, best_zero, least = bits, zero, error
+    return best, best_zero
 
 
 @loop
@@ -66,41 +93,23 @@ def fit_rows(numbers, num_columns, group, top, shrinks, scale, zero):
     room = np.empty(group, np.float32)
     for row in range(num_rows):
         for number in range(num_groups):
-            first = number * group
-            values = room[: min(group, num_columns - first)]
-            _finite(numbers, row * num_columns + first, values)
-            low, high = _limits(values)
-            widest = high / np.float32(top) - low / np.float32(top)
-            least = np.float32(np.inf)
-            scale[row, number] = 0
-            zero[row, number] = 0
-            for shrink in shrinks:
-                bits = _bits_of(widest * shrink)
-                step = _float_of(bits)
-                if step == 0:
-                    break
-                inverse = np.float32(1) / step
-                if inverse > np.float32(1e38):  # of what no group of a trained matrix has
-                    inverse = np.float32(1e38)
-                place = np.rint(-low * shrink * inverse)
-                place = min(max(place, np.float32(0)), np.float32(top))
-                relative = step / widest
-                error = _error(values, inverse, place, np.float32(top)) * relative * relative
-                if error < least:
-                    least = error
-                    scale[row, number] = bits
-                    zero[row, number] = np.uint8(place)
+            first, size = row * num_columns + number * group, min(group, num_columns - number * group)
+            values = room[:size]
+            low, high = _finite(numbers[first : first + size], values)
+            found, of_zero = _fit_group(values, _float_of(low), _float_of(high), np.int32(top), shrinks)
+            scale[row, number], zero[row, number] = found, np.uint8(of_zero)
 
 
 @loop
-def _nearest_codes(numbers, first, step, zero, top, codes):
+def _nearest_codes(numbers, inverse, zero, top, codes):
+    """A float32 beside MAGIC has no fraction: adding it rounds to the nearest integer, ties to even."""
     for place in range(codes.size):
-        bits = np.uint32(numbers[first + place]) << np.uint32(16)
-        if bits & np.uint32(0x7F800000) == np.uint32(0x7F800000):
-            bits = np.uint32(0)
-        steps = min(max(np.uint32(bits).view(np.float32) / step, -_FAR), _FAR)
-        code = (steps + _MAGIC) - _MAGIC + zero
-        codes[place] = np.uint8(np.int32(min(max(code, np.float32(0)), top)))
+        bits = np.uint32(numbers[place])
+        bits = bits if bits & np.uint32(0x7F80) != np.uint32(0x7F80) else np.uint32(0)
+        value = np.uint32(bits << np.uint32(16)).view(np.float32)
+        beside = np.float32(np.float32(value * inverse) + MAGIC).view(np.int32)
+        steps = np.int32(min(max(beside, np.int32(MIDDLE - FAR)), np.int32(MIDDLE + FAR)) - MIDDLE)
+        codes[place] = np.uint8(min(max(np.int32(steps + zero), NONE), top))
 
 
 @loop
@@ -115,8 +124,8 @@ def choose_codes(numbers, start, num_columns, group, top, scale, zero, codes):
         if step == 0:
             codes[done : done + size] = zero[row, number]
         else:
-            of_zero = np.float32(zero[row, number])
-            _nearest_codes(numbers, done, step, of_zero, np.float32(top), codes[done : done + size])
+            of_zero = np.int32(zero[row, number])
+            _nearest_codes(numbers[done : done + size], _inverse(step), of_zero, np.int32(top), codes[done : done + size])
         done += size
         column += size
         if column == num_columns:
@@ -127,26 +136,44 @@ def choose_codes(numbers, start, num_columns, group, top, scale, zero, codes):
 def pack_rows(codes, num_columns, bits, packed):
     """Of whole rows: `codes` [N * K] uint8 into `packed` [N, ceil(K bits / 8)]."""
     for row in range(packed.shape[0]):
-        first = row * num_columns
-        if bits == 8:
-            packed[row] = codes[first : first + num_columns]
-        elif bits == 4:
-            for pair in range(num_columns // 2):
-                packed[row, pair] = codes[first + 2 * pair] | codes[first + 2 * pair + 1] << np.uint8(4)
-            if num_columns % 2:
-                packed[row, num_columns // 2] = codes[first + num_columns - 1]
-        else:
-            held, num_held, byte = np.uint32(0), np.uint32(0), 0
-            for column in range(num_columns):
-                held |= np.uint32(codes[first + column]) << num_held
-                num_held += np.uint32(bits)
-                if num_held >= 8:
-                    packed[row, byte] = np.uint8(held & np.uint32(0xFF))
-                    held >>= np.uint32(8)
-                    num_held -= np.uint32(8)
-                    byte += 1
-            if num_held > 0:
-                packed[row, byte] = np.uint8(held & np.uint32(0xFF))
+        _pack_row(codes[row * num_columns : (row + 1) * num_columns], bits, packed[row])
+
+
+@loop
+def _pack_row(codes, bits, packed):
+    if bits == 8:
+        for place in range(codes.size):
+            packed[place] = codes[place]
+        return
+    whole = codes.size // 8 * 8  # eight codes are whole bytes
+    if bits == 4:
+        _pack_fours(codes[:whole], packed)
+    elif bits == 3:
+        _pack_threes(codes[:whole], packed)
+    for place in range(whole * bits // 8, packed.size):
+        packed[place] = 0
+    for place in range(whole, codes.size):
+        first = place * bits
+        shifted = np.uint32(codes[place]) << np.uint32(first % 8)
+        packed[first // 8] |= np.uint8(shifted & np.uint32(0xFF))
+        if first % 8 + bits > 8:
+            packed[first // 8 + 1] |= np.uint8(shifted >> np.uint32(8))
+
+
+@loop
+def _pack_fours(codes, packed):
+    for pair in range(codes.size // 2):
+        packed[pair] = np.uint8(codes[2 * pair] | np.uint8(codes[2 * pair + 1] << np.uint8(4)))
+
+
+@loop
+def _pack_threes(codes, packed):
+    for part in range(codes.size // 8):
+        held = np.uint32(0)
+        for place in range(8):
+            held |= np.uint32(codes[8 * part + place]) << np.uint32(3 * place)
+        for byte in range(3):
+            packed[3 * part + byte] = np.uint8(held >> np.uint32(8 * byte) & np.uint32(0xFF))
 
 
 @loop
@@ -164,80 +191,69 @@ def unpack(packed, start, num_columns, bits, codes):
 @loop
 def _unpack_row(packed, column, bits, codes):
     if bits == 8:
-        codes[:] = packed[column : column + codes.size]
+        bytes_there = packed[column : column + codes.size]
+        for place in range(codes.size):
+            codes[place] = bytes_there[place]
         return
-    place = 0
+    ahead = min(-column % 8, codes.size)  # of whole bytes
+    whole = (codes.size - ahead) // 8 * 8 if bits == 3 or bits == 4 else 0
     if bits == 4:
-        if column % 2:
-            codes[0] = packed[column // 2] >> np.uint8(4)
-            place = 1
-        for _ in range((codes.size - place) // 2):
-            byte = packed[(column + place) // 2]
-            codes[place] = byte & np.uint8(15)
-            codes[place + 1] = byte >> np.uint8(4)
-            place += 2
-    for rest in range(place, codes.size):
-        first = (column + rest) * bits
-        pair = np.uint32(packed[first // 8])
-        if first // 8 + 1 < packed.size:
-            pair |= np.uint32(packed[first // 8 + 1]) << np.uint32(8)
-        codes[rest] = np.uint8(pair >> np.uint32(first % 8) & np.uint32((1 << bits) - 1))
+        _unpack_fours(packed[(column + ahead) // 2 :], codes[ahead : ahead + whole])
+    elif bits == 3:
+        _unpack_threes(packed[(column + ahead) // 8 * 3 :], codes[ahead : ahead + whole])
+    for part in range(2):
+        for place in range(ahead if part == 0 else codes.size - ahead - whole):
+            place += part * (ahead + whole)
+            first = (column + place) * bits
+            pair = np.uint32(packed[first // 8])
+            if first // 8 + 1 < packed.size:
+                pair |= np.uint32(packed[first // 8 + 1]) << np.uint32(8)
+            codes[place] = np.uint8(pair >> np.uint32(first % 8) & np.uint32((1 << bits) - 1))
 
 
 @loop
-def _row_of_four_bits(packed, codes):
+def _unpack_fours(packed, codes):
     for pair in range(codes.size // 2):
-        byte = packed[pair]
-        codes[2 * pair] = byte & np.uint8(15)
-        codes[2 * pair + 1] = byte >> np.uint8(4)
-    if codes.size % 2:
-        codes[codes.size - 1] = packed[codes.size // 2] & np.uint8(15)
+        codes[2 * pair] = packed[pair] & np.uint8(15)
+        codes[2 * pair + 1] = np.uint8(packed[pair] >> np.uint8(4))
 
 
 @loop
-def _row_of_three_bits(packed, codes):
-    """Eight codes at a time, of three bytes."""
-    whole = codes.size // 8
-    for unit in range(whole):
-        low, middle, high = np.uint32(packed[3 * unit]), np.uint32(packed[3 * unit + 1]), np.uint32(packed[3 * unit + 2])
-        together = low | middle << np.uint32(8) | high << np.uint32(16)
+def _unpack_threes(packed, codes):
+    for part in range(codes.size // 8):
+        held = np.uint32(packed[3 * part]) | np.uint32(packed[3 * part + 1]) << np.uint32(8)
+        held |= np.uint32(packed[3 * part + 2]) << np.uint32(16)
         for place in range(8):
-            codes[8 * unit + place] = np.uint8(together >> np.uint32(3 * place) & np.uint32(7))
-    _unpack_row(packed, 8 * whole, 3, codes[8 * whole :])
+            codes[8 * part + place] = np.uint8(held >> np.uint32(3 * place) & np.uint32(7))
 
 
 @loop
-def _numbers(codes, zero, step, values):
+def _values(codes, zero, step, values):
     for place in range(values.size):
-        values[place] = np.float32(np.int32(np.int32(codes[place]) - zero)) * step
+        values[place] = np.float32(np.float32(np.int32(np.int32(codes[place]) - zero)) * step)
 
 
 @loop
-def _numbers_as_bits(codes, zero, step, values):
-    for place in range(values.size):
-        values[place] = _bits_of(np.float32(np.int32(np.int32(codes[place]) - zero)) * step)
+def _near_values(codes, zero, step, bits):
+    """The same, as bits of bfloat16."""
+    for place in range(bits.size):
+        value = np.float32(np.float32(np.int32(np.int32(codes[place]) - zero)) * step)
+        bits[place] = _bits_of(value)
 
 
 @loop
 def compute_rows(packed, scale, zero, num_columns, group, bits, as_bits, values):
-    """k s of whole rows, into `values` [N * K]: float32, or bits of bfloat16 if `as_bits`. Each loop inside is over one array
-    from its beginning, which is what compilers make vector instructions of: a quarter of the time."""
+    """k s of whole rows, into `values` [N * K]: float32, or bits of bfloat16 if `as_bits`. Each loop inside is over arrays from
+    their beginning, which is what compilers make vector instructions of: a quarter of the time."""
     num_rows, num_groups = scale.shape
     codes = np.empty(num_columns, np.uint8)
     for row in range(num_rows):
-        if bits == 8:
-            codes = packed[row]
-        elif bits == 4:
-            _row_of_four_bits(packed[row], codes)
-        elif bits == 3:
-            _row_of_three_bits(packed[row], codes)
-        else:
-            _unpack_row(packed[row], 0, bits, codes)
+        _unpack_row(packed[row], 0, bits, codes)
+        into = values[row * num_columns : (row + 1) * num_columns]
         for number in range(num_groups):
-            first, last = number * group, min((number + 1) * group, num_columns)
+            first, end = number * group, min(number * group + group, num_columns)
             step, of_zero = _float_of(scale[row, number]), np.int32(zero[row, number])
-            into = values[row * num_columns + first : row * num_columns + last]
             if as_bits:
-                _numbers_as_bits(codes[first:last], of_zero, step, into)
+                _near_values(codes[first:end], of_zero, step, into[first:end])
             else:
-                _numbers(codes[first:last], of_zero, step, into)
+                _values(codes[first:end], of_zero, step, into[first:end])

@@ -8,9 +8,8 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -24,9 +23,10 @@ from .lossless_encode import changed
 from .lossless_numpy import Bits
 from .residual_cpu import CHUNK, Arrays
 from .residual_layout import BLOCK, MAX_WEIGHTS, MAX_WIDTH, WORD_BITS, Remainder
-from .residual_loops import NO_WIDTH, count_widths, write_fields
+from .residual_loops import NO_WIDTH, count_widths, measure_fields, write_fields
 
 RUN: Final = 8 * CHUNK  # weights that one thread takes at a time
+SAMPLE: Final = 16 * CHUNK  # weights, or so: what decides the widths
 EXCEPTION_BITS: Final = 32 + 16
 # Of float16 numbers that are none of bfloat16: below, all are coded as bfloat16, and above, as float16; three bits a weight are
 # as much as one exception in sixteen.
@@ -88,7 +88,7 @@ class ResidualEncoder:
         if not 0 < numbers.size <= MAX_WEIGHTS:
             return None
         fit = self.fit(tensor)
-        found = [self._survey(numbers, fit, is_half) for is_half in self._ways(numbers)]
+        found = [self._survey(_Way(numbers, fit, self._kind, is_half)) for is_half in self._ways(numbers)]
         return min(found, key=lambda survey: survey.num_bits)
 
     def encode(self, tensor: torch.Tensor, survey: ResidualSurvey, base: Base, remainder: Remainder) -> None:
@@ -116,49 +116,27 @@ class ResidualEncoder:
         share = sum(map(int, counts)) / numbers.size
         return (False,) if share < FEW_DIFFER else (True,) if share > MANY_DIFFER else (False, True)
 
-    def _survey(self, numbers: Numbers, fit: Fit, is_half: bool) -> ResidualSurvey:
-        starts = range(0, numbers.size, RUN)
-        counts = list(self._pool.map(partial(_count_run, numbers, fit, self._kind, is_half), starts))
-        widths = _best_widths(sum((count.needed for count in counts[1:]), start=counts[0].needed))
+    def _survey(self, way: "_Way") -> ResidualSurvey:
+        size = way.numbers.size
+        every = len(range(0, size, SAMPLE)) | 1  # odd: rows are not, so it is not always the same columns
+        widths = _best_widths(np.sum(list(self._pool.map(way.count, list(_chunks(0, size, size))[::every])), axis=0))
+        measured = list(self._pool.map(lambda start: way.measure(start, widths), range(0, size, RUN)))
         return ResidualSurvey(
-            fit=fit,
-            is_half=is_half,
+            fit=way.fit,
+            is_half=way.is_half,
             widths=tuple(widths.tolist()),
-            words=tuple(count.num_words(widths) for count in counts),
-            exceptions=tuple(count.num_exceptions(widths) for count in counts),
+            words=tuple(words for words, _ in measured),
+            exceptions=tuple(exceptions for _, exceptions in measured),
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Count:
-    needed: NDArray[np.int64]  # [A, NO_WIDTH + 1]: weights of so many steps that need so wide a field
-    steps_of_blocks: NDArray[np.uint16]  # [blocks, A]: weights of so many steps
-
-    def num_words(self, widths: NDArray[np.int64]) -> int:
-        return int((-(-(self.steps_of_blocks @ widths) // WORD_BITS)).sum())
-
-    def num_exceptions(self, widths: NDArray[np.int64]) -> int:
-        return int(self.needed[np.arange(NO_WIDTH + 1) > widths[:, None]].sum())
-
-
-def _best_widths(needed: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[A]: those that take the fewest bits, exceptions included; the narrowest of them."""
-    above = needed.sum(1, keepdims=True) - needed.cumsum(1)  # [A, width]: exceptions
-    bits = needed.sum(1, keepdims=True) * np.arange(NO_WIDTH + 1) + EXCEPTION_BITS * above
-    widths: NDArray[np.int64] = bits[:, : MAX_WIDTH + 1].argmin(1)
+def _best_widths(needed: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """[A]: those that take the fewest bits, exceptions included; the narrowest of them. `needed` [A, NO_WIDTH + 1]: weights of
+    so many steps that need so wide a field."""
+    weights = needed.sum(1, keepdims=True)
+    bits = weights * np.arange(NO_WIDTH + 1) + EXCEPTION_BITS * (weights - needed.cumsum(1))
+    widths: NDArray[np.uint8] = bits[:, : MAX_WIDTH + 1].argmin(1).astype(np.uint8)
     return widths
-
-
-def _count_run(numbers: Numbers, fit: Fit, kind: BaseKind, is_half: bool, start: int) -> _Count:
-    scale, zero, counts = bits_of(fit.scale), fit.zero.numpy(), []
-    needed = np.zeros((2**kind.bits, NO_WIDTH + 1), np.int64)
-    for which in _chunks(start, start + RUN, numbers.size):
-        coded, cast = _coded(numbers, which, is_half)
-        codes = codes_of(cast, which.start, numbers.num_columns, kind, fit)
-        counts.append(np.empty((-(-codes.size // BLOCK), 2**kind.bits), np.uint16))
-        place = (which.start, numbers.num_columns, kind.group, scale, zero, is_half)
-        count_widths(coded.bits, coded.differs, codes, *place, needed, counts[-1])
-    return _Count(needed, np.concatenate(counts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,13 +146,43 @@ class _Coded:
     bits: Bits
     differs: NDArray[np.bool_]
 
+    @classmethod
+    def of(cls, numbers: Numbers, which: slice, is_half: bool) -> "_Coded":
+        if is_half:
+            return cls(bits_of(numbers.tensor[which]), np.zeros(0, np.bool_))
+        cast = numbers.cast(which)
+        return cls(cast.bits, cast.differs)
 
-def _coded(numbers: Numbers, which: slice, is_half: bool) -> tuple[_Coded, Bits]:
-    """And the numbers that choose the codes."""
-    cast = numbers.cast(which)
-    if is_half:
-        return _Coded(bits_of(numbers.tensor[which]), np.zeros(0, np.bool_)), cast.bits
-    return _Coded(cast.bits, cast.differs), cast.bits
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How a matrix may be coded, to be looked at before anything is written."""
+
+    numbers: Numbers
+    fit: Fit
+    kind: BaseKind
+    is_half: bool
+
+    def count(self, which: slice) -> NDArray[np.int64]:
+        """[A, NO_WIDTH + 1]: weights of so many steps that need so wide a field."""
+        needed = np.zeros((2**self.kind.bits, NO_WIDTH + 1), np.int64)
+        count_widths(*self._weights(which), needed)
+        return needed
+
+    def measure(self, start: int, widths: NDArray[np.uint8]) -> tuple[int, int]:
+        """(Words, exceptions) of a RUN."""
+        chunks = _chunks(start, start + RUN, self.numbers.size)
+        measured = [measure_fields(*self._weights(which), widths) for which in chunks]
+        return sum(words for words, _ in measured), sum(exceptions for _, exceptions in measured)
+
+    def _weights(self, which: slice) -> tuple[Any, ...]:
+        """As loops take them."""
+        coded = _Coded.of(self.numbers, which, self.is_half)
+        numbers = self.numbers.cast(which).bits if self.is_half else coded.bits
+        codes = codes_of(numbers, which.start, self.numbers.num_columns, self.kind, self.fit)
+        scale, zero = bits_of(self.fit.scale), self.fit.zero.numpy()
+        place = (which.start, self.numbers.num_columns, self.kind.group)
+        return coded.bits, coded.differs, codes, *place, scale, zero, self.is_half
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +199,7 @@ class _Run:
         last_exception = exception + self.survey.exceptions[self.number]
         start = self.number * RUN
         for which in _chunks(start, start + RUN, self.numbers.size):
-            coded, _ = _coded(self.numbers, which, self.survey.is_half)
+            coded = _Coded.of(self.numbers, which, self.survey.is_half)
             places = np.empty(last_exception - exception, np.int32)
             num_words, num_places = self._write(which, coded, arrays, word, end, places)
             if word + num_words > end or num_places > places.size:
@@ -221,7 +229,7 @@ class _Run:
 
 
 def _check(arrays: Arrays, start: int, coded: _Coded, places: NDArray[np.int32]) -> None:
-    """What the decoder of this machine makes of it. Two of them, if the CPU has one and the GPU another, agree bit for bit."""
+    """Decodes what was written."""
     found = np.empty(coded.bits.size, np.uint16)
     arrays.read(start, found)
     wrong = found != coded.bits
