@@ -148,11 +148,11 @@ def _sources(drafts: list[Draft]) -> list[ModelSource]:
 
 
 def _pairs(target: ModelSource, drafts: list[Draft]) -> list[Pair]:
-    """What the planner may choose from. A base is worth its memory only if it drafts: other drafts run beside a target that has
-    none, where it need not have one."""
+    """What the planner may choose from. A base is worth its memory only if it drafts: other drafts, and none, run beside a
+    target that has no base, where it need not have one."""
     own = [draft for draft in drafts if draft.source.model.drafts_from_base]
     others = [draft for draft in drafts if draft not in own]
-    if target.plain is None or not others:
+    if target.plain is None:
         return [(target, drafts)]
     return [(target.plain, others), (target, own)]
 

@@ -1,11 +1,14 @@
 """A base among all that memory may hold: what it takes and saves, the draft that it is, and offers that are priced together."""
 
+import json
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from command_line import run_command
+from offload.demo import TARGET
 from offload.errors import FitError
 from offload.planner.cost import ModelCost, base_draft
 from offload.planner.fallback import Fallbacks
@@ -13,6 +16,7 @@ from offload.planner.plan import plan_run
 from offload.planner.prediction import Offer, expanded_per_level, predict_tree
 from offload.planner.refit import Seen, memory_of, refit
 from offload.planner.residency import layers_ledger, residency
+from offload.planner.tree_flag import default_acceptance, read_acceptance
 from offload.weights.placement import Placement
 from planning import (
     BASE_BITS,
@@ -223,3 +227,36 @@ def test_a_resident_layer_that_leaves_a_full_device_gets_its_base_back() -> None
     assert smaller.device_ledger["base of 61 layers"] == 61 * BESIDE_BASE.common_layer.base_bytes
     raw = BESIDE_BASE.common_layer.computed_bytes
     assert smaller.device_ledger["19 resident layers"] == 19 * raw and smaller.device_ledger["draft model"] == 0
+
+
+def test_a_plan_says_that_the_acceptance_of_its_base_is_of_others() -> None:
+    """Of a run, too, not only of the command `plan`; and nothing where somebody said what it is."""
+    for acceptance, is_said in ((read_acceptance(default_acceptance("self:int8")), True), (SURE, False)):
+        self_draft = draft_option(base_draft(BESIDE_BASE), acceptance, name="self:int8")
+        made = plan(SETTINGS, CHAINS, device_gib=48, target=BESIDE_BASE, drafts=(self_draft,))
+        assert is_said == any("acceptance is assumed" in note and "int8 has more" in note for note in made.notes)
+
+
+def test_a_run_whose_base_finds_no_room_is_one_without(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the command `plan` has it: nobody has to know beforehand."""
+    said = {}
+    for memory in ("12MiB", "30MiB"):
+        flags = (
+            "--model",
+            TARGET,
+            "--draft-model",
+            "self",
+            "--gpu-memory",
+            memory,
+            "--max-new-tokens",
+            4,
+            "--profile",
+            "l40",
+            "-q",
+        )
+        finished = run_command(capsys, "generate", "--prompt", "Once", "--device", "cpu", "--json", *flags)
+        assert finished.code == 0, finished.stderr
+        said[memory] = json.loads(finished.stdout)
+    assert "a base of all layers takes 2.32 MiB" in str(said["12MiB"]["plan"]["notes"])
+    assert not [name for name in said["12MiB"]["plan"]["device_bytes"] if name.startswith("base of")]
+    assert said["12MiB"]["text"] == said["30MiB"]["text"]

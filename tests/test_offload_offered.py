@@ -123,6 +123,14 @@ def test_what_is_offered_of_a_folder_that_was_coded_beside_a_base(
     assert [said_of(shape) for shape in offered_targets(settings, converted())] == offered
 
 
+def test_a_folder_coded_without_loss_may_have_a_base_beside_it() -> None:
+    """Then it travels as what that lacks, unless somebody says that it stays as it is."""
+    shape = coded_without_loss(LLAMA)
+    for codec, travels in (("auto", "residual"), ("residual", "residual"), ("lossless", "lossless"), ("none", "")):
+        assert said_of(offered_targets(wanted("self", codec=codec), shape)[-1]) == (travels, "int4")
+    assert said_of(offered_targets(wanted("self"), shape)[0]) == ("lossless", "")
+
+
 def test_weights_of_32_bits_have_a_base_and_no_remainder() -> None:
     shape = replace(LLAMA, dtype="float32")
     assert [said_of(one) for one in offered_targets(wanted("self"), shape)] == [("", ""), ("", "int4")]

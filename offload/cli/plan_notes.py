@@ -32,7 +32,7 @@ def _notes(made: "Plan", question: Question) -> Iterator[str]:
         yield from _estimates(target, target.stored, question.dtype_bytes)
     if made.placement.streamed and question.settings.codec == "auto":
         yield from _coding(made, question)
-    if draft is not None and not question.settings.acceptances:
+    if draft is not None and not draft.cost.is_base and not question.settings.acceptances:
         yield assumed_acceptance(draft.name)
     if draft is not None and draft.cost.is_base and not question.hardware.knows(draft.cost, "draft"):
         yield "how long a level of its draft takes is estimated from the bytes of its base: nobody measured it"

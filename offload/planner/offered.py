@@ -46,7 +46,7 @@ def offered_targets(settings: EngineSettings, shape: ModelShape) -> tuple[ModelS
         return (shape,)
     if settings.codec == "residual":
         return (coded_beside_base(without_code(shape), kind),)
-    coded = coded_beside_base(shape, kind) if settings.codec == "auto" else shape
+    coded = coded_beside_base(without_code(shape), kind) if settings.codec == "auto" else shape
     return shape, coded if coded.stored is not None and coded.stored.base else with_base(shape, kind)
 
 

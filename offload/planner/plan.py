@@ -22,6 +22,7 @@ from .prediction import DraftOption, Offer, Prediction, Workload, predict_tree
 from .residency import MAX_AUTO_SLOTS, MIN_SLOTS
 from .room import reserve_memory, with_room
 from .search import MAX_NODES, NODES, Choice, best_choice, quickest
+from .tree_flag import assumed_acceptance, default_acceptance, read_acceptance
 
 # Attention costs grow with the context; predictions are for a text in its middle, and texts are seldom longer than this.
 TYPICAL_CONTEXT_TOKENS = 512
@@ -194,8 +195,15 @@ def plan_run(
         prediction=prediction,
         autoregressive_s_per_token=plain_s,
         draft_passes=None if best.draft is None else "graphs" if budgets.replays else "eager",
-        notes=(*best.notes, *plan_notes(workload, memory)),
+        notes=(*best.notes, *plan_notes(workload, memory), *_assumed(drafts[best.draft] if best.draft is not None else None)),
     )
+
+
+def _assumed(draft: DraftOption | None) -> list[str]:
+    """What there is to say of the acceptance of a base that is told by what is published of others."""
+    if draft is None or not draft.cost.is_base or draft.acceptance != read_acceptance(default_acceptance(draft.name)):
+        return []
+    return [assumed_acceptance(draft.name)]
 
 
 def _choose(
