@@ -48,8 +48,10 @@ TINY_SIZES: dict[str, Any] = {
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def save_tiny_model(folder: Path, family: str = "llama", *, num_layers: int = 3, seed: int = 0, **changes: object) -> Path:
-    """A random model of `family` in float32; weights are wide enough for its greedy text to vary."""
+def save_tiny_model(
+    folder: Path, family: str = "llama", *, num_layers: int = 3, seed: int = 0, dtype: str = "float32", **changes: object
+) -> Path:
+    """A random model of `family`; weights are wide enough for its greedy text to vary."""
     settings: dict[str, object] = {
         **TINY_SIZES,
         "num_hidden_layers": num_layers,
@@ -59,7 +61,7 @@ def save_tiny_model(folder: Path, family: str = "llama", *, num_layers: int = 3,
     }
     config = AutoConfig.for_model(family, **{**settings, **changes})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(getattr(torch, dtype))
     model.save_pretrained(folder, max_shard_size="40KB")
     return folder
 

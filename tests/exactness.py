@@ -31,7 +31,7 @@ class Outcome:
     rounds: int
 
 
-def save_pair(folder: Path) -> tuple[Path, Path]:
+def save_pair(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
     """A target and a draft that disagree, with probabilities far from uniform."""
     for name, seed in (("target", 0), ("draft", 1)):
         config = AutoConfig.for_model(
@@ -49,7 +49,7 @@ def save_pair(folder: Path) -> tuple[Path, Path]:
             initializer_range=0.5,
         )
         torch.manual_seed(seed)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype).save_pretrained(folder / name)
     return folder / "target", folder / "draft"
 
 
@@ -64,8 +64,8 @@ def exact_probabilities(target: Path, params: SamplingParams) -> dict[tuple[int,
     return dict(zip(map(tuple, texts.tolist()), probabilities.tolist(), strict=True))
 
 
-def run(target: Path, draft: Path, verifier: str, params: SamplingParams, texts: int, seed: int) -> Outcome:
-    """Generate `texts` texts with seeds from `seed` on, and test them."""
+def run(target: Path, draft: Path | str, verifier: str, params: SamplingParams, texts: int, seed: int) -> Outcome:
+    """Generate `texts` texts with seeds from `seed` on, and test them. `draft` may be a base of the target."""
     counts: Counter[tuple[int, ...]] = Counter()
     rounds = 0
     settings = EngineSettings(

@@ -428,7 +428,7 @@ def test_a_disk_that_fails_while_weights_are_read_leaves_no_copy_under_way_and_n
     device = RefusingLateDevice()
     staging = [torch.empty(64, dtype=torch.uint8) for _ in range(num_staging)]
     buffers = [device.alloc(64) for _ in range(4)]
-    uploads = [Upload(memory=(buffer,), lay_out=lambda host: {"a": host}) for buffer in buffers]
+    uploads = [Upload(memory=(buffer,), lay_out=lambda host: [{"a": host}]) for buffer in buffers]
     feed: Any = BrokenFeed(fail_at)
     with pytest.raises(DeviceError, match="the disk broke"):
         load_through_host(device, uploads, staging, feed, None)

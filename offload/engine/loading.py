@@ -223,7 +223,8 @@ class _Memory:
             if self._device.host_addressable:
                 feed.fill(layout.views(self._outside), counter)
             else:
-                load_through_host(self._device, [Upload(memory=(self._outside,), lay_out=layout.views)], [], feed, counter)
+                upload = Upload(memory=(self._outside,), lay_out=lambda host: [layout.views(host)])
+                load_through_host(self._device, [upload], [], feed, counter)
         self.store.load(counter, slot)
 
 

@@ -39,36 +39,44 @@ def fill_places(
 ) -> None:
     """The places of a group are read at once: what is coded while it is read is so once. Where the host cannot write to the
     device, what belongs there goes through `staging`, buffers that nobody needs and that are used if all fit into them."""
-    at_once: dict[str, torch.Tensor] = {}
+    at_once: list[Destinations] = []
     uploads: list[Upload] = []
     for group in groups:
         if device.host_addressable or all(place.is_home for place in group):
-            for place in group:
-                at_once |= place.destinations(place.memory)
+            at_once += [place.destinations(place.memory) for place in group]
         else:
             uploads.append(upload_of(group))
     if uploads:
         most_bytes = max(upload.num_bytes for upload in uploads)
         roomy = [buffer for buffer in staging if buffer.numel() >= most_bytes]
         load_through_host(device, uploads, roomy, feed, progress)
-    feed.fill(at_once, progress)
+    for destinations in each_once(at_once):
+        feed.fill(destinations, progress)
 
 
 def upload_of(group: Sequence[Place], then: Callable[[], None] | None = None) -> Upload:
     """Of the places of `group` that are on the device; those in host memory are read along."""
     on_device = [place for place in group if not place.is_home]
     sizes = [place.memory.numel() for place in on_device]
+    at_home = [place.destinations(place.memory) for place in group if place.is_home]
 
-    def lay_out(host: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
-        for place in group:
-            if place.is_home:
-                found |= place.destinations(place.memory)
-        for place, staged in zip(on_device, host.split(sizes), strict=True):
-            found |= place.destinations(staged)
-        return found
+    def lay_out(host: torch.Tensor) -> list[Destinations]:
+        pieces = zip(on_device, host.split(sizes), strict=True)
+        return each_once([*at_home, *(place.destinations(staged) for place, staged in pieces)])
 
     return Upload(memory=tuple(place.memory for place in on_device), lay_out=lay_out, then=then)
+
+
+def each_once(wanted: Sequence[Destinations]) -> list[Destinations]:
+    """All that is wanted, in as few readings as can be: a tensor that goes to two places is in two of them."""
+    readings: list[dict[str, torch.Tensor]] = [{}]
+    for destinations in wanted:
+        for name, view in destinations.items():
+            place = next((place for place, reading in enumerate(readings) if name not in reading), len(readings))
+            if place == len(readings):
+                readings.append({})
+            readings[place][name] = view
+    return list(readings)
 
 
 class LayerReader:

@@ -13,11 +13,11 @@ from .source import Destinations, TensorFeed
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upload:
     """Device `memory` to be filled, by the tensors that `lay_out` finds in a host buffer of the same size: of all pieces, one
-    behind another. It may name others in host memory, which then are read along. `then` computes with what has landed; `memory`
-    may be that of the next upload, too."""
+    behind another. It may name others in host memory, which then are read along; what goes to two places is named in two of
+    its answers. `then` computes with what has landed; `memory` may be that of the next upload, too."""
 
     memory: tuple[torch.Tensor, ...]
-    lay_out: Callable[[torch.Tensor], Destinations]
+    lay_out: Callable[[torch.Tensor], Sequence[Destinations]]
     then: Callable[[], None] | None = None
 
     @property
@@ -46,7 +46,8 @@ def load_through_host(
                 for ticket in flying[number - len(staging)]:
                     device.drain(ticket)
             host = staging[number % len(staging)][: upload.num_bytes]
-            feed.fill(upload.lay_out(host), progress)
+            for destinations in upload.lay_out(host):
+                feed.fill(destinations, progress)
             pieces = host.split([piece.numel() for piece in upload.memory])
             flying.append([])
             for piece, staged in zip(upload.memory, pieces, strict=True):
