@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,8 +12,10 @@ from safetensors.torch import load_file
 
 from allocations import working_bytes
 from coding import NAME, same_bits
+from offload.coding import number_loops
 from offload.coding.base_kinds import BASE_KINDS, BaseKind
 from offload.coding.chunks import CPU_WORKSPACE_BYTES
+from offload.coding.lossless_numpy import cast_halves
 from offload.coding.residual import decode_anywhere, residual_pays
 from offload.coding.residual_cpu import RUN, decode_on_cpu
 from offload.coding.residual_encode import ResidualEncoder
@@ -159,6 +162,27 @@ def test_other_dtypes_get_what_torch_converts(
     tensor = torch.cat([ALL_BITS.view(dtype).nan_to_num(1.0).view(64, -1), normal_matrix(5, 1024, dtype)])
     found = decoded(take_apart(tensor, kind), decode, torch.empty(tensor.shape, dtype=computed))
     assert torch.equal(found, tensor.to(computed)) and torch.equal(found.signbit(), tensor.signbit())
+
+
+def test_loops_convert_all_numbers_as_numpy_and_torch_do() -> None:
+    bits = ALL_BITS.numpy().view(np.uint16)
+    halves, bfloats = ALL_BITS.view(torch.float16), ALL_BITS.view(torch.bfloat16)
+    words, shorts, differs = np.empty(2**16, np.uint32), np.empty(2**16, np.uint16), np.empty(2**16, np.bool_)
+    number_loops.widen_bfloats(bits, words)
+    assert same_numbers(torch.from_numpy(words.view(np.float32)), bfloats.float())
+    number_loops.widen_halves(bits, words)
+    assert same_numbers(torch.from_numpy(words.view(np.float32)), halves.float())
+    number_loops.halve_bfloats(bits, shorts)
+    assert same_numbers(torch.from_numpy(shorts.view(np.float16)), bfloats.half())
+    number_loops.cut_halves(bits, shorts, differs)
+    expected = cast_halves(bits)
+    sure = ~np.isnan(bits.view(np.float16))
+    assert np.array_equal(shorts[sure], expected.bits[sure]) and np.array_equal(differs, expected.differs)
+
+
+def same_numbers(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    there = ~expected.isnan()
+    return torch.equal(found.isnan(), ~there) and same_bits(found[there], expected[there])
 
 
 def by_kernel(code: ResidualTensor, like: torch.Tensor) -> torch.Tensor:

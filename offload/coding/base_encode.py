@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from .base_kinds import BaseKind
 from .base_layout import SCALE_DTYPE, Base
 from .base_loops import choose_codes, fit_rows, pack_rows
-from .lossless_numpy import Bits, Cast, cast_halves
+from .lossless_numpy import Bits, Cast
+from .number_loops import cut_halves
 
 # Of the range of a group's values: what is cut off at its ends is worth it if the other steps become so much smaller.
 SHRINKS: Final = np.array([1, 0.94, 0.87, 0.8], np.float32)
@@ -45,7 +46,10 @@ class Numbers:
         if self.tensor.dtype == torch.bfloat16:
             return Cast(bits=bits_of(self.tensor[which]), differs=_NONE)
         if self.tensor.dtype == torch.float16:
-            return cast_halves(bits_of(self.tensor[which]))
+            halves = bits_of(self.tensor[which])
+            cast = Cast(bits=np.empty(halves.size, np.uint16), differs=np.empty(halves.size, np.bool_))
+            cut_halves(halves, cast.bits, cast.differs)
+            return cast
         pieces = [few.to(torch.bfloat16) for few in self.tensor[which].split(_FEW)]
         return Cast(bits=bits_of(torch.cat(pieces)), differs=_NONE)
 

@@ -13,7 +13,7 @@ from .loops import loop, sum_loop
 MAGIC = np.float32(1.5 * 2**23)
 MIDDLE = np.int32(0x4B400000)  # its bits
 MOST = np.float32(1e38)
-NONE, FAR = np.int32(0), np.int32(2**12)  # codes are nearer
+NONE = np.int32(0)
 SIZE, INFINITE = np.int32(0x7FFF), np.int32(0x7F80)  # bits of a bfloat16 number without its sign
 
 
@@ -102,19 +102,19 @@ def fit_rows(numbers, num_columns, group, top, shrinks, scale, zero):
 
 @loop
 def _nearest_codes(numbers, inverse, zero, top, codes):
-    """A float32 beside MAGIC has no fraction: adding it rounds to the nearest integer, ties to even."""
+    """A float32 beside MAGIC has no fraction: adding it rounds to the nearest integer, ties to even. Bits of floats grow with
+    them, so what is far away is cut off as an integer; of a NaN comes some code."""
+    least = np.int32(MIDDLE - zero)
+    most = np.int32(least + top)
     for place in range(codes.size):
-        bits = np.uint32(numbers[place])
-        bits = bits if bits & np.uint32(0x7F80) != np.uint32(0x7F80) else np.uint32(0)
-        value = np.uint32(bits << np.uint32(16)).view(np.float32)
+        value = np.uint32(np.uint32(numbers[place]) << np.uint32(16)).view(np.float32)
         beside = np.float32(np.float32(value * inverse) + MAGIC).view(np.int32)
-        steps = np.int32(min(max(beside, np.int32(MIDDLE - FAR)), np.int32(MIDDLE + FAR)) - MIDDLE)
-        codes[place] = np.uint8(min(max(np.int32(steps + zero), NONE), top))
+        codes[place] = np.uint8(np.int32(min(max(beside, least), most) - least))
 
 
 @loop
 def choose_codes(numbers, start, num_columns, group, top, scale, zero, codes):
-    """The nearest code of each weight; of what is not finite, that of 0."""
+    """The nearest code of each weight; of a NaN, some code."""
     row, column = start // num_columns, start % num_columns
     done = 0
     while done < codes.size:

@@ -12,11 +12,12 @@ from .base_layout import Base
 from .base_loops import unpack
 from .exceptions import write_exceptions
 from .lossless_numpy import Bits
+from .number_loops import halve_bfloats, widen_bfloats, widen_halves
 from .residual_layout import BLOCK, Remainder
 from .residual_loops import read_fields
 
-CHUNK: Final = 64 * BLOCK  # weights at a time: what is made on the way stays in a core's own cache
-RUN: Final = 32 * CHUNK  # weights that are worth a thread
+CHUNK: Final = 128 * BLOCK  # weights at a time: what is made on the way stays in a core's own cache
+RUN: Final = 2**21  # weights that are worth a thread
 _FEW: Final = 2**14  # weights that torch converts in the thread that asks
 
 
@@ -72,7 +73,19 @@ def _decode_run(arrays: Arrays, weights: torch.Tensor, start: int) -> None:
         if into.dtype == dtype:
             arrays.read(first, bits_of(into))
             continue
-        numbers = torch.empty(into.numel(), dtype=dtype)
-        arrays.read(first, bits_of(numbers))
-        for few, there in zip(numbers.split(_FEW), into.split(_FEW), strict=True):
-            there.copy_(few)
+        numbers = np.empty(into.numel(), np.uint16)
+        arrays.read(first, numbers)
+        _convert(numbers, arrays.is_half, into)
+
+
+def _convert(numbers: Bits, are_half: bool, into: torch.Tensor) -> None:
+    if into.dtype == torch.float32:
+        words = into.view(torch.int32).numpy().view(np.uint32)
+        (widen_halves if are_half else widen_bfloats)(numbers, words)
+    elif into.dtype == torch.float16:
+        halve_bfloats(numbers, bits_of(into))
+    else:
+        dtype = torch.float16 if are_half else torch.bfloat16
+        there = torch.from_numpy(numbers.view(np.int16)).view(dtype)
+        for few, place in zip(there.split(_FEW), into.split(_FEW), strict=True):
+            place.copy_(few)
