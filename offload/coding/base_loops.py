@@ -14,7 +14,7 @@ MAGIC = np.float32(1.5 * 2**23)
 MIDDLE = np.int32(0x4B400000)  # its bits
 MOST = np.float32(1e38)
 NONE = np.int32(0)
-SIZE, INFINITE = np.int32(0x7FFF), np.int32(0x7F80)  # bits of a bfloat16 number without its sign
+SIZE, INFINITE = np.int16(0x7FFF), np.int16(0x7F80)  # bits of a bfloat16 number without its sign
 
 
 @loop
@@ -39,19 +39,25 @@ def _inverse(step):
 
 
 @loop
-def _finite(numbers, values):
-    """Into float32, those that are not finite as 0. Bits of the largest sizes: of the numbers below 0, and of the others."""
-    low = high = NONE
-    for place in range(values.size):
-        number = np.int32(numbers[place])
-        size = number & SIZE
-        size = size if size < INFINITE else NONE
-        is_negative = number > SIZE
-        low = max(low, size if is_negative else NONE)
-        high = max(high, NONE if is_negative else size)
-        bits = np.uint32(np.uint32(size) << np.uint32(16)) | (np.uint32(1 << 31) if is_negative else np.uint32(0))
-        values[place] = np.uint32(bits).view(np.float32)
+def _limits(numbers):
+    """Bits of the largest sizes that are finite: of the numbers below 0, and of the others. In 16 bits, of which most fit."""
+    low = high = np.int16(0)
+    for place in range(numbers.size):
+        number = np.int16(numbers[place])
+        size = np.int16(number & SIZE)
+        size = size if size < INFINITE else np.int16(0)
+        low = max(low, size if number < np.int16(0) else np.int16(0))
+        high = max(high, np.int16(0) if number < np.int16(0) else size)
     return low, high
+
+
+@loop
+def _finite(numbers, values):
+    """Into float32, those that are not finite as 0."""
+    for place in range(values.size):
+        bits = np.uint32(numbers[place])
+        bits = bits if np.uint32(bits & np.uint32(INFINITE)) != np.uint32(INFINITE) else np.uint32(0)
+        values[place] = np.uint32(bits << np.uint32(16)).view(np.float32)
 
 
 @sum_loop
@@ -95,7 +101,8 @@ def fit_rows(numbers, num_columns, group, top, shrinks, scale, zero):
         for number in range(num_groups):
             first, size = row * num_columns + number * group, min(group, num_columns - number * group)
             values = room[:size]
-            low, high = _finite(numbers[first : first + size], values)
+            low, high = _limits(numbers[first : first + size])
+            _finite(numbers[first : first + size], values)
             found, of_zero = _fit_group(values, _float_of(low), _float_of(high), np.int32(top), shrinks)
             scale[row, number], zero[row, number] = found, np.uint8(of_zero)
 
