@@ -10,8 +10,9 @@ from offload.coding.base_kinds import BaseKind
 from offload.coding.base_layout import Base, base_parts, base_prefix
 from offload.coding.lossless_layout import num_bytes_of, prefix_of
 from offload.coding.residual import residual_codec
-from offload.coding.residual_encode import ResidualEncoder, ResidualSurvey
+from offload.coding.residual_encode import ResidualEncoder
 from offload.coding.residual_layout import Remainder
+from offload.coding.residual_survey import ResidualSurvey
 from offload.coding.tensor_codec import Part, TensorCodec
 
 

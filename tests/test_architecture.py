@@ -96,6 +96,17 @@ TRANSFORMERS_FILES = (
     "offload/demo/train.py",  # made the bundled pair, once, and is not run again
 )
 
+# Of coding, those that take the time of importing numba.
+NUMBA_MODULES = {
+    "loops",
+    "base_loops",
+    "number_loops",
+    "residual_loops",
+    "base_encode",
+    "residual_cpu",
+    "residual_encode",
+}
+
 MODULE_LINES, FUNCTION_LINES = 300, 60
 CUDA_FILE = "offload/device/cuda.py"
 
@@ -233,6 +244,19 @@ def test_transformers_is_imported_in_one_file() -> None:
         if found.module.split(".")[0] == "transformers"
     ]
     assert_none(offenders)
+
+
+def test_numba_is_imported_when_something_is_coded() -> None:
+    """What imports it, by whatever way, while it is imported itself: loops, and what encodes and decodes by them."""
+    found, before = {"numba"}, set[str]()
+    while found != before:
+        before = set(found)
+        found |= {
+            module_of(path)
+            for path in product_files()
+            if any(not one.deferred and (one.module in found or one.module.startswith("numba.")) for one in imports_of(path))
+        }
+    assert found - {"numba"} == {f"offload.coding.{name}" for name in NUMBA_MODULES}
 
 
 def test_a_package_imports_itself_relatively() -> None:

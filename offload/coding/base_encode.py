@@ -1,6 +1,5 @@
-"""How a base is fitted to a matrix and written: rounding to nearest, in a range for each group that is searched for."""
+"""How a base is fitted to a matrix and written: rounded to nearest, in a range searched for each group. Imports numba."""
 
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -8,28 +7,16 @@ import torch
 from numpy.typing import NDArray
 
 from .base_kinds import BaseKind
-from .base_layout import SCALE_DTYPE, Base
+from .base_layout import Base
 from .base_loops import choose_codes, fit_rows, pack_rows
 from .lossless_numpy import Bits, Cast
 from .number_loops import cut_halves
+from .residual_survey import Fit
 
 # Of the range of a group's values: what is cut off at its ends is worth it if the other steps become so much smaller.
 SHRINKS: Final = np.array([1, 0.94, 0.87, 0.8], np.float32)
 _FEW: Final = 2**14  # weights that torch converts in the thread that asks
 _NONE: Final = np.zeros(0, np.bool_)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fit:
-    """Of a matrix [N, K] in groups: see base_layout.py."""
-
-    scale: torch.Tensor  # [N, G] bfloat16
-    zero: torch.Tensor  # [N, G] uint8
-
-    @classmethod
-    def empty(cls, shape: tuple[int, int], kind: BaseKind) -> "Fit":
-        groups = shape[0], -(-shape[1] // kind.group)
-        return cls(scale=torch.empty(groups, dtype=SCALE_DTYPE), zero=torch.empty(groups, dtype=torch.uint8))
 
 
 class Numbers:

@@ -1,7 +1,8 @@
 """Matrices into a base, and 16-bit ones into what it lacks of them. Nothing is believed: what was written is decoded and
 compared.
 
-The code of a weight is chosen from its bfloat16 number, of float16 matrices too.
+The code of a weight is chosen from its bfloat16 number, of float16 matrices too. Imports
+numba.
 """
 
 import os
@@ -15,45 +16,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .base_encode import Fit, Numbers, bits_of, codes_of, encode_rows, fit_into
+from .base_encode import Numbers, bits_of, codes_of, encode_rows, fit_into
 from .base_kinds import BaseKind
 from .base_layout import Base
 from .base_loops import unpack
 from .lossless_encode import changed
 from .lossless_numpy import Bits
 from .residual_cpu import CHUNK, Arrays
-from .residual_layout import BLOCK, MAX_WEIGHTS, MAX_WIDTH, WORD_BITS, Remainder
+from .residual_layout import BLOCK, MAX_WEIGHTS, MAX_WIDTH, Remainder
 from .residual_loops import NO_WIDTH, count_widths, measure_fields, write_fields
+from .residual_survey import EXCEPTION_BITS, Fit, ResidualSurvey
 
 RUN: Final = 8 * CHUNK  # weights that one thread takes at a time
 SAMPLE: Final = 16 * CHUNK  # weights, or so: what decides the widths
-EXCEPTION_BITS: Final = 32 + 16
 # Of float16 numbers that are none of bfloat16: below, all are coded as bfloat16, and above, as float16; three bits a weight are
 # as much as one exception in sixteen.
 FEW_DIFFER, MANY_DIFFER = 1 / 64, 1 / 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResidualSurvey:
-    """What the code of a matrix needs to know of all of it. `words` and `exceptions` count those of each RUN."""
-
-    fit: Fit
-    is_half: bool
-    widths: tuple[int, ...]
-    words: tuple[int, ...]
-    exceptions: tuple[int, ...]
-
-    @property
-    def num_words(self) -> int:
-        return sum(self.words)
-
-    @property
-    def num_exceptions(self) -> int:
-        return sum(self.exceptions)
-
-    @property
-    def num_bits(self) -> int:
-        return WORD_BITS * self.num_words + EXCEPTION_BITS * self.num_exceptions
 
 
 class ResidualEncoder:

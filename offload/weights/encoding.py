@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from types import TracebackType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -16,11 +16,14 @@ from ..coding.lossless import FORMATS, lossless_codec, pays
 from ..coding.lossless_encode import Encoder, Survey
 from ..coding.lossless_layout import Coded, prefix_of
 from ..coding.residual import residual_codec
-from ..coding.residual_encode import ResidualEncoder, ResidualSurvey
 from ..coding.residual_layout import Remainder, remainder_parts
+from ..coding.residual_survey import ResidualSurvey
 from ..coding.tensor_codec import Part, TensorCodec
 from ..errors import CheckpointError
 from .header import quoted
+
+if TYPE_CHECKING:
+    from ..coding.residual_encode import ResidualEncoder
 
 TRAVELS: Final = ("none", "lossless", "residual")
 
@@ -88,7 +91,7 @@ class Coder:
     def __init__(self, scheme: Scheme) -> None:
         self._scheme, self._stack = scheme, ExitStack()
         self._lossless = self._stack.enter_context(Encoder())
-        self._residual = self._stack.enter_context(ResidualEncoder(scheme.base)) if scheme.base is not None else None
+        self._residual = self._stack.enter_context(_residual_encoder(scheme.base)) if scheme.base is not None else None
 
     def __enter__(self) -> "Coder":
         return self
@@ -168,6 +171,12 @@ class Coder:
             self._residual.encode(tensor, encoding.survey, base, Remainder.of(parts, prefix_of(name)))
         else:
             self._residual.encode_base(tensor, encoding.survey.fit, base)
+
+
+def _residual_encoder(kind: BaseKind) -> "ResidualEncoder":
+    from ..coding.residual_encode import ResidualEncoder  # numba: only where something is taken apart
+
+    return ResidualEncoder(kind)
 
 
 def unread(scheme: Scheme, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Encoding | None:
