@@ -38,22 +38,21 @@ def nearest_base(weight: torch.Tensor, kind: BaseKind) -> Base:
         steps = (values / scale.float().clamp(min=1e-30)[:, None]).round() + zero[:, None]
         codes[:, columns] = steps.clamp(0, top).long()
         base.scale[:, number], base.zero[:, number] = scale, zero.to(torch.uint8)
-    for column in range(num_columns):
-        for bit in range(kind.bits):
-            place = column * kind.bits + bit
-            base.codes[:, place // 8] |= ((codes[:, column] >> bit & 1) << place % 8).to(torch.uint8)
+    bits = (codes[..., None] >> torch.arange(kind.bits)) & 1  # [N, K, bits]
+    padded = torch.zeros(num_rows, 8 * base.codes.shape[1], dtype=torch.int64)
+    padded[:, : num_columns * kind.bits] = bits.flatten(1)
+    base.codes.copy_((padded.unflatten(1, (-1, 8)) << torch.arange(8)).sum(-1))
     return base
 
 
 def matrix_of(base: Base, num_columns: int, kind: BaseKind) -> torch.Tensor:
     """[N, K] float64 of `base`, read bit by bit."""
-    codes = torch.zeros(len(base.codes), num_columns, dtype=torch.int64)
-    for column in range(num_columns):
-        for bit in range(kind.bits):
-            place = column * kind.bits + bit
-            codes[:, column] |= (base.codes[:, place // 8].long() >> place % 8 & 1) << bit
+    bits = (base.codes[..., None].long() >> torch.arange(8)) & 1  # [N, bytes, 8]
+    of_code = bits.flatten(1)[:, : num_columns * kind.bits].unflatten(1, (num_columns, kind.bits))
+    codes = (of_code << torch.arange(kind.bits)).sum(-1)  # [N, K]
     group = torch.arange(num_columns) // kind.group
-    return (codes - base.zero.long()[:, group]).double() * base.scale.double()[:, group]
+    steps: torch.Tensor = codes - base.zero.long()[:, group]
+    return steps.double() * base.scale.double()[:, group]
 
 
 def with_bases(model: TypedModel, kind: BaseKind) -> TypedModel:

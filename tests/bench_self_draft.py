@@ -28,6 +28,7 @@ TREES = ("1x47:kary", "64x48", "256x48")  # the first is a chain of 48 nodes, it
 TEMPERATURES = (0.0, 0.6, 1.0)
 LOOK_NODES, LOOK_LEVELS, LOOKED_FOR = 96, 24, Acceptance(((0.8, 0.08, 0.03, 0.02),))
 RANKS = 16  # that trees are made of; further ones are noise
+PROFILE = str(Path(__file__).parents[1] / "profiles/hardware/l40.json")  # of any machine: all that it would choose is given
 
 
 def settings_of(draft: str, acceptance: Path | None = None) -> EngineSettings:
@@ -36,8 +37,10 @@ def settings_of(draft: str, acceptance: Path | None = None) -> EngineSettings:
         draft_models=(str(DRAFT) if draft == "bundled" else draft,),
         dtype="float32",
         codec="none",
+        resident_layers=0,  # those would draft as they are: a target that is resident whole is its own draft
         acceptances=(str(acceptance),) if acceptance is not None else (),
         fixed_plan=True,
+        profile=PROFILE,
     )
 
 
@@ -48,7 +51,9 @@ def look(request: SpecRequest, draft: str, folder: Path) -> Path:
         return acceptance_at(temperature)
     tree = folder / "look.json"
     tree.write_text(json.dumps(best_tree(LOOKED_FOR, LOOK_NODES, LOOK_LEVELS).to_json()), encoding="utf-8")
-    looked = measure(replace(request, seed=request.seed + 1000, runs=1), settings_of(draft), (str(tree),))
+    half = len(request.prompts) // 2 or 1  # of the prompts: ranks are alike
+    fewer = replace(request, prompts=request.prompts[:half], prompt_ids=request.prompt_ids[:half], runs=1)
+    looked = measure(replace(fewer, seed=request.seed + 1000), settings_of(draft), (str(tree),))
     (row,) = looked["runs"]
     acceptance = Acceptance((tuple(row["acceptance_by_rank"][:RANKS]),), f"{draft} at {temperature}, {row['passes']} passes")
     path = folder / f"{draft.replace(':', '_')}_{temperature}.json"

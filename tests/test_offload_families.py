@@ -13,10 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from conftest import TINY_SIZES, VOCAB_SIZE, reference_model
+from offload.coding.base_kinds import BASE_KINDS
 from offload.errors import CheckpointError, ModelError
 from offload.model import pass_inputs
 from offload.model.architecture import Architecture, architecture_of
 from offload.model.attention import pass_mask
+from offload.model.base_model import base_architecture
 from shapes import from_widths
 from small_models import open_model, text_part, tree_part
 
@@ -73,6 +75,22 @@ def differs(folder: Path) -> str | None:
             if not (logits[node] - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1):
                 return f"node {node}: {(logits[node] - expected).abs().max()}"
     return None
+
+
+@pytest.mark.slow
+def test_every_family_that_runs_drafts_with_a_base_of_its_own() -> None:
+    """All its matrices are those of linear maps, which its layers call; what is not would be refused by name."""
+    can, cannot = [], {}
+    for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if (architecture := accepted(family, WINDOWS[0])) is not None:
+            layers = enumerate(architecture.layer_shapes)
+            matrices = {f"model.layers.{layer}.{name}" for layer, shapes in layers for name in shapes if len(shapes[name]) == 2}
+            try:
+                base_architecture(architecture, BASE_KINDS["int4"], matrices, kernels=False)
+                can.append(family)
+            except ModelError as error:
+                cannot[family] = error.what
+    assert cannot == {} and len(can) >= LEAST_FAMILIES
 
 
 @pytest.mark.slow

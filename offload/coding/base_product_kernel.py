@@ -27,7 +27,8 @@ SUMMED: Final = 1024  # numbers of a program that adds parts
 
 
 def product_by_kernel(x: torch.Tensor, base: Base, kind: BaseKind, product: torch.Tensor) -> None:
-    """`product` [M, N] = `x` [M, K] times the transposed base of N rows, all contiguous and of one float dtype."""
+    """`product` [M, N] = `x` [M, K] times the transposed base of N rows, all contiguous and of one float dtype. Parts take at
+    most 32 MiB beside."""
     (num_rows, num_columns), num_outputs = x.shape, product.shape[1]
     most_rows = MOST_INPUT_BYTES // (kind.group * x.itemsize)
     rows = max(min(triton.next_power_of_2(num_rows), most_rows), LEAST_ROWS)
