@@ -26,8 +26,7 @@ def layers_ledger(target: ModelCost, resident: Collection[int], num_slots: int, 
     base is there of every layer that does not lie there as it computes."""
     raw = [layer for layer in resident if layer not in coded]
     ledger = {f"{len(raw)} resident layers": computed_bytes(target, raw)}
-    if target.base_bytes:
-        others = set(range(target.num_layers)).difference(raw)
+    if target.base_bytes and (others := set(range(target.num_layers)).difference(raw)):
         ledger[f"base of {len(others)} layers"] = base_bytes(target, others)
     if coded:
         ledger[f"{len(coded)} coded resident layers"] = stored_bytes(target, coded)
