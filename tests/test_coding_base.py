@@ -1,5 +1,6 @@
 """A base is what base_layout.py says, as near to its weights as its codes allow, and the same number on every device."""
 
+import numba
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from allocations import working_bytes
+from offload.coding import loops
 from offload.coding.base import decode_base, decode_base_anywhere, decode_base_on_cpu
 from offload.coding.base_kinds import BASE_KINDS, BaseKind
 from offload.coding.base_layout import Base
@@ -144,6 +146,19 @@ def test_any_matrix_has_a_sound_base_that_every_decoder_reads_alike(data: st.Dat
         decode_base_on_cpu(base, kind, one)
         decode_base_anywhere(base, kind, other)
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def test_loops_run_where_they_cannot_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As numba says it of a folder that nothing can be written to."""
+    right = numba.njit
+
+    def keeps_nothing(*arguments: object, cache: bool = False, **options: object) -> object:
+        if cache:
+            raise RuntimeError("cannot cache function 'loop': no locator available for file 'loops.py'")
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(numba, "njit", keeps_nothing)
+    assert loops.loop(lambda number: number + 1)(2) == 3
 
 
 @kinds
