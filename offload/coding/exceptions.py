@@ -5,7 +5,7 @@ import torch
 from .chunks import row_chunks
 
 _EXCEPTION_BYTES = 24  # of what is made on the way
-# Moving a float16 may make another NaN of a NaN, and on a CPU torch scatters numbers of 16 bits a thousand times as slowly as bits.
+# Moving a float16 may make another NaN of a NaN, and on a CPU torch scatters such numbers a thousand times as slowly as bits.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
