@@ -12,6 +12,7 @@ from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.device import Device
 from offload.engine.engine import Engine
+from offload.engine.loading import LoadProgress
 from offload.planner.cost import ModelCost
 from offload.planner.residency import Residency
 from offload.weights.placement import spread_evenly
@@ -51,6 +52,7 @@ def open_self(
     codec: str = "auto",
     residency: str = "none",
     device: Device | None = None,
+    progress: LoadProgress | None = None,
     **changes: Any,
 ) -> Iterator[Engine]:
     """With the base `draft`, or none. No tree without it."""
@@ -74,7 +76,7 @@ def open_self(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("offload.planner.memory.residency", residency)
-        with open_engine(EngineSettings(**settings), device=device, hardware=L40) as engine:
+        with open_engine(EngineSettings(**settings), device=device, hardware=L40, progress=progress) as engine:
             yield engine
 
 

@@ -21,6 +21,7 @@ from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.demo import DRAFT, TARGET
 from offload.device import Device
+from offload.device.cpu import CpuDevice
 from offload.engine.engine import Engine
 from offload.engine.loading import LoadProgress
 from offload.errors import FitError, ModelError, OffloadError, UsageError
@@ -176,6 +177,25 @@ def test_equal_layers_on_a_device_are_made_once(preset: None) -> None:
     device = RefusingDevice()
     with engine_of("scale:small:12", "none", device, lambda *done: read.append(done), resident_layers=7, slots=2) as engine:
         assert engine.generate(PROMPT, max_new_tokens=12, ignore_eos=True).token_ids == expected
+    assert read[-1][0] == read[-1][1]
+
+
+@pytest.mark.parametrize("make_device", [CpuDevice, RefusingDevice])
+def test_a_base_of_equal_layers_is_made_once_and_drafts(preset: None, make_device: Callable[[], CpuDevice]) -> None:
+    """From layers in host memory that some borrow; what travels is the same as of other models."""
+    request: dict[str, Any] = {"max_new_tokens": 16, "ignore_eos": True}
+    with engine_of("scale:small:12", "none", resident_layers=2, slots=2) as engine:
+        expected = engine.generate(PROMPT, **request).token_ids
+    own: dict[str, Any] = {"draft_models": ("self:int8",), "codec": "residual", "resident_layers": 2, "slots": 2}
+    with engine_of("scale:small:12", "1x6:kary", make_device(), **own) as engine:
+        assert engine.generate(PROMPT, **request).token_ids == expected
+        budget = 8 * engine.loop._stream.slot_bytes
+    read: list[tuple[int, int]] = []
+    short: dict[str, Any] = {**own, "host_memory_bytes": budget}
+    with engine_of("scale:small:12", "1x6:kary", make_device(), lambda *done: read.append(done), **short) as engine:
+        report = engine.generate(PROMPT, **request)
+        assert report.token_ids == expected and report.stats.tokens_per_pass is not None
+        assert report.stats.tokens_per_pass > 3 and report.memory.host_shared_layers > 0
     assert read[-1][0] == read[-1][1]
 
 

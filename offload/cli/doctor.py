@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from ..config import EngineSettings, counted
+from ..config import EngineSettings, base_of_draft, counted
 from ..doctor.judge import exit_code, judge, worst_status
 from .signals import leaving_at_once
 from .terminal import say
@@ -14,7 +14,9 @@ def run(arguments: argparse.Namespace) -> int:
     with leaving_at_once():
         from ..doctor.gather import gather_facts  # torch; what the flags say was checked without it
 
-    draft_model = None if arguments.draft_model == "none" else arguments.draft_model
+    named = arguments.draft_model
+    has_own_files = named not in (None, "none") and base_of_draft(named) is None  # a base is made of the target's
+    draft_model = named if has_own_files else None
     findings = judge(gather_facts(model=arguments.model, draft_model=draft_model, device=arguments.device))
     if arguments.json:
         document = {"schema_version": 1, "findings": [finding.to_json() for finding in findings]}

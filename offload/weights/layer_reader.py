@@ -103,8 +103,7 @@ class LayerReader:
             fill_places(self._device, feed, groups, staging, progress)
         for layer in copies:  # which takes a thousandth of making the same bytes again
             buffers[layer].copy_(buffers[first])
-            if progress is not None:
-                progress(sum(map(source.num_bytes, places[layer].destinations(buffers[layer]))))
+            _count_copied(source, places[layer], progress)
 
     def read_and_decode(
         self, buffers: Buffers, slot: torch.Tensor, staging: Sequence[torch.Tensor], progress: Progress | None
@@ -148,3 +147,10 @@ class LayerReader:
                 fill_places(self._device, feed, groups, staging, progress)
         for layer in copies:
             bases[layer].copy_(bases[first])
+            _count_copied(self._source, self.place(layer, self._codecs[layer].base, bases[layer]), progress)
+
+
+def _count_copied(source: TensorSource, place: Place, progress: Progress | None) -> None:
+    """As if it had been read."""
+    if progress is not None:
+        progress(sum(source.num_bytes(f"{place.prefix}.{field.name}") for field in place.layout.fields))

@@ -43,7 +43,11 @@ class ReadAhead:
         pending = self._begin(next(queue, None), next(memories))
         try:
             while pending is not None:
-                one, tensor = pending.result()
+                read, pending = pending, None
+                try:
+                    one, tensor = read.result()
+                finally:
+                    del read  # its error knows this frame: in a circle, all that a caller holds would wait for the collector
                 pending = self._begin(next(queue, None), next(memories))
                 if progress is not None:
                     progress(one.num_bytes)
