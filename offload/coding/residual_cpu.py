@@ -5,6 +5,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from .base_encode import bits_of
 from .base_kinds import BaseKind
@@ -13,7 +14,7 @@ from .base_loops import unpack
 from .exceptions import write_exceptions
 from .lossless_numpy import Bits
 from .number_loops import halve_bfloats, widen_bfloats, widen_halves
-from .residual_layout import BLOCK, Remainder
+from .residual_layout import BLOCK, MAX_WIDTH, Remainder
 from .residual_loops import read_fields
 
 CHUNK: Final = 128 * BLOCK  # weights at a time: what is made on the way stays in a core's own cache
@@ -36,34 +37,30 @@ def decode_on_cpu(remainder: Remainder, base: Base, kind: BaseKind, parameter: t
     write_exceptions(remainder.positions, remainder.exceptions, parameter)
 
 
+def every_width(widths: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[256], of `widths` [A], of which damage makes none wider than MAX_WIDTH."""
+    found = np.zeros(256, np.uint8)
+    found[: widths.size] = np.minimum(widths, MAX_WIDTH)
+    return found
+
+
 class Arrays:
     """A remainder and its base as numpy has them, of a matrix of `num_columns`."""
 
     def __init__(self, remainder: Remainder, base: Base, kind: BaseKind, num_columns: int) -> None:
         self.words = remainder.words.numpy().view(np.uint32)
         self.offsets = remainder.offsets.numpy()
-        self.widths = remainder.widths.numpy()
+        self.widths = every_width(remainder.widths.numpy())
         self.is_half = remainder.is_half
-        self.codes, self.zero, self.scale = base.codes.numpy(), base.zero.numpy(), bits_of(base.scale)
-        self.kind, self.num_columns = kind, num_columns
+        self.kind, self.codes = kind, base.codes.numpy()
+        last = np.int32(2**kind.bits - 1)
+        self.matrix = (num_columns, kind.group, last, bits_of(base.scale), base.zero.numpy(), self.is_half)
 
     def read(self, start: int, numbers: Bits) -> None:
         """Fills `numbers`, those from `start` on, which begin with a block; exceptions are what their fields say."""
         codes = np.empty(numbers.size, np.uint8)
-        unpack(self.codes, start, self.num_columns, self.kind.bits, codes)
-        read_fields(
-            self.words,
-            self.offsets[start // BLOCK :],
-            codes,
-            start,
-            self.num_columns,
-            self.kind.group,
-            self.scale,
-            self.zero,
-            self.is_half,
-            self.widths,
-            numbers,
-        )
+        unpack(self.codes, start, self.matrix[0], self.kind.bits, codes)
+        read_fields(self.words, self.offsets[start // BLOCK :], codes, start, self.matrix, self.widths, numbers)
 
 
 def _decode_run(arrays: Arrays, weights: torch.Tensor, start: int) -> None:

@@ -22,7 +22,7 @@ from .base_layout import Base
 from .base_loops import unpack
 from .lossless_encode import changed
 from .lossless_numpy import Bits
-from .residual_cpu import CHUNK, Arrays
+from .residual_cpu import CHUNK, Arrays, every_width
 from .residual_layout import BLOCK, MAX_WEIGHTS, MAX_WIDTH, Remainder
 from .residual_loops import NO_WIDTH, count_widths, measure_fields, write_fields
 from .residual_survey import EXCEPTION_BITS, Fit, ResidualSurvey
@@ -150,7 +150,7 @@ class _Way:
     def measure(self, start: int, widths: NDArray[np.uint8]) -> tuple[int, int]:
         """(Words, exceptions) of a RUN."""
         chunks = _chunks(start, start + RUN, self.numbers.size)
-        measured = [measure_fields(*self._weights(which), widths) for which in chunks]
+        measured = [measure_fields(*self._weights(which), every_width(widths)) for which in chunks]
         return sum(words for words, _ in measured), sum(exceptions for _, exceptions in measured)
 
     def _weights(self, which: slice) -> tuple[Any, ...]:
@@ -159,8 +159,9 @@ class _Way:
         numbers = self.numbers.cast(which).bits if self.is_half else coded.bits
         codes = codes_of(numbers, which.start, self.numbers.num_columns, self.kind, self.fit)
         scale, zero = bits_of(self.fit.scale), self.fit.zero.numpy()
-        place = (which.start, self.numbers.num_columns, self.kind.group)
-        return coded.bits, coded.differs, codes, *place, scale, zero, self.is_half
+        last = np.int32(2**self.kind.bits - 1)
+        matrix = (self.numbers.num_columns, self.kind.group, last, scale, zero, self.is_half)
+        return coded.bits, coded.differs, codes, which.start, matrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,11 +193,19 @@ class _Run:
         self, which: slice, coded: _Coded, arrays: Arrays, word: int, end: int, places: NDArray[np.int32]
     ) -> tuple[int, int]:
         codes = np.empty(coded.bits.size, np.uint8)
-        unpack(arrays.codes, which.start, arrays.num_columns, arrays.kind.bits, codes)
+        unpack(arrays.codes, which.start, arrays.matrix[0], arrays.kind.bits, codes)
         offsets = arrays.offsets[which.start // BLOCK :]
-        place = (which.start, arrays.num_columns, arrays.kind.group, arrays.scale, arrays.zero, arrays.is_half)
         written: tuple[int, int] = write_fields(
-            coded.bits, coded.differs, codes, *place, arrays.widths, arrays.words[:end], word, offsets, places
+            coded.bits,
+            coded.differs,
+            codes,
+            which.start,
+            arrays.matrix,
+            arrays.widths,
+            arrays.words[:end],
+            word,
+            offsets,
+            places,
         )
         return written
 

@@ -1,7 +1,8 @@
 """Loops over the fields of residual_layout.py: how wide they have to be, how they are written and read. Imports numba.
 
-Numbers are bits of bfloat16, or of float16 where `is_half`, flat; they begin with a block, at place `start` in the matrix of
-`num_columns`. `codes` are theirs, one a byte; `scale`, as bits, and `zero` are those of the whole matrix, [N, G].
+Numbers are bits of bfloat16, or of float16, flat; they begin with a block, at place `start` in the matrix. `codes` are theirs,
+one a byte. `matrix` is (columns, those of a group, the largest |k| as int32, scale [N, G] as bits, zero [N, G], whether the
+numbers are float16). `widths` [256] are those of every byte, MAX_WIDTH at most.
 
 A block is worked on in steps, each a loop over its weights: what depends on the field in front of it is then a few
 instructions, and the rest is done for many weights at a time. Integers are cut to 32 bits wherever numba would widen them, for
@@ -59,8 +60,9 @@ def _near_half(codes, zero, scale, last, many, near):
 
 
 @loop
-def _approach(codes, row, column, num_columns, group, scale, zero, is_half, last, many, near):
+def _approach(codes, row, column, matrix, many, near):
     """Of the weights of a block, which begins at this place: |k|, what k s is near, and where the next block begins."""
+    num_columns, group, last, scale, zero, is_half = matrix
     done = 0
     while done < codes.size:
         number = column // group
@@ -80,19 +82,31 @@ def _approach(codes, row, column, num_columns, group, scale, zero, is_half, last
 
 
 @loop
-def _table(widths):
-    """With room for every byte, and nothing above MAX_WIDTH."""
-    table = np.zeros(256, np.uint8)
-    for many in range(widths.size):
-        table[many] = min(widths[many], np.uint8(MAX_WIDTH))
-    return table
+def _mask(many, bit):
+    return np.uint8(np.uint8(0) - np.uint8(np.uint8(many >> np.uint8(bit)) & np.uint8(1)))
 
 
 @loop
-def _look_up(many, table, widths):
-    """The width of each field, and a last one of none, so that they are pairs."""
-    for place in range(many.size):
-        widths[place] = table[many[place]]
+def _either(mask, one, other):
+    return np.uint8(one ^ np.uint8(np.uint8(one ^ other) & mask))
+
+
+@loop
+def _look_up(many, last, table, widths):
+    """The width of each field, and a last one of none, so that they are pairs. Of up to 16, bits of |k| choose."""
+    if last < 16:
+        a, b, c, d, e, f, g, h = table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7]
+        i, j, k, m, n, o, p, q = table[8], table[9], table[10], table[11], table[12], table[13], table[14], table[15]
+        for place in range(many.size):
+            lowest, low, high = _mask(many[place], 0), _mask(many[place], 1), _mask(many[place], 2)
+            one = _either(low, _either(lowest, a, b), _either(lowest, c, d))
+            two = _either(low, _either(lowest, e, f), _either(lowest, g, h))
+            three = _either(low, _either(lowest, i, j), _either(lowest, k, m))
+            four = _either(low, _either(lowest, n, o), _either(lowest, p, q))
+            widths[place] = _either(_mask(many[place], 3), _either(high, one, two), _either(high, three, four))
+    else:
+        for place in range(many.size):
+            widths[place] = table[many[place]]
     if many.size % 2:
         widths[many.size] = 0
 
@@ -115,16 +129,14 @@ def _needed(numbers, near, needed):
 
 
 @loop
-def count_widths(numbers, differs, codes, start, num_columns, group, scale, zero, is_half, needed):
+def count_widths(numbers, differs, codes, start, matrix, needed):
     """`needed` [A, NO_WIDTH + 1]: how many weights of a number of steps need a width, beside what it held."""
     many, near, of_block = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.int32), np.empty(BLOCK, np.uint8)
-    row, column, last = start // num_columns, start % num_columns, np.int32(needed.shape[0] - 1)
+    row, column = start // matrix[0], start % matrix[0]
     for first in range(0, codes.size, BLOCK):
         end = min(first + BLOCK, codes.size)
         size = end - first
-        row, column = _approach(
-            codes[first:end], row, column, num_columns, group, scale, zero, is_half, last, many[:size], near[:size]
-        )
+        row, column = _approach(codes[first:end], row, column, matrix, many[:size], near[:size])
         _needed(numbers[first:end], near[:size], of_block[:size])
         for place in range(size):
             needed[many[place], NO_WIDTH if differs.size > 0 and differs[first + place] else of_block[place]] += 1
@@ -150,19 +162,17 @@ def _fields(numbers, near, widths, fields):
 
 
 @loop
-def measure_fields(numbers, differs, codes, start, num_columns, group, scale, zero, is_half, widths):
+def measure_fields(numbers, differs, codes, start, matrix, widths):
     """(Words, exceptions) that `write_fields` will make of the same."""
     many, near, fields = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.int32), np.empty(BLOCK, np.uint32)
-    of_block, table, last = np.empty(BLOCK, np.uint8), _table(widths), np.int32(widths.size - 1)
-    row, column = start // num_columns, start % num_columns
+    of_block = np.empty(BLOCK, np.uint8)
+    row, column = start // matrix[0], start % matrix[0]
     num_words = num_exceptions = 0
     for first in range(0, codes.size, BLOCK):
         end = min(first + BLOCK, codes.size)
         size = end - first
-        row, column = _approach(
-            codes[first:end], row, column, num_columns, group, scale, zero, is_half, last, many[:size], near[:size]
-        )
-        _look_up(many[:size], table, of_block)
+        row, column = _approach(codes[first:end], row, column, matrix, many[:size], near[:size])
+        _look_up(many[:size], matrix[2], widths, of_block)
         _fields(numbers[first:end], near[:size], of_block, fields[:size])
         if differs.size > 0:
             for place in range(size):
@@ -202,23 +212,18 @@ def _pack(fields, widths, words, first, places, num_places):
 
 
 @loop
-def write_fields(
-    numbers, differs, codes, start, num_columns, group, scale, zero, is_half, widths, words, offset, offsets, places
-):
+def write_fields(numbers, differs, codes, start, matrix, widths, words, offset, offsets, places):
     """Into `words` from `offset` on, the blocks' own `offsets`, and `places` of exceptions within these numbers. (Words, and
     exceptions that there are): what of them finds no room is left out."""
     many, near, fields = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.int32), np.empty(BLOCK, np.uint32)
     of_block, packed = np.empty(BLOCK, np.uint8), np.empty(MOST_WORDS + 1, np.uint32)
-    table, last = _table(widths), np.int32(widths.size - 1)
-    row, column = start // num_columns, start % num_columns
+    row, column = start // matrix[0], start % matrix[0]
     word, num_places = offset, 0
     for first in range(0, codes.size, BLOCK):
         end = min(first + BLOCK, codes.size)
         size = end - first
-        row, column = _approach(
-            codes[first:end], row, column, num_columns, group, scale, zero, is_half, last, many[:size], near[:size]
-        )
-        _look_up(many[:size], table, of_block)
+        row, column = _approach(codes[first:end], row, column, matrix, many[:size], near[:size])
+        _look_up(many[:size], matrix[2], widths, of_block)
         _fields(numbers[first:end], near[:size], of_block, fields[:size])
         if size % 2:
             fields[size] = 0
@@ -273,18 +278,16 @@ def _numbers(near, fields, widths, numbers):
 
 
 @loop
-def read_fields(words, offsets, codes, start, num_columns, group, scale, zero, is_half, widths, numbers):
-    """Fills `numbers`. What damage has moved out of `words` or `widths` is taken for their first or last."""
+def read_fields(words, offsets, codes, start, matrix, widths, numbers):
+    """Fills `numbers`. What damage has moved out of `words` is taken for their first or last."""
     many, near, fields = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.int32), np.empty(BLOCK, np.uint32)
-    of_block, table, last = np.empty(BLOCK, np.uint8), _table(widths), np.int32(widths.size - 1)
-    row, column = start // num_columns, start % num_columns
+    of_block = np.empty(BLOCK, np.uint8)
+    row, column = start // matrix[0], start % matrix[0]
     for first in range(0, codes.size, BLOCK):
         end = min(first + BLOCK, codes.size)
         size = end - first
-        row, column = _approach(
-            codes[first:end], row, column, num_columns, group, scale, zero, is_half, last, many[:size], near[:size]
-        )
-        _look_up(many[:size], table, of_block)
+        row, column = _approach(codes[first:end], row, column, matrix, many[:size], near[:size])
+        _look_up(many[:size], matrix[2], widths, of_block)
         offset = min(max(np.int64(offsets[first // BLOCK]), 0), words.size - 1)
         if offset + MOST_WORDS + 1 < words.size:
             _take(words, offset, of_block, fields[: size + size % 2])
