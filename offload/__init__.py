@@ -60,7 +60,8 @@ def load(
     seed: int = 0,
 ) -> "Engine":
     """Load a model, and a draft model, and return an Engine that serves any number of calls. Arguments are the command
-    line's flags; sizes may be bytes. Raises the errors of `offload.errors`, all of them OffloadError."""
+    line's flags; `draft_model="self"` is a low-bit copy of the model's own layers; sizes may be bytes. Raises the errors of
+    `offload.errors`, all of them OffloadError."""
     from .releases import errors_translated, warning
 
     settings = EngineSettings.parse(
