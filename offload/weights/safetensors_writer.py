@@ -5,43 +5,34 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
+from .block_file import BlockFile
 from .header import PREFIX_BYTES
+from .reader import BLOCK_BYTES
 
 Entry = tuple[str, str, tuple[int, ...]]  # name, dtype as in safetensors, shape
 _MOST_BYTES = 2**62  # no offset is longer
 
 
 class SafetensorsWriter:
-    """`path` appears when the file is closed and whole, on the disk and not only on its way there. OSError when it cannot be
-    written. Until then it is `path` with `.part` behind, which is gone after an exception."""
+    """`path` appears with `finish`, when the file is whole, on the disk and not only on its way there. Until then it is `path`
+    with `.part` behind, which `discard` removes. OSError when it cannot be written."""
 
     def __init__(self, path: Path, most: Iterable[Entry]) -> None:
         """`most`: of entries that the file may get, at least those that it does."""
         self._path, self._part = path, path.with_name(f"{path.name}.part")
-        self._room = len(_header({name: _entry(dtype, shape, _MOST_BYTES, _MOST_BYTES) for name, dtype, shape in most}))
+        header = _header({name: _entry(dtype, shape, _MOST_BYTES, _MOST_BYTES) for name, dtype, shape in most})
+        self._head_bytes = -(-(PREFIX_BYTES + len(header)) // BLOCK_BYTES) * BLOCK_BYTES
         self._entries: dict[str, object] = {}
         self._num_bytes = 0
-        self._file = open(self._part, "wb")  # noqa: SIM115 (open until `__exit__`)
-        self._file.seek(PREFIX_BYTES + self._room)
-
-    def __enter__(self) -> "SafetensorsWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self.finish()
-        else:
-            self.discard()
+        self._file = BlockFile(self._part, self._head_bytes)
 
     def finish(self) -> None:
         """All was added: the file appears. After an exception nothing is left of it."""
         try:
-            self._write_header()
-            os.fsync(self._file.fileno())
+            self._file.finish(self._head())
             self._file.close()
             os.replace(self._part, self._path)
             sync_folder(self._path.parent)
@@ -60,15 +51,15 @@ class SafetensorsWriter:
         """A contiguous tensor on the CPU, whose dtype safetensors calls `dtype`."""
         start = self._num_bytes
         if tensor.numel():
-            self._num_bytes += self._file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+            data = tensor.view(-1).view(torch.uint8).numpy().data
+            self._file.write(data)
+            self._num_bytes += len(data)
         self._entries[name] = _entry(dtype, tuple(tensor.shape), start, self._num_bytes)
 
-    def _write_header(self) -> None:
-        header = _header(self._entries)
-        assert len(header) <= self._room, "entries that were not announced"
-        self._file.seek(0)
-        self._file.write(self._room.to_bytes(PREFIX_BYTES, "little") + header.ljust(self._room))
-        self._file.flush()
+    def _head(self) -> bytes:
+        header, room = _header(self._entries), self._head_bytes - PREFIX_BYTES
+        assert len(header) <= room, "entries that were not announced"
+        return room.to_bytes(PREFIX_BYTES, "little") + header.ljust(room)
 
 
 def sync_folder(folder: Path) -> None:
