@@ -49,6 +49,7 @@ def test_the_base_drafts_and_every_residency_has_the_text_of_plain_decoding(fold
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("adversary", ADVERSARIES)
 @pytest.mark.parametrize("slots", [2, 3])
 @pytest.mark.parametrize("draft", BASES)
@@ -241,6 +242,7 @@ def test_a_folder_that_was_coded_beside_a_base_has_the_text_of_the_one_that_it_i
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["int4", "int8", "int3"])
 def test_a_coded_folder_has_that_text_in_all_residencies(
     folder: Path, plain_text: tuple[int, ...], tmp_path: Path, kind: str
