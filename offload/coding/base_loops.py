@@ -8,7 +8,7 @@ Weights are numbers of bfloat16, as bits, flat; `start` is the place of the firs
 
 import numpy as np
 
-from .loops import loop, sum_loop
+from .loops import inner_loop, inner_sum_loop, loop
 
 MAGIC = np.float32(1.5 * 2**23)
 MIDDLE = np.int32(0x4B400000)  # its bits
@@ -17,13 +17,13 @@ NONE = np.int32(0)
 SIZE, INFINITE = np.int16(0x7FFF), np.int16(0x7F80)  # bits of a bfloat16 number without its sign
 
 
-@loop
+@inner_loop
 def _float_of(bits):
     """Of bfloat16."""
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
-@loop
+@inner_loop
 def _bits_of(value):
     """The bfloat16 nearest to a finite float32, or an infinity."""
     bits = np.float32(value).view(np.uint32)
@@ -31,14 +31,14 @@ def _bits_of(value):
     return np.uint16(np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd) >> np.uint32(16))
 
 
-@loop
+@inner_loop
 def _inverse(step):
     """Finite."""
     inverse = np.float32(np.float32(1) / step)
     return inverse if inverse < MOST else MOST
 
 
-@loop
+@inner_loop
 def _limits(numbers):
     """Bits of the largest sizes that are finite: of the numbers below 0, and of the others. In 16 bits, of which most fit."""
     low = high = np.int16(0)
@@ -51,7 +51,7 @@ def _limits(numbers):
     return low, high
 
 
-@loop
+@inner_loop
 def _finite(numbers, values):
     """Into float32, those that are not finite as 0."""
     for place in range(values.size):
@@ -60,7 +60,7 @@ def _finite(numbers, values):
         values[place] = np.uint32(bits << np.uint32(16)).view(np.float32)
 
 
-@sum_loop
+@inner_sum_loop
 def _error(values, inverse, zero, top):
     """Sum of squares, in units of the scale."""
     error = np.float32(0)
@@ -72,7 +72,7 @@ def _error(values, inverse, zero, top):
     return error
 
 
-@loop
+@inner_loop
 def _fit_group(values, low, high, top, shrinks):
     """Bits of the scale, and the zero point."""
     widest = np.float32(high / np.float32(top) + low / np.float32(top))
@@ -107,7 +107,7 @@ def fit_rows(numbers, num_columns, group, top, shrinks, scale, zero):
             scale[row, number], zero[row, number] = found, np.uint8(of_zero)
 
 
-@loop
+@inner_loop
 def _nearest_codes(numbers, inverse, zero, top, codes):
     """A float32 beside MAGIC has no fraction: adding it rounds to the nearest integer, ties to even. Bits of floats grow with
     them, so what is far away is cut off as an integer; of a NaN comes some code."""
@@ -146,7 +146,7 @@ def pack_rows(codes, num_columns, bits, packed):
         _pack_row(codes[row * num_columns : (row + 1) * num_columns], bits, packed[row])
 
 
-@loop
+@inner_loop
 def _pack_row(codes, bits, packed):
     if bits == 8:
         for place in range(codes.size):
@@ -167,13 +167,13 @@ def _pack_row(codes, bits, packed):
             packed[first // 8 + 1] |= np.uint8(shifted >> np.uint32(8))
 
 
-@loop
+@inner_loop
 def _pack_fours(codes, packed):
     for pair in range(codes.size // 2):
         packed[pair] = np.uint8(codes[2 * pair] | np.uint8(codes[2 * pair + 1] << np.uint8(4)))
 
 
-@loop
+@inner_loop
 def _pack_threes(codes, packed):
     for part in range(codes.size // 8):
         held = np.uint32(0)
@@ -195,7 +195,7 @@ def unpack(packed, start, num_columns, bits, codes):
         row, column = row + 1, 0
 
 
-@loop
+@inner_loop
 def _unpack_row(packed, column, bits, codes):
     if bits == 8:
         bytes_there = packed[column : column + codes.size]
@@ -218,14 +218,14 @@ def _unpack_row(packed, column, bits, codes):
             codes[place] = np.uint8(pair >> np.uint32(first % 8) & np.uint32((1 << bits) - 1))
 
 
-@loop
+@inner_loop
 def _unpack_fours(packed, codes):
     for pair in range(codes.size // 2):
         codes[2 * pair] = packed[pair] & np.uint8(15)
         codes[2 * pair + 1] = np.uint8(packed[pair] >> np.uint8(4))
 
 
-@loop
+@inner_loop
 def _unpack_threes(packed, codes):
     for part in range(codes.size // 8):
         held = np.uint32(packed[3 * part]) | np.uint32(packed[3 * part + 1]) << np.uint32(8)
@@ -234,13 +234,13 @@ def _unpack_threes(packed, codes):
             codes[8 * part + place] = np.uint8(held >> np.uint32(3 * place) & np.uint32(7))
 
 
-@loop
+@inner_loop
 def _values(codes, zero, step, values):
     for place in range(values.size):
         values[place] = np.float32(np.float32(np.int32(np.int32(codes[place]) - zero)) * step)
 
 
-@loop
+@inner_loop
 def _near_values(codes, zero, step, bits):
     """The same, as bits of bfloat16."""
     for place in range(bits.size):

@@ -18,15 +18,22 @@ _AS_WRITTEN: Final = {"nogil": True, "error_model": "numpy"}
 # Sums in any order, of finite numbers: what is only compared.
 _IN_ANY_ORDER: Final = {**_AS_WRITTEN, "fastmath": {"reassoc", "contract", "nsz", "nnan", "ninf"}}
 
+_FROM_LOOPS: Final = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
 
 def loop(function: Loop) -> Loop:
     """Its arithmetic is rounded as it is written, so it makes the same bits everywhere."""
     return _compiled(function, _AS_WRITTEN)
 
 
-def sum_loop(function: Loop) -> Loop:
+def inner_loop(function: Loop) -> Loop:
+    """Without what would be called from Python, it is compiled in half of the time."""
+    return _compiled(function, {**_AS_WRITTEN, **_FROM_LOOPS})
+
+
+def inner_sum_loop(function: Loop) -> Loop:
     """Its sums may be taken in any order, and products in them be rounded once."""
-    return _compiled(function, _IN_ANY_ORDER)
+    return _compiled(function, {**_IN_ANY_ORDER, **_FROM_LOOPS})
 
 
 def _compiled(function: Loop, options: dict[str, Any]) -> Loop:

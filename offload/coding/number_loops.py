@@ -4,7 +4,7 @@
 
 import numpy as np
 
-from .loops import loop
+from .loops import inner_loop, loop
 
 SIGN, SIZE = np.uint32(0x8000), np.uint32(0x7FFF)  # of bits
 LEAST_HALF = np.uint32(0x400)  # that is a normal number, and 2**-14
@@ -19,7 +19,7 @@ def widen_bfloats(bits, values):
         values[place] = np.uint32(np.uint32(bits[place]) << np.uint32(16))
 
 
-@loop
+@inner_loop
 def _widened(half):
     """Bits of float32, of the size of a float16 number: numbers below the normal ones are so many times 2**-24."""
     shifted = np.uint32(np.uint32(half << np.uint32(13)) + np.uint32(EXPONENTS << np.uint32(23)))

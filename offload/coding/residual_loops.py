@@ -13,7 +13,7 @@ the same reason.
 
 import numpy as np
 
-from .loops import loop
+from .loops import inner_loop, loop
 from .residual_layout import BLOCK, MAX_WIDTH, WORD_BITS
 
 NO_WIDTH = MAX_WIDTH + 1  # is enough
@@ -26,7 +26,7 @@ LOWER = np.uint64(0xFFFFFFFF)
 MOST_WORDS = BLOCK * MAX_WIDTH // WORD_BITS  # of a block, which are pairs of fields
 
 
-@loop
+@inner_loop
 def _near_bfloat(codes, zero, scale, last, many, near):
     """|k|, `last` at most; and bits of |k| s, of s / 2 for k = 0, with what else is said of k."""
     for place in range(codes.size):
@@ -41,7 +41,7 @@ def _near_bfloat(codes, zero, scale, last, many, near):
         many[place] = np.uint8(min(size, last))
 
 
-@loop
+@inner_loop
 def _near_half(codes, zero, scale, last, many, near):
     """The same, rounded to float16. What is no normal number of it is: a sum beside 0.5 is rounded to its spacing."""
     for place in range(codes.size):
@@ -59,7 +59,7 @@ def _near_half(codes, zero, scale, last, many, near):
         many[place] = np.uint8(min(size, last))
 
 
-@loop
+@inner_loop
 def _approach(codes, row, column, matrix, many, near):
     """Of the weights of a block, which begins at this place: |k|, what k s is near, and where the next block begins."""
     num_columns, group, last, scale, zero, is_half = matrix
@@ -81,17 +81,17 @@ def _approach(codes, row, column, matrix, many, near):
     return row, column
 
 
-@loop
+@inner_loop
 def _mask(many, bit):
     return np.uint8(np.uint8(0) - np.uint8(np.uint8(many >> np.uint8(bit)) & np.uint8(1)))
 
 
-@loop
+@inner_loop
 def _either(mask, one, other):
     return np.uint8(one ^ np.uint8(np.uint8(one ^ other) & mask))
 
 
-@loop
+@inner_loop
 def _look_up(many, last, table, widths):
     """The width of each field, and a last one of none, so that they are pairs. Of up to 16, bits of |k| choose."""
     if last < 16:
@@ -111,7 +111,7 @@ def _look_up(many, last, table, widths):
         widths[many.size] = 0
 
 
-@loop
+@inner_loop
 def _needed(numbers, near, needed):
     """Bits that each field needs, NO_WIDTH where none tells the number."""
     for place in range(needed.size):
@@ -142,7 +142,7 @@ def count_widths(numbers, differs, codes, start, matrix, needed):
             needed[many[place], NO_WIDTH if differs.size > 0 and differs[first + place] else of_block[place]] += 1
 
 
-@loop
+@inner_loop
 def _fields(numbers, near, widths, fields):
     """EXCEPTION where none tells the number."""
     for place in range(fields.size):
@@ -187,7 +187,7 @@ def measure_fields(numbers, differs, codes, start, matrix, widths):
     return num_words, num_exceptions
 
 
-@loop
+@inner_loop
 def _pack(fields, widths, words, first, places, num_places):
     """Pairs of fields: a pair fits a word, whatever is held of the one before. (Words; exceptions, these included)"""
     held, num_held, word = np.uint64(0), np.uint64(0), 0
@@ -239,7 +239,7 @@ def write_fields(numbers, differs, codes, start, matrix, widths, words, offset, 
     return word - offset, num_places
 
 
-@loop
+@inner_loop
 def _take(words, offset, widths, fields):
     """Each field with what follows it, by pairs: a pair fits a word, and so lies in two."""
     bit = np.uint64(offset) * np.uint64(WORD_BITS)
@@ -253,7 +253,7 @@ def _take(words, offset, widths, fields):
         bit += low + high
 
 
-@loop
+@inner_loop
 def _take_within(words, offset, widths, fields):
     """The same of a block that may lead out of `words`: what lies beyond is the last of them."""
     bit, last = 0, words.size - 1
@@ -264,7 +264,7 @@ def _take_within(words, offset, widths, fields):
         bit += np.int64(widths[place])
 
 
-@loop
+@inner_loop
 def _numbers(near, fields, widths, numbers):
     for place in range(numbers.size):
         by, width = near[place], np.int32(widths[place] & np.uint8(31))
