@@ -135,6 +135,18 @@ def acceptance(document: Document) -> str:
     return table(("tree", *columns), list(cells.values()))
 
 
+def self_drafts(document: Document) -> str:
+    """Tokens per pass by draft and tree, and temperature, with standard errors."""
+    temperatures = sorted({row["temperature"] for row in document["summary"]})
+    cells: dict[tuple[str, str], dict[float, str]] = {}
+    for row in document["summary"]:
+        tree = "chain of 48" if row["tree"] == "1x47:kary" else f"{row['nodes']} nodes"
+        text = f"{row['tokens_per_pass']:.1f} +- {row['tokens_per_pass_error']:.1f}"
+        cells.setdefault((row["draft"], tree), {})[row["temperature"]] = text
+    rows = [(draft, tree, *(of.get(one, "-") for one in temperatures)) for (draft, tree), of in cells.items()]
+    return table(("draft", "tree", *(f"T = {one:g}" for one in temperatures)), rows)
+
+
 RENDERERS: dict[str, Callable[[Document], str]] = {
     "demo_cpu.json": trees,
     "demo_cpu.json:predictions": predictions,
@@ -142,6 +154,7 @@ RENDERERS: dict[str, Callable[[Document], str]] = {
     "side_by_side_cpu_memory.json": engines,
     "prediction_cpu.json": predicted,
     "spec_cpu.json": acceptance,
+    "self_draft_cpu.json": self_drafts,
 }
 
 
