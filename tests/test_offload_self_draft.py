@@ -138,7 +138,7 @@ def test_sampled_text_has_the_law_of_the_16_bit_target(
 
 
 @pytest.mark.parametrize("make_device", [EagerDevice, LateDevice, RefusingEagerDevice, RefusingLateDevice])
-@pytest.mark.parametrize("codec", ["residual", "none"])
+@pytest.mark.parametrize("codec", ["residual", pytest.param("none", marks=pytest.mark.slow)])
 def test_layers_on_disk_have_their_base_on_the_device(
     folder: Path, plain_text: tuple[int, ...], make_device: Callable[[], CpuDevice], codec: str
 ) -> None:
@@ -150,7 +150,14 @@ def test_layers_on_disk_have_their_base_on_the_device(
 
 
 @pytest.mark.parametrize("make_device", [EagerDevice, LateDevice, RefusingLateDevice])
-@pytest.mark.parametrize(("codec", "residency"), [("residual", "some raw"), ("none", "some raw"), ("residual", "some coded")])
+@pytest.mark.parametrize(
+    ("codec", "residency"),
+    [
+        ("residual", "some raw"),
+        pytest.param("none", "some raw", marks=pytest.mark.slow),
+        pytest.param("residual", "some coded", marks=pytest.mark.slow),
+    ],
+)
 def test_layers_that_leave_a_full_device_leave_their_base_behind_and_change_no_token(
     folder: Path, plain_text: tuple[int, ...], make_device: Callable[[], CpuDevice], codec: str, residency: str
 ) -> None:
