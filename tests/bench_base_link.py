@@ -18,18 +18,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from offload.config import base_of_draft
+from offload.demo import DRAFT, TARGET, acceptance_at
+
 PROMPT = "The tide turns when"
 PLAIN_TOKENS = 12
 ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "offload/demo"
 # name: draft, codec, tree
 CASES: dict[str, tuple[str, str, str]] = {
     "plain": ("none", "none", "none"),
     "plain, coded without loss": ("none", "lossless", "none"),
     "plain, coded beside an int4 base": ("none", "residual", "none"),
-    "bundled draft": (str(DEMO / "draft"), "none", "auto"),
-    "bundled draft, coded without loss": (str(DEMO / "draft"), "lossless", "auto"),
-    "bundled draft, coded beside an int4 base": (str(DEMO / "draft"), "residual", "auto"),
+    "bundled draft": (str(DRAFT), "none", "auto"),
+    "bundled draft, coded without loss": (str(DRAFT), "lossless", "auto"),
+    "bundled draft, coded beside an int4 base": (str(DRAFT), "residual", "auto"),
     "self:int8, its remainder": ("self:int8", "residual", "auto"),
     "self:int4, its remainder": ("self:int4", "residual", "auto"),
     "self:int4, raw": ("self:int4", "none", "auto"),
@@ -38,12 +40,11 @@ CASES: dict[str, tuple[str, str, str]] = {
 
 def run(draft: str, codec: str, tree: str, arguments: argparse.Namespace) -> Any:
     command = [sys.executable, str(ROOT / "run_70b.py"), "--json", "-q", "--device", "cpu", "--dtype", "bfloat16"]
-    command += ["--model", str(DEMO / "target"), "--draft-model", draft, "--codec", codec, "--tree", tree]
+    command += ["--model", str(TARGET), "--draft-model", draft, "--codec", codec, "--tree", tree]
     num_tokens = PLAIN_TOKENS if tree == "none" else arguments.tokens
     command += ["--emulate-link", arguments.link, "--prompt", PROMPT, "-n", str(num_tokens), "--ignore-eos"]
-    acceptance = arguments.acceptance / f"{draft.replace(':', '-')}.json"
-    if acceptance.is_file():  # of this pair, measured; else what is assumed where nobody has
-        command += ["--acceptance", str(acceptance)]
+    if draft != "none":
+        command += ["--acceptance", str(acceptance_at(0, base_of_draft(draft)))]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -82,7 +83,6 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=144)
     parser.add_argument("--link", default="2MB/s")
-    parser.add_argument("--acceptance", type=Path, default=ROOT / "profiles/acceptance", help="folder with self-int8.json, ...")
     arguments = parser.parse_args()
     results: dict[str, list[Any]] = {name: [] for name in CASES}
     for _ in range(arguments.runs):  # in turns: the machine changes from minute to minute

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/benchmarks/README.md from the JSON files in docs/benchmarks.
+"""Writes the tables of README.md, docs/residual.md and docs/benchmarks/README.md from the JSON files in docs/benchmarks.
 
     python tests/bench_tables.py
 
@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs/benchmarks"
-PAGES = (ROOT / "README.md", FOLDER / "README.md")
+PAGES = (ROOT / "README.md", FOLDER / "README.md", ROOT / "docs/residual.md")
 MARKED = re.compile(r"(<!-- table (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 Document = dict[str, Any]
@@ -147,6 +147,24 @@ def self_drafts(document: Document) -> str:
     return table(("draft", "tree", *(f"T = {one:g}" for one in temperatures)), rows)
 
 
+def base_link(document: Document) -> str:
+    """One row per case: what a pass carries and yields, and how far its prediction was off."""
+    head = ("draft and code", "of 16 bits", "tokens/pass", "s/token", "link busy", "as fast as plain", "round, of predicted")
+    rows = [
+        (
+            row["case"],
+            f"{row['of_raw_bytes']:.3f}",
+            f"{row['tokens_per_pass']:.1f}",
+            f"{row['s_per_token']:.3f}",
+            f"{min(row['link_utilisation'], 1.0) * 100:.0f} %",
+            f"{row['speedup']:.1f}",
+            f"{1 + row['over_predicted']:.2f}",
+        )
+        for row in document["rows"]
+    ]
+    return table(head, rows)
+
+
 RENDERERS: dict[str, Callable[[Document], str]] = {
     "demo_cpu.json": trees,
     "demo_cpu.json:predictions": predictions,
@@ -155,6 +173,7 @@ RENDERERS: dict[str, Callable[[Document], str]] = {
     "prediction_cpu.json": predicted,
     "spec_cpu.json": acceptance,
     "self_draft_cpu.json": self_drafts,
+    "base_link_cpu.json": base_link,
 }
 
 

@@ -11,7 +11,7 @@ from ..demo import DRAFT, LINK, TARGET, acceptance_at
 from ..errors import ModelError, UsageError
 from ..model.locate import check_name
 from ..planner.shapes import is_preset
-from ..planner.tree_flag import default_acceptance, read_acceptances, read_tree
+from ..planner.tree_flag import read_acceptances, read_tree
 from ..scale.preset import PREFIX as SCALE_PREFIX
 from .terminal import say
 
@@ -28,7 +28,8 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
         draft_model, acceptance = str(DRAFT), acceptance or str(acceptance_at(temperature))
     if model is None:
         model, draft_model = str(TARGET), [str(DRAFT)] if draft_model is None else draft_model
-        acceptance = acceptance or [_demo_acceptance(name, temperature) for name in draft_model if name != "none"]
+        drafts = [name for name in draft_model if name != "none"]
+        acceptance = acceptance or [str(acceptance_at(temperature, base_of_draft(name))) for name in drafts]
         if emulate_link is None and emulate_demo_link and not arguments.device.startswith("cuda"):
             emulate_link = LINK
     settings = EngineSettings.parse(
@@ -46,11 +47,6 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
     if arguments.model is None:  # the bundled pair is there to show trees
         settings = replace(settings, needs_tree=True)
     return replace(settings, sampling=sampling_kind(temperature, getattr(arguments, "top_p", 1.0)))
-
-
-def _demo_acceptance(draft_model: str, temperature: float) -> str:
-    """The file of the bundled pair's; of a base of its target what is published."""
-    return str(acceptance_at(temperature) if base_of_draft(draft_model) is None else default_acceptance(draft_model))
 
 
 def plan_flags(arguments: argparse.Namespace) -> dict[str, Any]:

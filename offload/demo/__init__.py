@@ -12,7 +12,8 @@ PROMPTS = Path(__file__).parent / "prompts.jsonl"
 LINK = "100MB/s"
 
 
-def acceptance_at(temperature: float) -> Path:
-    """The pair's acceptance, measured at 0, 0.6 and 1.0, nearest to `temperature`."""
+def acceptance_at(temperature: float, base: str | None = None) -> Path:
+    """The pair's acceptance, measured at 0, 0.6 and 1.0, nearest to `temperature`; or that of a base of the target, "int8",
+    "int4" or "int3"."""
     nearest = min(("0", "0.6", "1.0"), key=lambda measured: abs(float(measured) - temperature))
-    return _PROFILES / f"demo-draft__demo-target__t{nearest}.json"
+    return _PROFILES / f"demo-{f'self-{base}' if base else 'draft'}__demo-target__t{nearest}.json"
