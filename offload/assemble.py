@@ -80,7 +80,7 @@ def open_engine(
         link_bytes_per_s = settings.emulate_link_bytes_per_s or loaded.stream.measure_link()
         plan = replace(plan, link_bytes_per_s=link_bytes_per_s, small_uploads=device.small_uploads)
         method = resolve_method(settings.verifier)
-        parts = loaded.target, loaded.stream, loaded.drafter, loaded.masks, _sessions(loaded, plan)
+        parts = loaded.target, loaded.stream, loaded.drafter, _sessions(loaded, plan)
         loop = DecodeLoop(device, *parts, plan, method=method, trace=trace, fallbacks=fallbacks)
         close = partial(_close, device, stack.pop_all())
     return Engine(

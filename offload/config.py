@@ -18,6 +18,9 @@ DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 SamplingKind = Literal["greedy", "sampled", "nucleus"]
 VERIFIERS = ("auto", "sample", "traversal", "rejection")
 DRAFT_PASSES = ("auto", "eager", "graphs")
+GROW_AHEAD = ("auto", "off")
+DRAFT_DEVICES = ("auto", "same", "cpu")
+NGRAM_WORDS = ("auto", "on", "off")  # what else `--ngram` says is a file
 SMALL_UPLOADS = ("auto", "copy", "mapped")
 CODECS = ("auto", "none", "lossless", "residual")
 BASES = ("int8", "int4", "int3")  # as coding/base_kinds.py, which knows what they are; a test holds both to the same
@@ -93,9 +96,11 @@ class EngineSettings:
     `tree` is a spec such as "4x6:kary", "none", "auto" or the path of a TreeShape JSON. Sizes are bytes, rates bytes/s. With
     `fixed_plan` nothing is chosen again while running; `needs_tree` leaves the planner no plan without one that has any.
 
-    `draft_passes` says whether the draft's passes are recorded as CUDA graphs, `small_uploads` how small tensors reach the
-    device. `codec` says how 16-bit layers travel, `decode_kernels` whether what is packed or coded is decoded by kernels where
-    there are some, or by plain torch.
+    `ngram` says whether the text's own continuations are proposed, "auto", "on" or "off", or names datastores that have more;
+    `grow_ahead` whether drafts go on growing while layers stream; `draft_device` whether the draft model computes where the
+    target does, "same", or on the "cpu". `draft_passes` says whether the draft's passes are recorded as CUDA graphs,
+    `small_uploads` how small tensors reach the device. `codec` says how 16-bit layers travel, `decode_kernels` whether what
+    is packed or coded is decoded by kernels where there are some, or by plain torch.
 
     What is known of the requests to come makes plans better: their `sampling`, how many tokens prompt and answer have together
     at most, and how many of them an average pass looks back on. `max_sequences` texts may share a pass.
@@ -115,6 +120,9 @@ class EngineSettings:
     emulate_link_bytes_per_s: float | None = None
     acceptances: tuple[str, ...] = ()
     profile: str | None = None
+    ngram: tuple[str, ...] = ("auto",)
+    grow_ahead: str = "auto"
+    draft_device: str = "auto"
     draft_passes: str = "auto"
     small_uploads: str = "auto"
     codec: str = "auto"
@@ -152,6 +160,7 @@ class EngineSettings:
         *,
         draft_model: str | Sequence[str] | None = None,
         acceptance: str | Sequence[str] | None = None,
+        ngram: str | Sequence[str] | None = None,
         gpu_memory: str | int = "auto",
         host_memory: str | int = "auto",
         resident_layers: str | int = "auto",
@@ -165,6 +174,7 @@ class EngineSettings:
         return cls(
             draft_models=tuple(name for name in _names(draft_model) if name != "none"),
             acceptances=_names(acceptance),
+            ngram=_names(ngram) or ("auto",),
             gpu_memory_bytes=None if gpu_memory == "auto" else parse_size(gpu_memory, flag="--gpu-memory"),
             host_memory_bytes=None if host_memory == "auto" else parse_size(host_memory, flag="--host-memory"),
             resident_layers=_count(resident_layers, "--resident-layers"),
@@ -179,6 +189,8 @@ class EngineSettings:
             ("--dtype", self.dtype, DTYPES),
             ("--verifier", self.verifier, VERIFIERS),
             ("--draft-passes", self.draft_passes, DRAFT_PASSES),
+            ("--grow-ahead", self.grow_ahead, GROW_AHEAD),
+            ("--draft-device", self.draft_device, DRAFT_DEVICES),
             ("--small-uploads", self.small_uploads, SMALL_UPLOADS),
             ("--codec", self.codec, CODECS),
             ("--decode-kernels", self.decode_kernels, DECODE_KERNELS),
@@ -191,6 +203,10 @@ class EngineSettings:
             raise UsageError(f"unknown device {self.device!r}", where="--device", cure="one of auto, cpu, cuda, cuda:N")
         if sum(base_of_draft(name) is not None for name in self.draft_models) > 1:
             raise UsageError("more than one base of the same target", where="--draft-model", cure="name one of self and auto")
+        if len(self.ngram) > 1 and any(word in NGRAM_WORDS for word in self.ngram):
+            raise UsageError(
+                f"{' and '.join(self.ngram)} at once", where="--ngram", cure="give auto, on or off alone, or only files"
+            )
         if len(self.acceptances) > 1 and len(self.acceptances) != len(self.draft_models):
             raise UsageError(
                 f"{len(self.acceptances)} acceptance files for {len(self.draft_models)} draft models",

@@ -12,11 +12,12 @@ from offload.config import EngineSettings
 from offload.device import Device
 from offload.engine.engine import Engine
 from offload.model.drafter import PROMPT_CHUNK_TOKENS, ModelContext, ModelDrafter
-from offload.model.masks import TreeMasks
 from offload.source import check_source
 from planning import L40
 from shapes import from_widths
 from small_models import causal_lm
+from tree.aim import Aim
+from tree.context import TreeContext
 from tree.shape import TreeShape
 
 PROMPT = [5, 9, 33, 2, 71]
@@ -55,9 +56,7 @@ def open_drafters(
     for device in opened:
         model = check_source(str(folder), "--model", "float32", device.torch_device.type)
         lm = causal_lm(model, device, num_segments=num_texts, segment_rows=rows)
-        drafters.append(
-            ModelDrafter(lm, device, vocab_size, TreeMasks(device, shape), shape, chunk_tokens, max_nodes=shape.num_nodes)
-        )
+        drafters.append(ModelDrafter(lm, device, vocab_size, Aim(shape=shape), chunk_tokens, max_nodes=shape.num_nodes))
     try:
         yield drafters
     finally:
@@ -66,25 +65,41 @@ def open_drafters(
             device.close()
 
 
-def start_all(drafters: Sequence[ModelDrafter], text: Sequence[int] = PROMPT, place: int = 0) -> list[ModelContext]:
+def start_all(drafters: Sequence[ModelDrafter], text: Sequence[int] = PROMPT, place: int = 0) -> list[TreeContext]:
     return [drafter.start(place, text, len(text)) for drafter in drafters]
 
 
-def run_round(contexts: list[ModelContext], shape: TreeShape, generator: torch.Generator, tolerance: float = 1e-5) -> None:
+def run_round(contexts: list[TreeContext], shape: TreeShape, generator: torch.Generator, tolerance: float = 1e-5) -> None:
     """Every level's logits agree, for random tokens; then the path to a random node is accepted. What is not recorded by then
     is."""
-    for context in contexts:
-        context._drafter.prepare(shape)
-    assert_same([context.begin(shape) for context in contexts], tolerance)
+    models = [model_of(context) for context in contexts]
+    for model in models:
+        model._drafter.prepare(shape)
+    assert_same([model.begin() for model in models], tolerance)
     tokens = torch.randint(VOCAB_SIZE, (shape.num_nodes,), generator=generator)
+    runs = {0: -1}
     for nodes in shape.expanded[1:-1]:
-        assert_same([context.expand(nodes, tokens[list(nodes)]) for context in contexts], tolerance)
+        parents = [runs[shape.parents[node]] for node in nodes]
+        assert_same([model.expand(parents, tokens[list(nodes)]) for model in models], tolerance)
+        runs |= {node: len(runs) - 1 + place for place, node in enumerate(nodes)}
     path = shape.path(int(torch.randint(shape.num_nodes, (), generator=generator)))
-    for context in contexts:
-        context.follow(path, (*tokens[list(path[1:])].tolist(), 7), None)
+    for model in models:
+        model.follow((*tokens[list(path[1:])].tolist(), 7), [runs[node] for node in path[1:] if node in runs])
 
 
-def extend(contexts: Sequence[ModelContext], token_ids: Sequence[int]) -> None:
+def model_of(context: TreeContext) -> ModelContext:
+    """The text that a context of ModelDrafter's grows trees of."""
+    assert isinstance(context.model, ModelContext)
+    return context.model
+
+
+def expand_level(model: ModelContext, shape: TreeShape, nodes: Sequence[int], token_ids: torch.Tensor) -> torch.Tensor:
+    """`nodes` of one level of `shape`, all levels above having been run."""
+    run = [node for level in shape.expanded[1:-1] for node in level]
+    return model.expand([run.index(shape.parents[node]) if shape.parents[node] else -1 for node in nodes], token_ids)
+
+
+def extend(contexts: Sequence[TreeContext], token_ids: Sequence[int]) -> None:
     """As if these had been committed without a tree."""
     for context in contexts:
         context.follow((0,), tuple(token_ids), None)

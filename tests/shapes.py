@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from hypothesis import strategies as st
+
 from tree.shape import TreeShape
 
 
@@ -16,4 +18,13 @@ def from_widths(widths: Sequence[int]) -> TreeShape:
     for width in widths:
         parents += [node for node in level for _ in range(width)]
         level = range(level.stop, len(parents))
+    return TreeShape(tuple(parents))
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> TreeShape:
+    """Any, of up to 60 nodes."""
+    parents = [-1]
+    for node in range(1, draw(st.integers(1, 60))):
+        parents.append(draw(st.integers(max(0, parents[-1]), node - 1)))
     return TreeShape(tuple(parents))

@@ -21,9 +21,9 @@ from offload.model.base_model import BaseLinear, base_architecture
 from offload.model.causal_lm import CausalLM
 from offload.model.drafter import ModelDrafter
 from offload.model.kv_cache import KVCache
-from offload.model.masks import TreeMasks
 from offload.streaming.stream import ResidentWeights, Weights
 from small_models import assert_close, text_part
+from tree.aim import Aim
 from tree.shape import TreeShape
 
 Models = Callable[..., Path]
@@ -114,8 +114,7 @@ def test_a_layer_that_loses_its_raw_weights_drafts_with_its_base(models: Models)
         model := pair.draft(pair.layers),
         CpuDevice(),
         VOCAB_SIZE,
-        TreeMasks(CpuDevice()),
-        TreeShape.root_only(),
+        Aim(shape=TreeShape.root_only()),
         64,
         max_nodes=1,
     )

@@ -26,12 +26,12 @@ from offload.model.attention import register
 from offload.model.causal_lm import CausalLM
 from offload.model.drafter import ModelDrafter
 from offload.model.kv_cache import KVCache
-from offload.model.masks import TreeMasks
 from offload.source import check_source
 from offload.streaming.stream import LayerStream, ResidentWeights
 from offload.typed_model import TypedModel
 from offload.weights.placement import Placement
 from shapes import from_widths
+from tree.aim import Aim
 from tree.logprobs import Scoring
 from tree.sampling import SamplingParams
 from tree.verify import METHODS, Method
@@ -184,13 +184,12 @@ def open_loop(
     model = check_source(str(folder), "--model", "bfloat16", "cuda").model
     register()
     target, stream = streamed(device, model)
-    masks = TreeMasks(device, TREE)
     draft = check_source(str(folder), "--model", "bfloat16", "cuda").model
-    drafter = ModelDrafter(resident(device, draft), device, VOCAB_SIZE, masks, TREE, 1024, max_nodes=TREE.num_nodes)
+    drafter = ModelDrafter(resident(device, draft), device, VOCAB_SIZE, Aim(shape=TREE), 1024, max_nodes=TREE.num_nodes)
     drafter.prepare(TREE)
-    plan: Any = SimpleNamespace(tree=TREE, pass_rows=1024)
+    plan: Any = SimpleNamespace(tree=TREE, aim=Aim(shape=TREE), pass_rows=1024)
     sessions = Sessions([target.cache, drafter.cache], max_bytes=0)
-    return DecodeLoop(device, target, stream, drafter, masks, sessions, plan, method=method), waits
+    return DecodeLoop(device, target, stream, drafter, sessions, plan, method=method), waits
 
 
 def begin(loop: DecodeLoop, prompt: Sequence[int], params: SamplingParams, scoring: Scoring | None = None) -> Text:

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from conftest import VOCAB_SIZE, reference_model
-from drafters import PROMPT, open_drafters, start_all
+from drafters import PROMPT, expand_level, model_of, open_drafters, start_all
 from fakes import CountingDevice, RecordingDevice
 from offload.device import Device
 from offload.device.cpu import CpuDevice
 from offload.model.buckets import widest_pass
-from offload.model.drafter import ModelContext
 from shapes import from_widths
 from small_models import assert_close
 from test_offload_model import expected_logits
+from tree.aim import Aim
+from tree.context import TreeContext
 from tree.draft import Drafter, DraftTree
 from tree.sampling import SamplingParams
 from tree.shape import TreeShape
@@ -31,12 +32,12 @@ def make(request: pytest.FixtureRequest) -> Callable[[], Device]:
     return DEVICES[request.param]
 
 
-def grow(context: ModelContext, seed: int = 0, max_nodes: int = 1000, max_levels: int = 1000) -> DraftTree:
+def grow(context: TreeContext, seed: int = 0, max_nodes: int = 1000, max_levels: int = 1000) -> DraftTree:
     generator = torch.Generator().manual_seed(seed)
     return context.grow(max_nodes, max_levels, SamplingParams(0.8), generator, sampled=True)
 
 
-def follow(context: ModelContext, tree: DraftTree, node: int, token_id: int) -> None:
+def follow(context: TreeContext, tree: DraftTree, node: int, token_id: int) -> None:
     path = tree.shape.path(node)
     context.follow(path, (*(int(tree.token_ids[one]) for one in path[1:]), token_id), None)
 
@@ -63,7 +64,7 @@ def test_a_round_that_is_taken_back_leaves_no_trace(models: Models, make: Callab
                 follow(one, tree, node, token_id)
             token_id += 1
         grow(context)
-        drafters[0].aim(SHAPE, 3)  # less memory: smaller pieces, and nothing is pending
+        drafters[0].aim(Aim(shape=SHAPE), 3)  # less memory: smaller pieces, and nothing is pending
         assert drafters[0].cache.segments[0].pending == 0
         assert_equal(grow(context), grow(plain))
 
@@ -98,7 +99,7 @@ def test_texts_in_other_places_do_not_show(models: Models, make: Callable[[], De
             context = alone.start(0, prompt, len(prompt))
             for turn in range(3):
                 follow(context, grow(context, turn), 3 * place + turn, place)
-            assert context._token_ids == contexts[place]._token_ids
+            assert model_of(context)._token_ids == model_of(contexts[place])._token_ids
             assert_equal(grow(context), grow(contexts[place]))
 
 
@@ -108,8 +109,8 @@ def test_a_prompt_is_read_in_pieces(models: Models, chunk_tokens: int) -> None:
     with open_drafters((CpuDevice,), folder, shape=SHAPE, chunk_tokens=chunk_tokens) as drafters:
         (context,) = start_all(drafters, prompt)
         expected = expected_logits(reference_model(folder), prompt[:-1], prompt[-1:], TreeShape.root_only())
-        assert_close(context.begin(SHAPE), expected)
-        assert context.segment.length == len(prompt)
+        assert_close(model_of(context).begin(), expected)
+        assert model_of(context).segment.length == len(prompt)
 
 
 @pytest.mark.parametrize("more", [-9, 0, 7])
@@ -119,13 +120,13 @@ def test_a_vocabulary_that_is_padded_otherwise_is_cut_or_never_proposed(
     folder, prompt = models(), [5, 9, VOCAB_SIZE + more - 1]
     with open_drafters((make,), folder, shape=SHAPE, vocab_size=VOCAB_SIZE + more) as drafters:
         (context,) = start_all(drafters, prompt)
-        logits = context.begin(SHAPE)
+        logits = model_of(context).begin()
         assert logits.shape == (1, VOCAB_SIZE + more)
         read = [min(token_id, VOCAB_SIZE - 1) for token_id in prompt]
         expected = expected_logits(reference_model(folder), read[:-1], read[-1:], TreeShape.root_only())
         assert_close(logits[:, :VOCAB_SIZE], expected[:, : VOCAB_SIZE + more])
         assert logits[:, VOCAB_SIZE:].isneginf().all()
-        level = context.expand((1, 2), torch.tensor([VOCAB_SIZE + more - 1, 3]))
+        level = expand_level(model_of(context), SHAPE, (1, 2), torch.tensor([VOCAB_SIZE + more - 1, 3]))
         assert level.shape == (2, VOCAB_SIZE + more)
 
 

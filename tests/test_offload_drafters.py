@@ -37,9 +37,9 @@ def open_with(folder: Path, drafter: Drafter, kind: str = "cpu", verifier: str =
     )
     with open_engine(settings, device=DEVICES[kind](), hardware=L40) as engine:
         loop, plan = engine.loop, engine.plan
-        drafter.aim(plan.tree, plan.pass_rows)
+        drafter.aim(plan.aim, plan.pass_rows)
         sessions = Sessions([loop._target.cache], max_bytes=2**20)
-        parts = loop._device, loop._target, loop._stream, drafter, loop._masks, sessions, plan
+        parts = loop._device, loop._target, loop._stream, drafter, sessions, plan
         engine.loop = DecodeLoop(*parts, method=resolve_method(verifier), fallbacks=loop.fallbacks)
         yield engine
 

@@ -155,11 +155,11 @@ def test_a_draft_with_a_padded_vocabulary_is_cut_or_filled(models: Models) -> No
         draft = models(num_layers=1, seed=1, vocab_size=vocab_size)
         with open_tiny(folder, folder) as engine, open_tiny(draft, None, tree="none", max_context=150) as other:
             loop, plan = engine.loop, engine.plan
-            parts = other.loop._target, loop._device, VOCAB_SIZE, loop._masks, plan.tree, plan.pass_rows
+            parts = other.loop._target, loop._device, VOCAB_SIZE, plan.aim, plan.pass_rows
             drafter = ModelDrafter(*parts, max_nodes=plan.room_nodes)
             sessions = Sessions([loop._target.cache, drafter.cache], max_bytes=0)
             for verifier in ("traversal", "rejection", "sample"):
-                others = loop._device, loop._target, loop._stream, drafter, loop._masks, sessions, plan
+                others = loop._device, loop._target, loop._stream, drafter, sessions, plan
                 engine.loop = DecodeLoop(*others, method=resolve_method(verifier))
                 engine.forget()
                 assert list(engine.generate(PROMPT, max_new_tokens=12).token_ids) == expected

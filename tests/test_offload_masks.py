@@ -1,57 +1,37 @@
-"""The mask of a plan's tree lies on the device once, and serves all trees that it begins with; others have their own."""
+"""Masks are made on the device, from nothing but parents."""
+
+from itertools import accumulate
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fakes import CountingDevice
 from offload.device import Device
-from offload.errors import HostMemoryError
-from offload.model.masks import TreeMasks
-from shapes import from_widths
+from offload.device.cpu import CpuDevice
+from offload.model.masks import seen_by, tree_mask
+from shapes import from_widths, shapes
 from tree.shape import TreeShape
 
-TREE, OTHER = from_widths((5, 2, 3)), from_widths((2, 6))
+
+@given(shapes())
+def test_a_mask_is_that_of_the_ancestors(shape: TreeShape) -> None:
+    assert torch.equal(tree_mask(shape, CpuDevice()), torch.from_numpy(shape.ancestor_mask.copy()))
 
 
-def test_the_mask_of_every_tree_is_its_own_and_that_of_a_cut_one_a_view(device: Device) -> None:
-    masks = TreeMasks(device, TREE)
-    whole = masks.of(TREE)
-    levels = [TREE.truncated(num_levels) for num_levels in range(TREE.num_levels, 0, -1)]
-    for cut in (*levels, TreeShape(TREE.parents[:9]), TreeShape(TREE.parents[:3])):
-        mask = masks.of(cut)
-        assert torch.equal(mask, torch.from_numpy(cut.ancestor_mask.copy()))
-        assert mask.data_ptr() == whole.data_ptr()
-    assert masks.of(TREE, 0).shape == (0, 0)
-    for shape in (OTHER, TREE, OTHER.truncated(2), TREE):  # equal numbers of nodes are not enough
-        assert torch.equal(masks.of(shape), torch.from_numpy(shape.ancestor_mask.copy()))
+@pytest.mark.parametrize(
+    "shape", [TreeShape.root_only(), TreeShape.chains(1, 63), TreeShape.chains(3, 64), from_widths((5, 2, 3))]
+)
+def test_deep_trees_are_seen_to_the_root(shape: TreeShape, device: Device) -> None:
+    assert torch.equal(tree_mask(shape, device), torch.from_numpy(shape.ancestor_mask.copy()))
 
 
-def test_the_mask_of_the_chosen_tree_is_held_whatever_else_is_asked_for() -> None:
-    """Texts of one pass may have other trees, in any order."""
-    device = CountingDevice()
-    masks = TreeMasks(device, TREE)
-    held = masks.of(TREE).data_ptr()
-    for shape in (TREE.truncated(2), OTHER, TREE, TREE.truncated(3), OTHER):
-        masks.of(shape)
-    assert device.held_bytes == TREE.num_nodes**2 and masks.of(TREE).data_ptr() == held
-    masks.hold(OTHER)
-    assert device.held_bytes == OTHER.num_nodes**2
-    assert masks.of(OTHER).data_ptr() == masks.of(OTHER.truncated(2)).data_ptr()
-    masks.close()
-    assert device.held_bytes == 0
-    assert masks.of(TREE).shape == (TREE.num_nodes, TREE.num_nodes)
-    device.close()
-
-
-def test_a_mask_that_finds_no_room_is_made_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = CountingDevice()
-    masks = TreeMasks(device, TREE)
-
-    def refuse(num_bytes: int) -> torch.Tensor:
-        raise HostMemoryError("full", where="x", cure="y")
-
-    with monkeypatch.context() as patch, pytest.raises(HostMemoryError):
-        patch.setattr(device, "alloc", refuse)
-        masks.hold(OTHER)
-    assert torch.equal(masks.of(OTHER), torch.from_numpy(OTHER.ancestor_mask.copy()))
-    device.close()
+@given(shapes(), st.lists(st.integers(1, 7), min_size=12, max_size=12))
+def test_a_mask_may_grow_by_any_numbers_of_nodes(shape: TreeShape, counts: list[int]) -> None:
+    """Parents and children may come at once. The root has no row here."""
+    device, parents = CpuDevice(), [parent - 1 for parent in shape.parents[1:]]
+    sees = torch.zeros(0, 0, dtype=torch.bool)
+    ends = [end for end in accumulate(counts) if end < len(parents)]
+    for begin, end in zip([0, *ends], [*ends, len(parents)], strict=True):
+        sees = seen_by(sees, parents[begin:end], device)
+    assert torch.equal(sees, torch.from_numpy(shape.ancestor_mask.copy())[1:, 1:])

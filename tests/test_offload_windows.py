@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from conftest import TINY_SIZES, VOCAB_SIZE, reference_model
-from drafters import extend, open_drafters, run_round, start_all
+from drafters import expand_level, extend, model_of, open_drafters, run_round, start_all
 from fakes import RecordingDevice
 from offload.assemble import open_engine
 from offload.config import EngineSettings
@@ -22,13 +22,14 @@ from offload.errors import ModelError
 from offload.model.architecture import architecture_of
 from offload.model.causal_lm import CausalLM
 from offload.model.drafter import ModelDrafter
-from offload.model.masks import TreeMasks
+from offload.model.masks import tree_mask
 from offload.source import check_source
 from planning import L40
 from shapes import chain, from_widths
 from small_models import assert_close, causal_lm, open_model, text_part, tree_logits, tree_part
 from test_offload_device_ops import Audit, MetaDevice
 from test_offload_model import expected_logits, poison_tails, random_tokens
+from tree.aim import Aim
 from tree.shape import TreeShape
 
 Models = Callable[..., Path]
@@ -122,13 +123,15 @@ def test_a_draft_grows_within_its_windows_recorded_or_not(folder: Path) -> None:
         contexts = start_all(drafters, PROMPT)
         for shape in (*SHAPES[:3], SHAPES[0]):
             run_round(contexts, shape, generator)
-        text, shape = contexts[0]._token_ids, SHAPES[0]
+        text, shape = model_of(contexts[0])._token_ids, SHAPES[0]
         tokens = [text[-1], *random_tokens(generator, shape.num_nodes - 1)]
         expected = expected_logits(reference, text[:-1], tokens, shape)
         for context in contexts:
-            assert_close(context.begin(shape), expected[:1])
+            model = model_of(context)
+            assert_close(model.begin(), expected[:1])
             for nodes in shape.expanded[1:-1]:
-                assert_close(context.expand(nodes, torch.tensor([tokens[node] for node in nodes])), expected[list(nodes)])
+                logits = expand_level(model, shape, nodes, torch.tensor([tokens[node] for node in nodes]))
+                assert_close(logits, expected[list(nodes)])
         extend(contexts, [11] * 510)  # into the next bucket of attended rows
         run_round(contexts, shape, generator)
 
@@ -181,21 +184,22 @@ def test_masks_by_kind_are_made_without_a_wait_for_the_device(models: Models) ->
     for replays in (True, False):
         device: Any = MetaDevice(replays=replays)
         model = causal_lm(check_source(str(folder), "--model", "float32", "cpu"), device, num_segments=2)
-        masks = TreeMasks(device, shape)
-        drafter = ModelDrafter(model, device, VOCAB_SIZE, masks, shape, 8, max_nodes=shape.num_nodes)
+        drafter = ModelDrafter(model, device, VOCAB_SIZE, Aim(shape=shape), 8, max_nodes=shape.num_nodes)
         drafter.prepare(shape)
         first, second = model.cache.segments
         with Audit() as audit:
             for _ in range(2):
                 text, tree = text_part(first, PROMPT, 2), tree_part(second, PROMPT, [1] * shape.num_nodes, shape)
-                parts = (replace(text, tree_mask=masks.of(shape, 0)), replace(tree, tree_mask=masks.of(shape)))
+                mask = tree_mask(shape, device)
+                parts = (replace(text, tree_mask=mask[:0, :0]), replace(tree, tree_mask=mask))
                 model.forward(parts, feature_layers=(0, 2))
                 for part in parts:
                     part.segment.commit(range(len(PROMPT)))
-            context = drafter.start(0, [*PROMPT, *PROMPT, 3], len(PROMPT))
-            context.begin(shape)
+            context = model_of(drafter.start(0, [*PROMPT, *PROMPT, 3], len(PROMPT)))
+            context.begin()
             for nodes in shape.expanded[1:-1]:
-                context.expand(nodes, torch.zeros(len(nodes), dtype=torch.int64, device=device.torch_device))
+                token_ids = torch.zeros(len(nodes), dtype=torch.int64, device=device.torch_device)
+                expand_level(context, shape, nodes, token_ids)
         assert audit.found == []
 
 

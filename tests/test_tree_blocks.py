@@ -1,5 +1,6 @@
 """Blocks cover every row once and keep to their bound; working on one takes no more memory than is said."""
 
+from collections.abc import Sequence
 from weakref import WeakValueDictionary
 
 import pytest
@@ -71,8 +72,8 @@ class Table:
     def __init__(self, table: torch.Tensor) -> None:
         self._table = table
 
-    def begin(self, shape: TreeShape) -> torch.Tensor:
+    def begin(self) -> torch.Tensor:
         return self._table[[0]]
 
-    def expand(self, nodes: tuple[int, ...], token_ids: torch.Tensor) -> torch.Tensor:
+    def expand(self, parents: Sequence[int], token_ids: torch.Tensor) -> torch.Tensor:
         return self._table[token_ids]

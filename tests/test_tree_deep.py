@@ -1,6 +1,6 @@
 """Trees of dozens of levels, as a draft that knows its target well is given: grown, judged, planned, drawn and run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -31,10 +31,10 @@ class Markov:
     def __init__(self, seed: int) -> None:
         self.table = 3 * torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed))
 
-    def begin(self, shape: TreeShape) -> torch.Tensor:
+    def begin(self) -> torch.Tensor:
         return self.table[:1]
 
-    def expand(self, nodes: tuple[int, ...], token_ids: torch.Tensor) -> torch.Tensor:
+    def expand(self, parents: Sequence[int], token_ids: torch.Tensor) -> torch.Tensor:
         return self.table[token_ids]
 
 

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from tree.shape import TreeShape
 
 VOCABULARY = 12
 UNEVEN = TreeShape((-1, 0, 0, 0, 1, 1, 3, 4))
+RUN = {0: -1, 1: 0, 3: 1, 4: 2}  # its nodes with children, as the model knows them
 
 
 @pytest.fixture
@@ -24,35 +26,41 @@ class TableModel:
         generator = torch.Generator().manual_seed(11)
         self.table = torch.randn(VOCABULARY, VOCABULARY, VOCABULARY, generator=generator).to(dtype)
         self.root_token_id = root_token_id
-        self.shape: TreeShape | None = None
         self.calls: list[tuple[int, ...]] = []
-        self.tokens: dict[int, int] = {}
+        self.parents: list[int] = []  # of the nodes that were run, in the order of that
+        self.tokens: list[int] = []
+        self.room = 1000
 
-    def begin(self, shape: TreeShape) -> torch.Tensor:
-        self.shape = shape
-        self.calls.append((0,))
-        self.tokens[0] = self.root_token_id
-        return self.table[0, self.root_token_id][None]
+    def begin(self) -> torch.Tensor:
+        self.calls.append(())
+        self.parents, self.tokens = [], []
+        return self.logits(-1)[None]
 
-    def expand(self, nodes: tuple[int, ...], token_ids: torch.Tensor) -> torch.Tensor:
-        assert self.shape is not None and token_ids.shape == (len(nodes),) and token_ids.dtype == torch.int64
-        self.calls.append(nodes)
-        self.tokens |= dict(zip(nodes, token_ids.tolist(), strict=True))
-        return torch.stack([self.logits(node) for node in nodes])
+    def expand(self, parents: Sequence[int], token_ids: torch.Tensor) -> torch.Tensor:
+        assert token_ids.shape == (len(parents),) and token_ids.dtype == torch.int64
+        self.calls.append(tuple(parents))
+        new = range(len(self.parents), len(self.parents) + len(parents))
+        self.parents += parents
+        self.tokens += token_ids.tolist()
+        return torch.stack([self.logits(node) for node in new])
+
+    def follow(self, token_ids: Sequence[int], accepted: Sequence[int], kept: Sequence[int] = ()) -> None:
+        self.root_token_id = token_ids[-1]
 
     def logits(self, node: int) -> torch.Tensor:
-        assert self.shape is not None
-        parent_token = self.tokens[self.shape.parents[node]] if node else 0
-        return self.table[parent_token, self.tokens[node]]
+        if node < 0:
+            return self.table[0, self.root_token_id]
+        parent = self.parents[node]
+        return self.table[self.tokens[parent] if parent >= 0 else self.root_token_id, self.tokens[node]]
 
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_only_nodes_with_children_are_run_one_call_per_level(sampled: bool, rng: torch.Generator) -> None:
     model = TableModel(5)
     tree = grow(model, 5, UNEVEN, SamplingParams(1.0), rng, sampled=sampled)
-    assert model.shape is UNEVEN and tree.shape is UNEVEN
-    assert model.calls == [(0,), (1, 3), (4,)]
-    assert model.tokens == {node: int(tree.token_ids[node]) for node in (0, 1, 3, 4)}
+    assert tree.shape is UNEVEN
+    assert model.calls == [(), (-1, -1), (0,)]
+    assert model.tokens == [int(tree.token_ids[node]) for node in (1, 3, 4)]
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -71,7 +79,7 @@ def test_deterministic_children_are_the_most_probable_in_order(rng: torch.Genera
     tree = grow(model, 2, UNEVEN, SamplingParams(1.0), rng, sampled=False)
     assert tree.probabilities is None
     for node in (0, 1, 3, 4):
-        best = top_k_tokens(model.logits(node)[None], UNEVEN.num_children[node])[0]
+        best = top_k_tokens(model.logits(RUN[node])[None], UNEVEN.num_children[node])[0]
         assert tree.token_ids[list(UNEVEN.children(node))].tolist() == best.tolist()
 
 
@@ -84,7 +92,7 @@ def test_laws_are_those_of_the_nodes_with_children(params: SamplingParams, dtype
     assert tree.probabilities.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for node in range(UNEVEN.num_nodes):
         if UNEVEN.num_children[node]:
-            assert torch.allclose(tree.probabilities[node], to_probabilities(model.logits(node), params))
+            assert torch.allclose(tree.probabilities[node], to_probabilities(model.logits(RUN[node]), params))
         else:
             assert not tree.probabilities[node].any()
 
@@ -95,11 +103,16 @@ def test_children_have_the_law_of_their_parent(rng: torch.Generator) -> None:
     logits[:4] = torch.tensor([0.0, 1.0, 2.0, 0.5])
 
     class Constant:
-        def begin(self, shape: TreeShape) -> torch.Tensor:
+        room = 1000
+
+        def begin(self) -> torch.Tensor:
             return torch.zeros(1, 700)
 
-        def expand(self, nodes: tuple[int, ...], token_ids: torch.Tensor) -> torch.Tensor:
-            return logits.expand(len(nodes), -1)
+        def expand(self, parents: Sequence[int], token_ids: torch.Tensor) -> torch.Tensor:
+            return logits.expand(len(parents), -1)
+
+        def follow(self, token_ids: Sequence[int], accepted: Sequence[int], kept: Sequence[int] = ()) -> None:
+            raise AssertionError
 
     tree = grow(Constant(), 0, shape, SamplingParams(1.0), rng, sampled=True)
     leaves = tree.token_ids[shape.levels[2].start :]

@@ -11,6 +11,7 @@ import torch
 from enumeration import TOLERANCE, UNIT, VERIFIERS, Choices, Law, World, continued, every_run, random_world, target_logits
 from exactness import chi_square
 from text_drafters import Draw, FeatureDrafter, TextContext, TextDrafter
+from tree.aim import Aim
 from tree.draft import Drafter, DraftTree
 from tree.sampling import SamplingParams
 from tree.shape import TreeShape
@@ -138,7 +139,7 @@ def test_what_was_grown_ahead_may_be_the_next_tree(verifier: str) -> None:
     contexts: list[AheadContext] = []
 
     class Ahead(TextDrafter):
-        def start(self, place: int, token_ids: Sequence[int], prompt_tokens: int) -> AheadContext:
+        def start(self, place: int, token_ids: Sequence[int], prompt_tokens: int, *, repeatable: bool = False) -> AheadContext:
             contexts.append(AheadContext(self, list(token_ids)))
             return contexts[-1]
 
@@ -208,7 +209,7 @@ def test_trees_keep_to_what_was_asked_for(
         for node in range(tree.shape.num_nodes):
             children = tree.token_ids[list(tree.shape.children(node))].tolist()
             assert len(set(children)) == len(children)
-    drafter.aim(TreeShape((-1, 0)), 16)
+    drafter.aim(Aim(shape=TreeShape((-1, 0))), 16)
     assert all(tree.shape.num_nodes <= 2 for tree in verdicts_of_the_first_child(drafter, params, 3))
 
 

@@ -9,9 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from shapes import chain, from_widths
+from shapes import chain, from_widths, shapes
 from tree.draw import draw_svg
 from tree.shape import TreeShape
 
@@ -23,14 +22,6 @@ LARGE = {
     "chains": TreeShape.chains(105, 39),
     "star": TreeShape.chains(4095, 1),
 }
-
-
-@st.composite
-def shapes(draw: st.DrawFn) -> TreeShape:
-    parents = [-1]
-    for node in range(1, draw(st.integers(1, 60))):
-        parents.append(draw(st.integers(max(0, parents[-1]), node - 1)))
-    return TreeShape(tuple(parents))
 
 
 def circles(svg: str) -> list[ElementTree.Element]:

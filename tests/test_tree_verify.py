@@ -1,7 +1,7 @@
 """Verdicts: what holds for each of them, and the sampled part. Exact laws of the outcomes are in test_tree_exactness."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -47,10 +47,10 @@ class Markov:
     table: torch.Tensor  # [V, V]
     root_token_id: int = 0
 
-    def begin(self, shape: TreeShape) -> torch.Tensor:
+    def begin(self) -> torch.Tensor:
         return self.table[self.root_token_id][None]
 
-    def expand(self, nodes: tuple[int, ...], token_ids: torch.Tensor) -> torch.Tensor:
+    def expand(self, parents: Sequence[int], token_ids: torch.Tensor) -> torch.Tensor:
         return self.table[token_ids]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from tree.aim import Aim
 from tree.draft import DraftTree
 from tree.sampling import SamplingParams, sample_without_replacement, to_probabilities
 from tree.shape import TreeShape
@@ -44,10 +45,10 @@ class TextDrafter:
     def most_nodes(self) -> int:
         return self.aimed[-1][0].num_nodes if self.aimed else MOST_NODES
 
-    def aim(self, shape: TreeShape, max_rows: int) -> None:
-        self.aimed.append((shape, max_rows))
+    def aim(self, aim: Aim, max_rows: int) -> None:
+        self.aimed.append((aim.shape, max_rows))
 
-    def start(self, place: int, token_ids: Sequence[int], prompt_tokens: int) -> "TextContext":
+    def start(self, place: int, token_ids: Sequence[int], prompt_tokens: int, *, repeatable: bool = False) -> "TextContext":
         assert 0 < prompt_tokens <= len(token_ids)
         self.contexts[place] = TextContext(self, list(token_ids))
         return self.contexts[place]
@@ -123,10 +124,10 @@ class FeatureDrafter:
         self.most_nodes = MOST_NODES
         self.num_ahead = 0
 
-    def aim(self, shape: TreeShape, max_rows: int) -> None:
-        self.most_nodes = shape.num_nodes
+    def aim(self, aim: Aim, max_rows: int) -> None:
+        self.most_nodes = aim.shape.num_nodes
 
-    def start(self, place: int, token_ids: Sequence[int], prompt_tokens: int) -> "FeatureContext":
+    def start(self, place: int, token_ids: Sequence[int], prompt_tokens: int, *, repeatable: bool = False) -> "FeatureContext":
         self.contexts[place] = FeatureContext(self, list(token_ids))
         return self.contexts[place]
 

@@ -1,7 +1,22 @@
 """Trees of speculated tokens: which shape is best, how a draft fills it, how a target verifies it without loss.
 
 Mathematics on values: knows nothing of devices, streams, checkpoints or models. Import the modules themselves, as in
-`from tree.shape import TreeShape`. This file imports nothing: shape, spec, acceptance and optimizer work without torch.
+`from tree.shape import TreeShape`. This file imports nothing: shape, spec, acceptance, aim and optimizer work without torch.
 """
 
-__all__ = ["acceptance", "draft", "draw", "logprobs", "optimizer", "residual", "sampling", "shape", "spec", "verify"]
+__all__ = [
+    "acceptance",
+    "aim",
+    "blocks",
+    "context",
+    "draft",
+    "draw",
+    "logprobs",
+    "optimizer",
+    "residual",
+    "sampling",
+    "shape",
+    "sources",
+    "spec",
+    "verify",
+]

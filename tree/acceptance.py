@@ -16,17 +16,28 @@ SUM_TOLERANCE = 1e-6  # files are rounded
 
 
 @dataclass(frozen=True, slots=True)
+class Context:
+    """Acceptance below those accepted nodes at which the draft's largest probability is at most `top`, and above that of the
+    context before; they are `share` of all accepted nodes."""
+
+    top: float
+    share: float
+    acceptance: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Acceptance:
     """Positional acceptance (Sequoia, arXiv 2402.12374, definition 3.1).
 
     levels[l][k]: the unconditional probability that, below an accepted node of level l (the root's is 0), child k is
     the accepted one; a vector's missing rest is rejection. The last vector holds for all deeper levels, so one vector
-    means the same acceptance everywhere. Vectors may be non-monotone, as measured ones are. ValueError for an empty
-    vector, an entry outside [0, 1], or a sum above 1.
+    means the same acceptance everywhere. Vectors may be non-monotone, as measured ones are. `contexts`, ascending by `top` up
+    to 1, part the same by how sure the draft was; () where that was not counted. ValueError for an empty vector, an entry outside [0, 1], or a sum above 1.
     """
 
     levels: tuple[tuple[float, ...], ...]
     source: str = ""
+    contexts: tuple[Context, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.levels:

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .aim import Aim
 from .blocks import row_blocks
 from .sampling import SamplingParams, sample_without_replacement, to_probabilities, top_k_tokens
 from .shape import TreeShape
@@ -23,9 +24,13 @@ class DraftTree:
 
     shape: its own; nothing outside the drafter knows it before.
     token_ids: int64 [N] in node order, the root's first. Siblings are distinct, and offered to the verifier in order.
-    probabilities: [N, V], row v that from which the drawn children of v were drawn; other rows are not looked at. None if no
-        node was drawn.
+    probabilities: [R, V], the rows from which drawn children were drawn; other rows are not looked at. None if no node was
+        drawn.
     drawn: [N]; whether a node was drawn at random, or chosen: a function of what was known before. False for the root.
+    rows: [N]; the row of `probabilities` from which the drawn children of a node were drawn, anything for a node without. None
+        where row v is that of node v.
+    found: nodes whose tokens no model computed: they were found in a text.
+    foreseen: how many nodes were grown while the target's last pass ran.
 
     A drawn child was drawn from its parent's row without the tokens of all earlier siblings, drawn or chosen, renormalised; a
     row of which nothing is left then is followed by a certain token, as in `sampling.sample_without_replacement`. ValueError
@@ -36,6 +41,9 @@ class DraftTree:
     token_ids: Tensor
     probabilities: Tensor | None
     drawn: tuple[bool, ...]
+    rows: tuple[int, ...] | None = None
+    found: frozenset[int] = frozenset()
+    foreseen: int = 0
 
     def __post_init__(self) -> None:
         num_nodes = self.shape.num_nodes
@@ -48,8 +56,25 @@ class DraftTree:
             raise ValueError(f"node {self.drawn.index(True)} is drawn, but there are no probabilities that it was drawn from")
         if self.probabilities is not None and not any(self.drawn):
             raise ValueError("there are probabilities to draw from, but no node is drawn")
-        if self.probabilities is not None and (self.probabilities.ndim != 2 or len(self.probabilities) != num_nodes):
-            raise ValueError(f"probabilities of shape {tuple(self.probabilities.shape)} for a tree of {num_nodes} nodes")
+        if self.probabilities is not None:
+            self._check_rows(self.probabilities)
+
+    def _check_rows(self, probabilities: Tensor) -> None:
+        num_nodes = self.shape.num_nodes
+        if probabilities.ndim != 2 or (self.rows is None and len(probabilities) != num_nodes):
+            raise ValueError(f"probabilities of shape {tuple(probabilities.shape)} for a tree of {num_nodes} nodes")
+        if self.rows is None:
+            return
+        if len(self.rows) != num_nodes:
+            raise ValueError(f"{len(self.rows)} numbers of rows for a tree of {num_nodes} nodes")
+        for node, is_drawn in enumerate(self.drawn):
+            if is_drawn and not 0 <= self.rows[self.shape.parents[node]] < len(probabilities):
+                row = self.rows[self.shape.parents[node]]
+                raise ValueError(f"node {node} is drawn from row {row} of {len(probabilities)} rows of probabilities")
+
+    def row_of(self, node: int) -> int:
+        """The row of `probabilities` from which the drawn children of `node` were drawn."""
+        return node if self.rows is None else self.rows[node]
 
     @classmethod
     def root_only(cls, root: Tensor) -> "DraftTree":
@@ -83,8 +108,8 @@ class DraftContext(Protocol):
         ...
 
     def grow_ahead(self) -> None:
-        """One short step of work for later trees, or nothing. Called between the layers of the pass that verifies the last
-        tree, any number of times.
+        """One step of work for later trees, such as one pass of a draft model, or nothing. Called while the pass runs that
+        verifies the last tree, as many times as its plan says.
 
         What is drawn here may become the next tree as far as it hangs below the next root, if that was no node of the last
         tree: what the verifier has looked at is not drawn at random any more (docs/losslessness.md, section 9).
@@ -113,26 +138,47 @@ class Drafter(Protocol):
         """Layers of the target whose outputs `DraftContext.follow` wants; () for none."""
         ...
 
-    def aim(self, shape: TreeShape, max_rows: int) -> None:
-        """What a planner has chosen: trees like `shape`, and passes of at most `max_rows` rows, from here on. Called between
-        rounds. A drafter with a mind of its own takes the number of nodes of `shape` as the most that it may grow."""
+    def aim(self, aim: Aim, max_rows: int) -> None:
+        """What a planner has chosen: trees like these, and passes of at most `max_rows` rows, from here on. Called between
+        rounds. A drafter with a mind of its own takes the number of nodes of the shape as the most that it may grow."""
         ...
 
-    def start(self, place: int, token_ids: Sequence[int], prompt_tokens: int) -> DraftContext:
+    def start(self, place: int, token_ids: Sequence[int], prompt_tokens: int, *, repeatable: bool = False) -> DraftContext:
         """A text begins in `place`, or is taken up again. `token_ids` are committed, the first `prompt_tokens` of them a
-        prompt; the last is the root of the first tree."""
+        prompt; the last is the root of the first tree. repeatable: its trees depend on nothing but this text, its seed and
+        what `aim` was told, so that a seed repeats it; others may build on what was counted of earlier texts."""
         ...
 
 
 class TreeModel(Protocol):
-    """What `grow` asks of a draft model. Logits are of any float dtype, on the device of the generator given to `grow`."""
+    """What `grow` asks of a draft model: nodes below a text, run one after another. Logits are of any float dtype, on the
+    device of the generator given to `grow`.
 
-    def begin(self, shape: TreeShape) -> Tensor:
-        """Start a tree: logits [1, V] at the root, of the token after the last committed one."""
+    Nodes are known by the order in which they were run since `begin`, from 0 on; -1 is the root, the last committed token.
+    """
+
+    def begin(self) -> Tensor:
+        """Logits [1, V] at the root, of the token after the text. Forgets all nodes."""
         ...
 
-    def expand(self, nodes: tuple[int, ...], token_ids: Tensor) -> Tensor:
-        """Run `nodes` of one level, ancestors already run, on `token_ids` int64 [n]: logits [n, V]."""
+    def expand(self, parents: Sequence[int], token_ids: Tensor) -> Tensor:
+        """Run one node below each of `parents`, on `token_ids` int64 [n]: logits [n, V]. A parent may be of the same call, and
+        before its child."""
+        ...
+
+
+class TextModel(TreeModel, Protocol):
+    """The same of a text that goes on, round after round."""
+
+    @property
+    def room(self) -> int:
+        """How many more nodes can be run."""
+        ...
+
+    def follow(self, token_ids: Sequence[int], accepted: Sequence[int], kept: Sequence[int] = ()) -> None:
+        """The text goes on with `token_ids`. `accepted` are nodes that were run on the first of them, a path from the root.
+        `kept`, ascending, are nodes below the last of `token_ids`, which is then among those accepted: they stay, as nodes
+        0, 1, ...; all others are forgotten."""
         ...
 
 
@@ -152,9 +198,14 @@ def grow(
     """
     token_ids = torch.full((shape.num_nodes,), root_token_id, dtype=torch.int64, device=generator.device)
     probabilities: Tensor | None = None
+    runs = {0: -1}  # of the nodes that were run, by the order of that
     for level, nodes in enumerate(shape.expanded[:-1]):
         rows = index_tensor(nodes, token_ids.device)  # [n]
-        logits = model.expand(nodes, token_ids.index_select(0, rows)) if level else model.begin(shape)  # [n, V]
+        if level:
+            logits = model.expand([runs[shape.parents[node]] for node in nodes], token_ids.index_select(0, rows))  # [n, V]
+            runs |= {node: len(runs) - 1 + place for place, node in enumerate(nodes)}
+        else:
+            logits = model.begin()  # [1, V]
         branching = max(shape.num_children[node] for node in nodes)
         children = token_ids.new_empty(len(nodes), branching)  # [n, branching]
         for block in row_blocks(*logits.shape):

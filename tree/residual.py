@@ -76,7 +76,8 @@ def _resolve_children(tree: DraftTree, nodes: tuple[int, ...], residual: Tensor,
     shape = tree.shape
     left = None  # [n, V] what is left to be drawn from
     if tree.probabilities is not None and any(tree.drawn[child] for node in nodes for child in shape.children(node)):
-        left = tree.probabilities.index_select(0, index_tensor(nodes, residual.device)).to(residual.dtype)
+        rows = [max(tree.row_of(node), 0) for node in nodes]
+        left = tree.probabilities.index_select(0, index_tensor(rows, residual.device)).to(residual.dtype)
     for rank in range(shape.num_children[nodes[0]]):
         width = sum(shape.num_children[node] > rank for node in nodes)
         children = [shape.children(node)[rank] for node in nodes[:width]]

@@ -63,7 +63,7 @@ def _check_arguments(tree: DraftTree, logits: Tensor, method: str) -> None:
         raise ValueError(f"unknown verification method {method!r}; one of {', '.join(METHODS)}")
     if logits.ndim != 2 or logits.shape[0] != tree.shape.num_nodes:
         raise ValueError(f"logits of shape {tuple(logits.shape)} for a tree of {tree.shape.num_nodes} nodes")
-    if tree.probabilities is not None and tree.probabilities.shape != logits.shape:
+    if tree.probabilities is not None and tree.probabilities.shape[1] != logits.shape[1]:
         shapes = f"{tuple(tree.probabilities.shape)} beside logits of shape {tuple(logits.shape)}"
         raise ValueError(f"draft probabilities of shape {shapes}")
 

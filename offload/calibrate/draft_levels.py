@@ -1,7 +1,7 @@
 """One level after another of a tree, as rounds grow them, to be timed: a model's forward and the drawing that follows it take
 turns, and neither finds its data in the caches where a loop of its own would have left them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -33,12 +33,12 @@ class _FromFirstLevel:
         self._device, self._model = device, model
         self.began: Ticket | None = None
 
-    def begin(self, shape: TreeShape) -> torch.Tensor:
-        return self._model.begin(shape)
+    def begin(self) -> torch.Tensor:
+        return self._model.begin()
 
-    def expand(self, nodes: tuple[int, ...], token_ids: torch.Tensor) -> torch.Tensor:
+    def expand(self, parents: Sequence[int], token_ids: torch.Tensor) -> torch.Tensor:
         self.began = self.began or self._device.mark()
-        return self._model.expand(nodes, token_ids)
+        return self._model.expand(parents, token_ids)
 
 
 def growing_levels(device: Device, model: TreeModel, rows: int, vocab_size: int, sampling: SamplingKind) -> Work:

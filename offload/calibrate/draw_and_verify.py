@@ -7,7 +7,6 @@ import torch
 
 from tree.acceptance import Acceptance
 from tree.draft import grow
-from tree.shape import TreeShape
 from tree.verify import verify
 
 from ..config import SamplingKind
@@ -23,11 +22,11 @@ class _Ready:
     def __init__(self, logits: torch.Tensor) -> None:
         self._logits = logits
 
-    def begin(self, shape: TreeShape) -> torch.Tensor:
+    def begin(self) -> torch.Tensor:
         return self._logits[:1]
 
-    def expand(self, nodes: tuple[int, ...], token_ids: torch.Tensor) -> torch.Tensor:
-        return self._logits[: len(nodes)]
+    def expand(self, parents: Sequence[int], token_ids: torch.Tensor) -> torch.Tensor:
+        return self._logits[: len(parents)]
 
 
 def measure_drawing(watch: Stopwatch, vocab_size: int, sampling: SamplingKind) -> TaskTimes:

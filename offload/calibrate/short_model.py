@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from tree.aim import Aim
 from tree.shape import TreeShape
 
 from ..coding.base_layout import base_parts, base_prefix
@@ -17,7 +18,6 @@ from ..model.buckets import MAX_ROWS
 from ..model.causal_lm import CausalLM
 from ..model.drafter import PROMPT_CHUNK_TOKENS, ModelContext, ModelDrafter
 from ..model.kv_cache import KVCache
-from ..model.masks import TreeMasks
 from ..model.pass_inputs import Part
 from ..planner.hardware import Role
 from ..typed_model import TypedModel, base_draft
@@ -60,8 +60,8 @@ class ShortModel:
         self._segment, self._drafter = model.cache.segments[0], None
         if role == "draft":
             vocab_size, widest = model.architecture.vocab_size, TreeShape.chains(MAX_ROWS, 1)
-            masks, max_nodes = TreeMasks(device), widest.num_nodes
-            self._drafter = ModelDrafter(model, device, vocab_size, masks, widest, PROMPT_CHUNK_TOKENS, max_nodes=max_nodes)
+            aim, max_nodes = Aim(shape=widest), widest.num_nodes
+            self._drafter = ModelDrafter(model, device, vocab_size, aim, PROMPT_CHUNK_TOKENS, max_nodes=max_nodes)
 
     def close(self) -> None:
         if self._drafter is not None:
@@ -74,10 +74,10 @@ class ShortModel:
         self._look_back_on(context_rows)
         if self._drafter is None:
             return Work(self._pass(rows, context_rows))
-        context = self._drafter.start(0, [0] * (context_rows + 1), context_rows + 1)
+        self._drafter.start(0, text := [0] * (context_rows + 1), len(text))
+        context = ModelContext(self._drafter, self._segment, text)
         vocab_size = self._model.architecture.vocab_size
         shape = tree_of_levels(rows, vocab_size)
-        self._drafter.masks.hold(shape)
         self._drafter.prepare(shape)
         model = _AlwaysTheSame(context, context_rows, peaked_logits(self._device, rows, vocab_size))
         return growing_levels(self._device, model, rows, vocab_size, sampling)
@@ -123,12 +123,12 @@ class _AlwaysTheSame:
     def __init__(self, context: ModelContext, context_rows: int, logits: torch.Tensor) -> None:
         self._context, self._context_rows, self._logits = context, context_rows, logits
 
-    def begin(self, shape: TreeShape) -> torch.Tensor:
+    def begin(self) -> torch.Tensor:
         self._context.segment.truncate(self._context_rows)
-        return self._logits[: len(self._context.begin(shape))]
+        return self._logits[: len(self._context.begin())]
 
-    def expand(self, nodes: tuple[int, ...], token_ids: torch.Tensor) -> torch.Tensor:
-        return self._logits[: len(self._context.expand(nodes, token_ids))]
+    def expand(self, parents: Sequence[int], token_ids: torch.Tensor) -> torch.Tensor:
+        return self._logits[: len(self._context.expand(parents, token_ids))]
 
 
 def short_models(device: Device, model: TypedModel, role: Role, effort: Effort) -> tuple[ShortModel, ShortModel]:

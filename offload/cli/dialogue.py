@@ -8,7 +8,8 @@ from pathlib import Path
 from ..errors import ModelError, UsageError, reason
 from ..text.conversation import Message, check_message
 from .acceptance import write_json
-from .parser import Parser, add_sampling_flags
+from .flag_groups import add_sampling_flags
+from .parser import Parser
 
 SCHEMA_VERSION = 1
 LIMIT_BYTES = 64 * 2**20

@@ -52,7 +52,8 @@ def engine_settings(arguments: argparse.Namespace, *, emulate_demo_link: bool) -
 def plan_flags(arguments: argparse.Namespace) -> dict[str, Any]:
     """The flags that a plan depends on, by name: those that `plan` has, too."""
     memory = ("gpu_memory", "host_memory", "resident_layers", "slots", "max_context")
-    return {name: getattr(arguments, name) for name in ("tree", "profile", "dtype", "codec", *memory, "draft_passes")}
+    drafting = ("ngram", "grow_ahead", "draft_device", "draft_passes")
+    return {name: getattr(arguments, name) for name in ("tree", "profile", "dtype", "codec", *memory, *drafting)}
 
 
 def check_small_files(settings: EngineSettings) -> None:

@@ -20,7 +20,6 @@ from tree.verify import Method, Verdict
 from ..device import Device
 from ..errors import NumericError, OutOfMemoryError
 from ..model.causal_lm import CausalLM, PartOutput
-from ..model.masks import TreeMasks
 from ..planner.fallback import Fallbacks, out_of_memory
 from ..planner.plan import Plan
 from ..report.stats import PassStats
@@ -62,7 +61,6 @@ class DecodeLoop:
         target: CausalLM,
         stream: LayerStream,
         drafter: Drafter | None,
-        masks: TreeMasks,
         sessions: Sessions,
         plan: Plan,
         *,
@@ -70,7 +68,7 @@ class DecodeLoop:
         trace: Trace | None = None,
         fallbacks: Fallbacks | None = None,
     ) -> None:
-        self._device, self._target, self._stream, self._drafter, self._masks = device, target, stream, drafter, masks
+        self._device, self._target, self._stream, self._drafter = device, target, stream, drafter
         self.sessions, self._plan, self._method, self._trace, self.fallbacks = sessions, plan, method, trace, fallbacks
 
     @property
@@ -81,7 +79,7 @@ class DecodeLoop:
     def follow(self, plan: Plan, fallbacks: Fallbacks) -> None:
         """Go on under `plan`, between two passes: another tree, in the memory of the present plan."""
         if self._drafter is not None:
-            self._drafter.aim(plan.tree, plan.pass_rows)
+            self._drafter.aim(plan.aim, plan.pass_rows)
         self._plan, self.fallbacks = plan, fallbacks
 
     def seeded(self, seed: int) -> torch.Generator:
@@ -97,16 +95,20 @@ class DecodeLoop:
         scoring: Scoring | None,
         *,
         tokens_left: int,
+        repeatable: bool = False,
         beside: Iterable[Sequence] = (),
     ) -> Sequence:
         """Begin with `text`, or go on from it, to at most `tokens_left` tokens more; its first `prompt_tokens` are a prompt.
         The sequences `beside` it keep their places, any other is lost. What its segment holds needs no pass, as an earlier
-        sequence began with it; a prompt that is to be scored needs them all. `scoring` changes no token."""
+        sequence began with it; a prompt that is to be scored needs them all. `scoring` changes no token; `repeatable` as in
+        `tree.draft.Drafter.start`."""
         with self._device.translated():
             place = self.sessions.take(text, prompt_tokens, [sequence.place for sequence in beside])
             if scoring is not None and scoring.prompt:
                 place.segments[0].truncate(0)
-            draft = self._drafter.start(place.number, text, prompt_tokens) if self._drafter is not None else None
+            draft = None
+            if self._drafter is not None:
+                draft = self._drafter.start(place.number, text, prompt_tokens, repeatable=repeatable)
         return Sequence(place, draft, params=params, generator=generator, scoring=scoring, tokens_left=tokens_left)
 
     def run_pass(self, sequences: Tokens[Sequence]) -> tuple[Outcome, ...]:
@@ -185,7 +187,7 @@ class DecodeLoop:
                 draft.grow_ahead()
 
         return self._target.forward(
-            [turn.part(self._masks) for turn in turns],
+            [turn.part(self._device) for turn in turns],
             before_layer=grow_ahead if growing else None,
             feature_layers=self._drafter.feature_layers if self._drafter is not None else (),
         )
@@ -235,7 +237,7 @@ class DecodeLoop:
             plan, self.fallbacks = self.fallbacks.as_placed(plan, self._stream.placement, self._stream.measure_move())
             self.sessions.limit(host_limit_bytes(plan))
         if self._drafter is not None:
-            self._drafter.aim(plan.tree, plan.pass_rows)
+            self._drafter.aim(plan.aim, plan.pass_rows)
         self._plan = plan
         logger.warning("%s (%s)", "; ".join(note for note in plan.notes if note not in old.notes), reason)
         return turn

@@ -149,6 +149,7 @@ class Engine:
             generation.generator,
             generation.scoring,
             tokens_left=generation.tokens_left,
+            repeatable=request.keeps_plan,
             beside=self._live.values(),
         )
         if not generation.has_joined:

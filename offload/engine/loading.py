@@ -20,7 +20,6 @@ from ..model.base_model import base_architecture
 from ..model.causal_lm import CausalLM, WeightSource
 from ..model.drafter import ModelDrafter
 from ..model.kv_cache import KVCache
-from ..model.masks import TreeMasks
 from ..planner.cost import ledger_lines, size_text, stored_bytes
 from ..planner.fallback import Fallbacks
 from ..planner.plan import Plan
@@ -92,14 +91,13 @@ def lend_memory(source: ModelSource, plan: Plan, host_bytes: int, *, may_refuse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A pair in its memory, ready to run once it is `read`, and the plan that it runs under. `masks` are those of its tree."""
+    """A pair in its memory, ready to run once it is `read`, and the plan that it runs under."""
 
     plan: Plan
     target: CausalLM
     stream: LayerStream
     store: WeightStore
     drafter: ModelDrafter | None
-    masks: TreeMasks
     parts: "tuple[_Memory, ...]"
 
     def read(self, counter: ReadCounter) -> None:
@@ -153,8 +151,6 @@ def _take_memory(
     stack: ExitStack,
 ) -> Loaded:
     with ExitStack() as own:
-        masks = TreeMasks(device, plan.tree)
-        own.callback(masks.close)
         main = _Memory(device, target, plan.placement, plan, own)
         stream = LayerStream(device, main.store, plan.num_slots)
         own.callback(stream.close)
@@ -168,14 +164,14 @@ def _take_memory(
                 parts.append(aside)
                 draft_model = aside.model(_weights_of(aside.store.resident.values(), own), own)
             vocab_size, room = target.architecture.vocab_size, plan.room_nodes
-            drafter = ModelDrafter(draft_model, device, vocab_size, masks, plan.tree, plan.pass_rows, max_nodes=room)
+            drafter = ModelDrafter(draft_model, device, vocab_size, plan.aim, plan.pass_rows, max_nodes=room)
             own.callback(drafter.close)
             if draft.model.drafts_from_base:
                 stream.watch(partial(_follow, drafter, main.store))
         for part in parts:
             part.store.take_host_memory()
         stack.push(own.pop_all())
-    return Loaded(plan=plan, target=model, stream=stream, store=main.store, drafter=drafter, masks=masks, parts=tuple(parts))
+    return Loaded(plan=plan, target=model, stream=stream, store=main.store, drafter=drafter, parts=tuple(parts))
 
 
 class _Memory:

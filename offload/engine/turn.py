@@ -12,7 +12,7 @@ from tree.verify import Method, Verdict, verify
 from ..device import Device
 from ..errors import NumericError
 from ..model.causal_lm import PartOutput
-from ..model.masks import TreeMasks
+from ..model.masks import tree_mask
 from ..model.pass_inputs import Part
 from .sequence import Sequence
 
@@ -45,7 +45,7 @@ class Turn:
         """Rows whose logits score the prompt's tokens behind them."""
         return self.unread if self.sequence.scores_prompt else 0
 
-    def part(self, masks: TreeMasks) -> Part:
+    def part(self, device: Device) -> Part:
         """Its rows of the pass."""
         segment, draft = self.sequence.segment, self.draft
         shape = draft.shape if draft is not None else TreeShape.root_only()
@@ -54,7 +54,7 @@ class Turn:
             prefix=self.sequence.token_ids[segment.length : segment.length + self.unread],
             node_ids=draft.token_ids if draft is not None else torch.zeros(0, dtype=torch.int64),
             depths=shape.depths[: self.num_nodes],
-            tree_mask=masks.of(shape, self.num_nodes),
+            tree_mask=tree_mask(shape, device)[: self.num_nodes, : self.num_nodes],
             num_logits=self.num_scored + self.num_nodes,
         )
 

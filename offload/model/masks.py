@@ -1,4 +1,7 @@
-"""Who sees whom among the nodes of a tree, on the device: once for the tree of a plan, whose first nodes are views of it."""
+"""Who sees whom among the nodes of a tree, made on the device from their parents: a mask has a square of them, and what is
+uploaded while layers are under way waits for them."""
+
+from collections.abc import Sequence
 
 import torch
 
@@ -7,33 +10,32 @@ from tree.shape import TreeShape
 from ..device import Device
 
 
-class TreeMasks:
-    """Holds the mask of one tree, N x N bytes; target and draft share it. Any other tree gets a mask of its own."""
+def tree_mask(shape: TreeShape, device: Device) -> torch.Tensor:
+    """[N, N] bool on the device: row v marks the root, v and every node between them.
 
-    def __init__(self, device: Device, shape: TreeShape | None = None) -> None:
-        self._device = device
-        self._shape: TreeShape | None = None
-        self._mask = torch.empty(0, 0, dtype=torch.bool)
-        self.hold(shape or TreeShape.root_only())
+    Every round doubles how far a node sees: what it sees, and what the last of those sees.
+    """
+    jump = device.upload(torch.tensor((0, *shape.parents[1:])))  # [N]: 1, 2, 4, ... levels up
+    mask = torch.eye(shape.num_nodes, dtype=torch.bool, device=jump.device)
+    for _ in range((shape.num_levels - 1).bit_length()):
+        mask |= mask.index_select(0, jump)
+        jump = jump.index_select(0, jump)
+    return mask
 
-    def hold(self, shape: TreeShape) -> None:
-        """The mask of `shape`, in place of what was held. Between rounds: it is too large to be uploaded in one without waiting
-        for the layers that are under way."""
-        self.close()  # the old one goes before the new one comes
-        mask = self._device.alloc(shape.num_nodes**2).view(torch.bool).view(shape.num_nodes, shape.num_nodes)  # [N, N]
-        self._mask = mask.copy_(torch.from_numpy(shape.ancestor_mask.copy()))
-        self._shape = shape
 
-    def of(self, shape: TreeShape, num_nodes: int | None = None) -> torch.Tensor:
-        """[n, n] bool of the first `num_nodes` nodes of `shape`, of all if None: row v marks what node v sees.
-
-        A view where the tree that is held begins with `shape`; else uploaded, and whoever asked keeps it as long as needed.
-        """
-        num_nodes = shape.num_nodes if num_nodes is None else num_nodes
-        if self._shape is not None and shape.parents == self._shape.parents[: shape.num_nodes]:
-            return self._mask[:num_nodes, :num_nodes]
-        return self._device.upload(torch.from_numpy(shape.ancestor_mask[:num_nodes, :num_nodes].copy()))
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self._shape, self._mask = None, torch.empty(0, 0, dtype=torch.bool)
+def seen_by(sees: torch.Tensor, parents: Sequence[int], device: Device) -> torch.Tensor:
+    """`sees` [M, M] bool, of nodes in the order of their rows, with n more below `parents` (-1: none): [M + n, M + n]. A parent
+    may be among the new ones, before its child."""
+    num_old, num_all = len(sees), len(sees) + len(parents)
+    grown = torch.eye(num_all, dtype=torch.bool, device=sees.device)
+    grown[:num_old, :num_old] = sees
+    begin = num_old
+    while begin < num_all:  # up to the first whose parent comes with it: mostly all at once
+        end = next((node for node in range(begin, num_all) if parents[node - num_old] >= begin), num_all)
+        below = parents[begin - num_old : end - num_old]
+        rows = grown.index_select(0, device.upload(torch.tensor([max(parent, 0) for parent in below])))  # [k, M + n]
+        if min(below) < 0:
+            rows &= device.upload(torch.tensor([parent >= 0 for parent in below]))[:, None]
+        grown[begin:end] |= rows
+        begin = end
+    return grown

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tree.acceptance import Acceptance
+from tree.aim import Aim
 from tree.optimizer import best_tree
 from tree.shape import TreeShape
 from tree.spec import OptimalTree
@@ -42,6 +43,9 @@ class Plan:
     tree of at most `room_nodes` nodes; `replanned` is how often another was chosen since the run began. `link_bytes_per_s` is
     what copies can reach, None when nothing is streamed.
 
+    `tree` is the shape of every tree, or, of `dynamic` ones, a common shape of the most nodes that they have; `acceptance`,
+    `least_gain` and `least_value` are those of `tree.draft.Aim`. `ahead_steps` is how often drafts grow ahead in a pass.
+
     A pass sends `bytes_per_pass` over the link, of which `disk_bytes_per_pass` are read from disk; the parameters of the layers
     that it streams take `raw_bytes_per_pass`.
     """
@@ -66,10 +70,26 @@ class Plan:
     link_bytes_per_s: float | None
     prediction: Prediction
     autoregressive_s_per_token: float | None
+    acceptance: Acceptance | None = None
+    dynamic: bool = False
+    least_gain: float = 0.0
+    least_value: float = 0.0
+    ahead_steps: int = 0
     draft_passes: str | None = None
     small_uploads: str | None = None
     replanned: int = 0
     notes: tuple[str, ...] = ()
+
+    @property
+    def aim(self) -> Aim:
+        """What a drafter is to know of it."""
+        return Aim(
+            shape=self.tree,
+            dynamic=self.dynamic,
+            acceptance=self.acceptance,
+            least_gain=self.least_gain,
+            least_value=self.least_value,
+        )
 
     @property
     def text_tokens(self) -> int:
