@@ -65,8 +65,6 @@ def load(
     """Load a model, and a draft model, and return an Engine that serves any number of calls. Arguments are the command
     line's flags; `draft_model="self"` is a low-bit copy of the model's own layers; sizes may be bytes. Raises the errors of
     `offload.errors`, all of them OffloadError."""
-    from .releases import errors_translated, warning
-
     settings = EngineSettings.parse(
         model=str(model),
         draft_model=draft_model,
@@ -91,6 +89,12 @@ def load(
         decode_kernels=decode_kernels,
         fixed_plan=fixed_plan,
     )
+    return _open(settings, seed)
+
+
+def _open(settings: EngineSettings, seed: int) -> "Engine":
+    from .releases import errors_translated, warning
+
     if (text := warning()) is not None:
         logger.warning(text)
     with errors_translated():

@@ -102,7 +102,8 @@ def expand_level(model: ModelContext, shape: TreeShape, nodes: Sequence[int], to
 def extend(contexts: Sequence[TreeContext], token_ids: Sequence[int]) -> None:
     """As if these had been committed without a tree."""
     for context in contexts:
-        context.follow((0,), tuple(token_ids), None)
+        if token_ids:
+            context.follow((0,), tuple(token_ids), None)
 
 
 def assert_same(logits: list[torch.Tensor], tolerance: float) -> None:

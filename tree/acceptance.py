@@ -29,10 +29,11 @@ class Context:
 class Acceptance:
     """Positional acceptance (Sequoia, arXiv 2402.12374, definition 3.1).
 
-    levels[l][k]: the unconditional probability that, below an accepted node of level l (the root's is 0), child k is
-    the accepted one; a vector's missing rest is rejection. The last vector holds for all deeper levels, so one vector
-    means the same acceptance everywhere. Vectors may be non-monotone, as measured ones are. `contexts`, ascending by `top` up
-    to 1, part the same by how sure the draft was; () where that was not counted. ValueError for an empty vector, an entry outside [0, 1], or a sum above 1.
+    levels[l][k]: the unconditional probability that, below an accepted node of level l (the root's is 0), child k is the
+    accepted one; a vector's missing rest is rejection. The last vector holds for all deeper levels, so one vector means the
+    same acceptance everywhere. Vectors may be non-monotone, as measured ones are. `contexts`, ascending by `top` up to 1,
+    part the same by how sure the draft was; () where that was not counted. ValueError for an empty vector, an entry outside
+    [0, 1], or a sum above 1.
     """
 
     levels: tuple[tuple[float, ...], ...]
