@@ -97,6 +97,19 @@ def test_laws_are_those_of_the_nodes_with_children(params: SamplingParams, dtype
             assert not tree.probabilities[node].any()
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_tree_says_how_sure_its_draft_was(sampled: bool, dtype: torch.dtype, rng: torch.Generator) -> None:
+    """Of what it was drawn from; where all is chosen, of the draft's own probabilities."""
+    model, params = TableModel(2, dtype), SamplingParams(0.5)
+    tree = grow(model, 2, UNEVEN, params, rng, sampled=sampled)
+    assert tree.tops is not None and tree.tops.shape == (UNEVEN.num_nodes,)
+    for node in range(UNEVEN.num_nodes):
+        if UNEVEN.num_children[node]:
+            expected = to_probabilities(model.logits(RUN[node]), params if sampled else SamplingParams(1.0)).max()
+            assert float(tree.tops[node]) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_children_have_the_law_of_their_parent(rng: torch.Generator) -> None:
     """First children of 600 nodes with one law against their expected counts, 6 sigma each. False alarm: 3e-8."""
     shape, logits = TreeShape.chains(600, 2), torch.full((700,), -torch.inf)
@@ -156,6 +169,8 @@ def test_trees_that_contradict_themselves_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             DraftTree(*found)
+    with pytest.raises(ValueError, match=r"largest probabilities of shape \(1,\) for a tree of 2 nodes"):
+        DraftTree(pair, token_ids, None, (False, False), tops=torch.ones(1))
     assert DraftTree.root_only(token_ids[:1]).drawn == (False,)
 
 

@@ -29,6 +29,9 @@ class DraftTree:
     drawn: [N]; whether a node was drawn at random, or chosen: a function of what was known before. False for the root.
     rows: [N]; the row of `probabilities` from which the drawn children of a node were drawn, anything for a node without. None
         where row v is that of node v.
+    tops: float32 [N], on any device: how sure the draft was at each node that has children of a model, by the largest
+        probability of the row that they were drawn from; of the draft's own, at temperature 1, if all were chosen. Anything at
+        other nodes; None if nobody knows. Acceptance is counted by it.
     found: nodes whose tokens no model computed: they were found in a text.
     foreseen: how many nodes were grown while the target's last pass ran.
 
@@ -44,12 +47,15 @@ class DraftTree:
     rows: tuple[int, ...] | None = None
     found: frozenset[int] = frozenset()
     foreseen: int = 0
+    tops: Tensor | None = None
 
     def __post_init__(self) -> None:
         num_nodes = self.shape.num_nodes
         if self.token_ids.shape != (num_nodes,) or len(self.drawn) != num_nodes:
             found = f"{tuple(self.token_ids.shape)} token ids and {len(self.drawn)} marks of what was drawn"
             raise ValueError(f"{found} for a tree of {num_nodes} nodes")
+        if self.tops is not None and self.tops.shape != (num_nodes,):
+            raise ValueError(f"largest probabilities of shape {tuple(self.tops.shape)} for a tree of {num_nodes} nodes")
         if self.drawn[0]:
             raise ValueError("the root is the last committed token: it cannot be drawn")
         if self.probabilities is None and any(self.drawn):
@@ -198,6 +204,7 @@ def grow(
     """
     token_ids = torch.full((shape.num_nodes,), root_token_id, dtype=torch.int64, device=generator.device)
     probabilities: Tensor | None = None
+    tops = torch.zeros(shape.num_nodes, device=generator.device)
     runs = {0: -1}  # of the nodes that were run, by the order of that
     for level, nodes in enumerate(shape.expanded[:-1]):
         rows = index_tensor(nodes, token_ids.device)  # [n]
@@ -215,12 +222,21 @@ def grow(
                 if probabilities is None:
                     probabilities = drawn_from.new_zeros(shape.num_nodes, drawn_from.shape[-1])  # [N, V]
                 probabilities.index_copy_(0, rows[part], drawn_from)
+                tops.index_copy_(0, rows[part], drawn_from.amax(-1).float())
                 children[part] = sample_without_replacement(drawn_from, branching, generator, ranking=logits[part])
             else:
                 children[part] = top_k_tokens(logits[part], branching)
+                tops.index_copy_(0, rows[part], _largest_probabilities(logits[part]))
         below = shape.levels[level + 1]
         token_ids[below.start : below.stop] = children.flatten().index_select(0, _kept_children(shape, nodes, children))
-    return DraftTree(shape, token_ids, probabilities, (False, *(sampled,) * (shape.num_nodes - 1)))
+    drawn = (False, *(sampled,) * (shape.num_nodes - 1))
+    return DraftTree(shape, token_ids, probabilities, drawn, tops=tops)
+
+
+def _largest_probabilities(logits: Tensor) -> Tensor:
+    """Of the tokens that each row of `logits` [n, V] stands for, at temperature 1: float32 [n]."""
+    logits = logits.float()
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
 
 
 def _kept_children(shape: TreeShape, nodes: tuple[int, ...], children: Tensor) -> Tensor:

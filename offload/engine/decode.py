@@ -38,12 +38,14 @@ SCORED_LOGITS_BYTES = 2**28
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What a pass over a tree of `shape` brought one sequence: new tokens, in order; `verdict` as the verifier gave it.
-    `scores` are those of the tokens, `prompt_scores` those of the prompt's but the first; both empty unless asked for."""
+    `scores` are those of the tokens, `prompt_scores` those of the prompt's but the first; empty unless asked for. `tops` are
+    the tree's; to read them is to wait for the device."""
 
     shape: TreeShape
     token_ids: tuple[int, ...]
     verdict: Verdict
     stats: PassStats
+    tops: torch.Tensor | None = None
     scores: tuple[ScoredToken, ...] = ()
     prompt_scores: tuple[ScoredToken, ...] = ()
 
@@ -208,6 +210,7 @@ class DecodeLoop:
                 shape=turn.draft.shape,
                 token_ids=judged.verdict.token_ids,
                 verdict=judged.verdict,
+                tops=turn.draft.tops,
                 stats=times.stats(
                     since_s,
                     num_rows=turn.unread + turn.num_nodes,

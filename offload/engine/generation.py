@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """What one pass over the tree `shape` added: tokens, and the text that has become final with them. `finish_reason` is
-    None but at the end. Scores as in StepResult, of these tokens only."""
+    None but at the end. Scores and `tops` as in StepResult, the scores of these tokens only."""
 
     shape: TreeShape
     token_ids: tuple[int, ...]
@@ -34,6 +34,7 @@ class Step:
     stats: PassStats
     scores: tuple[ScoredToken, ...]
     prompt_scores: tuple[ScoredToken, ...]
+    tops: torch.Tensor | None = None
 
 
 class Generation:
@@ -135,6 +136,7 @@ class Generation:
             stats=outcome.stats,
             scores=outcome.scores[: len(token_ids)],
             prompt_scores=outcome.prompt_scores,
+            tops=outcome.tops,
         )
 
     def _accept(self, result: StepResult) -> tuple[tuple[int, ...], str, str | None]:
