@@ -11,7 +11,7 @@ from offload.planner.prediction import DraftOption, Offer
 from offload.planner.tree_flag import DEFAULT_ACCEPTANCE, read_acceptance
 from tree.acceptance import Acceptance
 from tree.shape import TreeShape
-from tree.spec import OptimalTree
+from tree.spec import TreeRequest
 
 GIB = 2**30
 
@@ -101,7 +101,7 @@ def budgets(device_gib: float | None, host_gib: float | None = None, *, shared: 
 
 def plan(
     settings: EngineSettings = SETTINGS,
-    tree: TreeShape | OptimalTree | None = CHAINS,
+    tree: TreeRequest | None = CHAINS,
     *,
     device_gib: float | None,
     host_gib: float | None = None,

@@ -13,11 +13,11 @@ from offload.planner.cost import ModelCost, activation_bytes
 from offload.planner.memory import device_ledger
 from offload.planner.tree_flag import read_tree, resolve_method
 from offload.weights.placement import RING_BUFFERS
-from planning import CHAINS, GIB, L40, LLAMA_2_70B, PUBLISHED, SETTINGS, TWO_KINDS, draft_option, plan
+from planning import CHAINS, GIB, L40, LLAMA_2_70B, PUBLISHED, SETTINGS, TWO_KINDS, constant_times, draft_option, plan
 from tree.blocks import block_bytes
 from tree.optimizer import best_tree, expected_tokens
 from tree.shape import TreeShape
-from tree.spec import OptimalTree
+from tree.spec import DynamicTree, OptimalTree, TreeRequest
 
 
 def test_a_row_of_70b_keys_and_values_takes_327680_bytes() -> None:
@@ -157,8 +157,11 @@ def test_tree_specs_are_read_and_what_needs_a_draft_says_so() -> None:
     assert read_tree("none", has_draft=False) == TreeShape.root_only()
     assert read_tree("4x6:kary", has_draft=True) == CHAINS
     assert read_tree("64x8", has_draft=True) == OptimalTree(64, 8)
+    assert read_tree("64:dynamic", has_draft=True) == DynamicTree(64)
     with pytest.raises(UsageError, match="25 nodes needs a draft"):
         read_tree("4x6:kary", has_draft=False)
+    with pytest.raises(UsageError, match="64 nodes needs a draft"):
+        read_tree("64:dynamic", has_draft=False)
     with pytest.raises(UsageError):
         read_tree("4by6", has_draft=True)
     with pytest.raises(ModelError):
@@ -171,8 +174,22 @@ def test_a_requested_tree_is_the_best_one_for_the_draft_that_is_used() -> None:
     assert made.prediction.expected_tokens == pytest.approx(expected_tokens(made.tree, PUBLISHED))
 
 
-@pytest.mark.parametrize("tree", [CHAINS, OptimalTree(64, 8), None], ids=["shape", "request", "auto"])
-def test_a_draft_that_does_not_fit_is_passed_over(tree: TreeShape | OptimalTree | None) -> None:
+def test_trees_that_follow_the_text_have_the_nodes_that_were_asked_for_in_as_many_levels_as_pay() -> None:
+    made = plan(tree=DynamicTree(64), device_gib=48)
+    assert made.dynamic and made.draft == 0 and made.tree.num_nodes == 64 and made.aim.dynamic
+    assert made.aim.acceptance == made.acceptance == PUBLISHED
+    others = [plan(tree=OptimalTree(64, num_levels), device_gib=48) for num_levels in range(2, 20)]
+    assert not any(other.dynamic for other in others)
+    least_s = min(other.prediction.s_per_token for other in others)
+    assert made.prediction.s_per_token <= least_s * 1.001
+    slow = draft_option(times=constant_times((1, 64), (0.5, 0.5)))
+    assert plan(tree=DynamicTree(64), device_gib=48, drafts=(slow,)).tree.num_levels < made.tree.num_levels
+
+
+@pytest.mark.parametrize(
+    "tree", [CHAINS, OptimalTree(64, 8), DynamicTree(64), None], ids=["shape", "request", "dynamic", "auto"]
+)
+def test_a_draft_that_does_not_fit_is_passed_over(tree: TreeRequest | None) -> None:
     """Wherever it stands among those offered. Where it is the only one, a tree that was asked for is refused."""
     large, small = draft_option(cost=LLAMA_2_70B), draft_option()
     assert plan(tree=tree, device_gib=30, drafts=(large, small)) == replace(

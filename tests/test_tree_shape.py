@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shapes import chain
 from tree.shape import TreeShape
-from tree.spec import MAX_NODES, OptimalTree, parse_tree_spec
+from tree.spec import MAX_NODES, DynamicTree, OptimalTree, parse_tree_spec
 
 UNEVEN = TreeShape((-1, 0, 0, 0, 1, 1, 3, 4))
 
@@ -190,6 +190,7 @@ def test_specifications_mean_what_the_command_line_says() -> None:
     assert parse_tree_spec("4x6:kary") == TreeShape.chains(4, 6)
     assert parse_tree_spec("768x18") == OptimalTree(num_nodes=768, num_levels=18)
     assert parse_tree_spec("1x1") == OptimalTree(1, 1)
+    assert parse_tree_spec("256:dynamic") == DynamicTree(256)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,8 @@ def test_specifications_mean_what_the_command_line_says() -> None:
     [
         *("", "auto", "None", "768", "768x", "x18", "768x18x2", "-1x2", "4x6:karyy", "4x6:", " 4x6", "4.0x6", "1e3x4"),
         *("0x3", "3x0", "2x1", "0x3:kary", "3x0:kary", "\u0663x\u0663", "9" * 5000 + "x2"),
-        *(f"{MAX_NODES + 1}x4", "999999999x999999999:kary"),
+        *(f"{MAX_NODES + 1}x4", "999999999x999999999:kary", f"{MAX_NODES + 1}:dynamic"),
+        *("1:dynamic", "0:dynamic", "-4:dynamic", "dynamic", ":dynamic", "64x8:dynamic", "64:dynamic:kary", "64:Dynamic"),
     ],
 )
 def test_other_specifications_are_refused(text: str) -> None:

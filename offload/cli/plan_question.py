@@ -11,8 +11,7 @@ from ..planner.tree_flag import read_acceptances, read_tree
 from .flags_to_settings import plan_flags
 
 if TYPE_CHECKING:
-    from tree.shape import TreeShape
-    from tree.spec import OptimalTree
+    from tree.spec import TreeRequest
 
     from ..planner.hardware import HardwareProfile
     from ..planner.memory import Budgets
@@ -35,17 +34,17 @@ class Question:
     targets: tuple["ModelShape", ...]
     drafts: tuple["ModelShape", ...]
     hardware: "HardwareProfile"
-    tree: "TreeShape | OptimalTree | None"
+    tree: "TreeRequest | None"
     budgets: "Budgets"
     dtype_bytes: int
 
-    def answer(self, tree: "TreeShape | OptimalTree | None") -> "Plan":
+    def answer(self, tree: "TreeRequest | None") -> "Plan":
         return self._planned(tree, self.offers)
 
     def answer_without_drafts(self) -> "Plan":
         return self._planned(None, [replace(offer, drafts=()) for offer in self.offers])
 
-    def _planned(self, tree: "TreeShape | OptimalTree | None", offers: list["Offer"]) -> "Plan":
+    def _planned(self, tree: "TreeRequest | None", offers: list["Offer"]) -> "Plan":
         from ..planner.plan import plan_run
 
         max_positions = self.targets[0].max_positions

@@ -43,6 +43,7 @@ def json_document(made: "Plan", question: Question) -> dict[str, object]:
         "tree": {
             "nodes": made.tree.num_nodes,
             "levels": made.tree.num_levels,
+            "dynamic": made.dynamic,
             "nodes_per_level": [len(level) for level in made.tree.levels],
             "expected_tokens_per_pass": prediction.expected_tokens,
         },

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from ..errors import FitError
+from .candidate import tree_of
 from .cost import GIB
 from .memory import Budgets
-from .plan import Plan, tree_of
+from .plan import Plan
 from .prediction import DraftOption, Offer, Workload, predict_tree
 from .search import Choice, best_choice
 

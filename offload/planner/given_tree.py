@@ -1,37 +1,28 @@
 """Pure: a tree that somebody asked for, with the draft and the memory that suit it best."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import product
 
 from tree.acceptance import Acceptance
 from tree.optimizer import best_tree
 from tree.shape import TreeShape
-from tree.spec import OptimalTree
+from tree.spec import DynamicTree, OptimalTree, TreeRequest
 
 from ..errors import FitError, UsageError
+from .candidate import ROOT, Candidate, candidate
 from .memory import MemoryPlan
-from .prediction import DraftOption, Offer, Prediction, Workload, predict_tree
-
-ROOT = TreeShape.root_only()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A tree in the memory that it would have, and what is predicted of it. `offer` is the place of an offer, `draft` that of
-    the tree's draft in it; `notes` say why it is what it is."""
-
-    offer: int = 0
-    draft: int | None
-    tree: TreeShape
-    memory: MemoryPlan
-    prediction: Prediction
-    notes: tuple[str, ...] = ()
+from .prediction import DraftOption, Offer, Workload, predict_tree
+from .search import best_choice, quickest
 
 
-def with_tree(tree: TreeShape | OptimalTree, offers: Sequence[Offer], slots: Sequence[int]) -> Candidate:
+def with_tree(tree: TreeRequest, offers: Sequence[Offer], slots: Sequence[int]) -> Candidate:
     """The tree that was asked for, with the draft, of those that fit beside it, and the slots that suit it best. The root alone
     needs no draft. FitError when nothing fits."""
+    if isinstance(tree, DynamicTree):
+        if any(offer.drafts for offer in offers):
+            return _dynamic(tree.num_nodes, offers, slots)
+        tree = ROOT
     are_drafted = tree.num_nodes > 1 and any(offer.drafts for offer in offers)
     pairs = [
         (place, draft) for place, offer in enumerate(offers) for draft in (range(len(offer.drafts)) if are_drafted else (None,))
@@ -51,6 +42,18 @@ def with_tree(tree: TreeShape | OptimalTree, offers: Sequence[Offer], slots: Seq
         workload.memory(draft, num_nodes, slots[0], workload.codings[-1])  # raises, and says by how much
         raise AssertionError("no plan, and yet the first draft fits")
     return min(candidates, key=lambda candidate: candidate.prediction.s_per_token)
+
+
+def _dynamic(num_nodes: int, offers: Sequence[Offer], slots: Sequence[int]) -> Candidate:
+    """Trees of at most so many nodes that follow the text: with the draft that suits them best, and within as many levels as
+    pay."""
+    sizes = [num_nodes]
+    best = quickest([best_choice(offer.workload, offer.drafts, slots, max_nodes=num_nodes, sizes=sizes) for offer in offers])
+    if best is None:
+        workload, drafts = next((offer.workload, offer.drafts) for offer in offers if offer.drafts)
+        workload.memory(drafts[0], num_nodes, slots[0], workload.codings[-1])  # raises, and says by how much
+        raise AssertionError("no plan, and yet the first draft fits")
+    return replace(candidate(offers, *best), dynamic=True)
 
 
 def shape_for(tree: TreeShape | OptimalTree, acceptance: Acceptance, vocab_size: int) -> TreeShape:

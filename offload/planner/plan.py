@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 
 from tree.acceptance import Acceptance
 from tree.aim import Aim
-from tree.optimizer import best_tree
 from tree.shape import TreeShape
-from tree.spec import OptimalTree
+from tree.spec import TreeRequest
 
 from ..config import EngineSettings
 from ..weights.placement import Placement
+from .candidate import ROOT, Candidate, candidate
 from .cost import ModelCost, computed_bytes, stored_bytes
-from .given_tree import ROOT, Candidate, with_tree
+from .given_tree import with_tree
 from .hardware import HardwareProfile
 from .memory import Budgets, MemoryPlan, plan_memory
 from .notes import NO_TREE, plan_notes, why_no_tree
@@ -176,7 +176,7 @@ def context_tokens(settings: EngineSettings) -> int:
 
 def plan_run(
     settings: EngineSettings,
-    tree: TreeShape | OptimalTree | None,
+    tree: TreeRequest | None,
     offers: Sequence[Offer],
     *,
     max_positions: int,
@@ -214,6 +214,8 @@ def plan_run(
         link_bytes_per_s=workload.link_bytes_per_s if streams else None,
         prediction=prediction,
         autoregressive_s_per_token=plain_s,
+        acceptance=drafts[best.draft].acceptance if best.draft is not None else None,
+        dynamic=best.dynamic,
         draft_passes=None if best.draft is None else "graphs" if budgets.replays else "eager",
         notes=(*best.notes, *plan_notes(workload, memory), *_assumed(drafts[best.draft] if best.draft is not None else None)),
     )
@@ -246,10 +248,10 @@ def _choose(
     if speculative is None or plain is None or settings.needs_tree or speculative[1].s_per_token < plain[1].s_per_token:
         place, choice = chosen
         notes = () if choice.draft else (why_no_tree(drafts, None, None),)
-        return _candidate(offers, place, choice, notes)
+        return candidate(offers, place, choice, notes)
     place, choice = plain
-    best = _candidate(offers, *plain, ())
-    notes = (why_no_tree(drafts, best.prediction, _candidate(offers, *speculative, ()).prediction),)
+    best = candidate(offers, *plain, ())
+    notes = (why_no_tree(drafts, best.prediction, candidate(offers, *speculative, ()).prediction),)
     best, beside = replace(best, notes=notes), by_offer[place]
     if settings.fixed_plan or settings.max_context or beside is None or beside.draft is None:
         return best
@@ -258,30 +260,3 @@ def _choose(
         return best
     draft, prediction = offers[place].drafts.index(beside.draft), predict_tree(workload, reserve, ROOT, None)
     return replace(best, draft=draft, memory=reserve, prediction=prediction)
-
-
-def _candidate(offers: Sequence[Offer], place: int, choice: Choice, notes: tuple[str, ...]) -> Candidate:
-    """What a choice of one of the offers stands for."""
-    workload = offers[place].workload
-    shape = tree_of(choice, workload.target.vocab_size)
-    return Candidate(
-        offer=place,
-        draft=offers[place].drafts.index(choice.draft) if choice.draft else None,
-        tree=shape,
-        memory=choice.memory,
-        prediction=predict_tree(workload, choice.memory, shape, choice.draft),
-        notes=notes,
-    )
-
-
-def tree_of(choice: Choice, vocab_size: int) -> TreeShape:
-    """The shape that a choice stands for."""
-    if choice.draft is None:
-        return ROOT
-    return best_tree(
-        choice.draft.acceptance,
-        choice.num_nodes,
-        choice.num_levels,
-        max_branching=vocab_size,
-        max_level_width=choice.max_level_width,
-    )

@@ -10,10 +10,11 @@ from tree.optimizer import expected_tokens
 from tree.shape import TreeShape
 
 from ..config import EngineSettings, counted
+from .candidate import tree_of
 from .hardware import HardwareProfile
 from .memory import MemoryPlan
 from .notes import NO_TREE, why_no_tree
-from .plan import Plan, context_tokens, tree_of
+from .plan import Plan, context_tokens
 from .prediction import DraftOption, Prediction, Workload, predict_tree
 from .search import NODES, best_choice
 

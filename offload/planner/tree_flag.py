@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 from tree.acceptance import Acceptance
 from tree.shape import TreeShape
-from tree.spec import OptimalTree, parse_tree_spec
+from tree.spec import TreeRequest, parse_tree_spec
 
 from ..config import EngineSettings, base_of_draft
 from ..errors import UsageError
@@ -22,9 +22,9 @@ DEFAULT_ACCEPTANCE = PROFILES / "llama-3-8b__llama-3-70b__cnn__published.json"
 BASE_ACCEPTANCES = {"int8": PROFILES / "self-int4__published.json", "int4": PROFILES / "self-int4__published.json"}
 
 
-def read_tree(spec: str, *, has_draft: bool) -> TreeShape | OptimalTree | None:
-    """What `--tree` says: none, WxL:kary, NxL (a request, not yet a shape), or the path of a TreeShape JSON; None for auto,
-    which is the planner's to choose.
+def read_tree(spec: str, *, has_draft: bool) -> TreeRequest | None:
+    """What `--tree` says: none, WxL:kary, NxL and N:dynamic (requests, not yet shapes), or the path of a TreeShape JSON; None
+    for auto, which is the planner's to choose.
 
     UsageError for anything larger than the root without a draft; ModelError for a file that is invalid.
     """
@@ -86,11 +86,11 @@ def _is_file(spec: str) -> bool:
         return False
 
 
-def _from_spec(spec: str) -> TreeShape | OptimalTree:
+def _from_spec(spec: str) -> TreeRequest:
     try:
         return parse_tree_spec(spec)
     except ValueError as error:
-        raise UsageError(str(error), where="--tree", cure="for example 4x6:kary, 64x8, none, or a file") from error
+        raise UsageError(str(error), where="--tree", cure="for example 256:dynamic, 64x8, 4x6:kary, none, or a file") from error
 
 
 def _from_file(path: Path) -> TreeShape:
