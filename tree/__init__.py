@@ -12,6 +12,7 @@ __all__ = [
     "draft",
     "draw",
     "logprobs",
+    "ngram",
     "optimizer",
     "residual",
     "sampling",
