@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.streaming.schedule import Compute, Decode, Fetch, first_fetches, pass_steps
-from offload.weights.placement import spread_evenly, spread_order
+from offload.weights.placement import shared_out, spread_evenly, spread_order
 
 # Layers, those that are streamed, slots, those that are decoded.
 shapes = st.integers(1, 12).flatmap(
@@ -87,3 +87,10 @@ def test_every_end_of_the_order_of_pinning_is_spread_about_evenly(num_layers: in
         for chosen in (sorted(order[:num_chosen]), sorted(order[-num_chosen:])):
             gaps = [after - before for before, after in pairwise(chosen)]
             assert max(gaps) <= 2 * min(gaps)
+
+
+@given(st.integers(0, 200), st.sets(st.integers(0, 79)))
+def test_other_work_is_shared_out_to_the_layers_as_evenly_as_can_be(num_steps: int, layers: set[int]) -> None:
+    found = shared_out(num_steps, sorted(layers))
+    assert set(found) == layers and sum(found.values()) == (num_steps if layers else 0)
+    assert not found or max(found.values()) - min(found.values()) <= 1

@@ -1,7 +1,7 @@
 """Which layer lives where: on the device, in host memory, or on disk. What the device cannot copy at its full rate goes through
 a ring of host buffers. Numbers only."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 RING_BUFFERS = 2
@@ -55,6 +55,16 @@ def spread_evenly(num_chosen: int, num_layers: int) -> frozenset[int]:
     resident layers to compute, nor compute for a run of layers that take long to come."""
     assert 0 <= num_chosen <= num_layers
     return frozenset([-(-part * num_layers // num_chosen) - 1 for part in range(1, num_chosen + 1)])  # the last of equal parts
+
+
+def shared_out(num_steps: int, layers: Sequence[int]) -> dict[int, int]:
+    """How many of `num_steps` steps of other work are done before each of these layers: as evenly as can be. None where there
+    are no layers."""
+    if not layers:
+        return {}
+    whole, rest = divmod(num_steps, len(layers))
+    more = spread_evenly(rest, len(layers)) if rest else frozenset()
+    return {layer: whole + (order in more) for order, layer in enumerate(layers)}
 
 
 def spread_order(num_layers: int) -> tuple[int, ...]:
