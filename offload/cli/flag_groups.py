@@ -56,6 +56,10 @@ def add_profile_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("measurement")
     group.add_argument("--dataset", metavar="FILE", help="prompts, a JSON object with turns a line; default: the demo's")
     group.add_argument("--per-level", action="store_true", help="one vector per level of the tree instead of one for all")
+    group.add_argument(
+        "--compare", action="store_true", help="which of several --draft-model (self, n-gram) is worth most here"
+    )
+    group.add_argument("--json", action="store_true", help="with --compare: one JSON object on stdout, no table")
     add_sampling_flags(group)
     group.add_argument("--output", metavar="FILE", help="write the profile to FILE; default: stdout, or profiles/hardware")
     add_verbosity_flags(parser)
