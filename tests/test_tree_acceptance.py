@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 
 from shapes import chain, from_widths
-from tree.acceptance import Acceptance, AcceptanceCounter
+from tree.acceptance import Acceptance, AcceptanceCounter, Context
 from tree.shape import TreeShape
 
 # Branching differs between nodes, and thins out where ranks are high: the case in which naive frequencies are biased.
@@ -145,3 +145,45 @@ def test_bad_acceptance_is_refused(acceptance: object, message: str) -> None:
 def test_bad_documents_are_refused(document: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Acceptance.from_json(document)
+
+
+# -- by how sure the draft was -----------------------------------------------------------------------------------------------
+
+
+def test_contexts_part_what_was_counted_by_how_sure_the_draft_was() -> None:
+    counter, shape = AcceptanceCounter(), from_widths((2, 1))
+    unknown = math.nan
+    for path in [(0, 1, 3), (0, 1), (0, 2, 4), (0,)]:
+        counter.add(shape, path, [0.9, 0.2, unknown, 0.99, 0.99])  # the root is sure, its first child is not
+    contexts = counter.to_acceptance("").contexts
+    assert [context.top for context in contexts] == [0.3, 1.0]
+    assert [context.share for context in contexts] == pytest.approx([2 / 6, 4 / 6])
+    assert contexts[0].acceptance == pytest.approx((1 / 2,)) and contexts[1].acceptance == pytest.approx((1 / 2, 1 / 4))
+
+
+def test_contexts_survive_json() -> None:
+    contexts = (Context(0.5, 0.25, (0.5, 0.25)), Context(1.0, 0.75, (0.9,)))
+    acceptance = Acceptance(((0.8, 0.1),), "here", contexts)
+    assert Acceptance.from_json(json.dumps(acceptance.to_json())) == acceptance
+    assert "contexts" not in Acceptance(((0.8, 0.1),)).to_json()
+
+
+@pytest.mark.parametrize(
+    ("contexts", "fault"),
+    [
+        ({}, "must be a list"),
+        ([1], "context 0 must be an object"),
+        ([{"top": 1, "share": 1}], "context 0 must be an object"),
+        ([{"top": "1", "share": 1, "acceptance": [0.5]}], '"top" of context 0'),
+        ([{"top": 1, "share": True, "acceptance": [0.5]}], '"share" of context 0'),
+        ([{"top": 0.5, "share": 1, "acceptance": [0.5]}], '"top" of 1'),
+        ([{"top": 1, "share": 0.5, "acceptance": [0.5]}], "not to 1"),
+        ([{"top": 1, "share": 1, "acceptance": [0.5, 0.6]}], "acceptance of context 0 sums"),
+        ([{"top": 1, "share": 1, "acceptance": []}], "acceptance of context 0 is empty"),
+        ([{"top": 0.7, "share": 0.5, "acceptance": [0.5]}, {"top": 0.6, "share": 0.5, "acceptance": [0.5]}], "must ascend"),
+        ([{"top": 1, "share": 2, "acceptance": [0.5]}], "outside"),
+    ],
+)
+def test_contexts_of_a_file_are_checked(contexts: object, fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        Acceptance.from_json({"schema_version": 1, "acceptance": [0.5], "contexts": contexts})

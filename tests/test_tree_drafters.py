@@ -123,9 +123,10 @@ class AheadContext(TextContext):
             self.trees.append(DraftTree(TreeShape((-1, 0)), torch.tensor([root, child]), rows, (False, True)))
         return self.trees[-1]
 
-    def grow_ahead(self) -> None:
+    def grow_ahead(self) -> int:
         below = self._draw(int(self.trees[-1].token_ids[-1]))
         self.ahead = below, self._draw(below)
+        return 2
 
     def follow(self, path: tuple[int, ...], token_ids: tuple[int, ...], features: torch.Tensor | None) -> None:
         at_the_end = path[-1] == self.trees[-1].shape.num_nodes - 1

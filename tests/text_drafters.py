@@ -93,8 +93,9 @@ class TextContext:
         self.trees.append(DraftTree(TreeShape(tuple(parents)), ids, probabilities, tuple(drawn)))
         return self.trees[-1]
 
-    def grow_ahead(self) -> None:
+    def grow_ahead(self) -> int:
         self._drafter.num_ahead += 1
+        return 0
 
     def follow(self, path: tuple[int, ...], token_ids: tuple[int, ...], features: Tensor | None) -> None:
         assert features is None and len(path) == len(token_ids)
@@ -151,8 +152,9 @@ class FeatureContext:
         token_ids = torch.tensor([self.text[-1], *chain], device=generator.device)
         return DraftTree(TreeShape(tuple(range(-1, num_nodes - 1))), token_ids, None, (False,) * num_nodes)
 
-    def grow_ahead(self) -> None:
+    def grow_ahead(self) -> int:
         self._drafter.num_ahead += 1
+        return 0
 
     def follow(self, path: tuple[int, ...], token_ids: tuple[int, ...], features: Tensor | None) -> None:
         assert features is not None and features.ndim == 2

@@ -5,14 +5,17 @@ Knows no tree but its shape, and needs neither numpy nor torch.
 
 import json
 import math
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .shape import TreeShape
 
 SCHEMA_VERSION = 1
 SUM_TOLERANCE = 1e-6  # files are rounded
+# Accepted nodes are counted apart by how sure the draft was there: its largest probability is at most one of these.
+CONTEXT_TOPS = (0.3, 0.5, 0.7, 0.85, 0.95, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class Acceptance:
             raise ValueError("acceptance is empty: at least one probability is needed")
         for level, vector in enumerate(self.levels):
             _check_vector(f"acceptance of level {level}" if len(self.levels) > 1 else "acceptance", vector)
+        _check_contexts(self.contexts)
 
     def vector(self, level: int) -> tuple[float, ...]:
         """Acceptance of the children of a node of `level`."""
@@ -53,11 +57,17 @@ class Acceptance:
     def to_json(self) -> dict[str, object]:
         """A document for `json.dumps`, one list if all levels share it."""
         vectors = [list(vector) for vector in self.levels]
-        return {
+        document: dict[str, object] = {
             "schema_version": SCHEMA_VERSION,
             "acceptance": vectors if len(vectors) > 1 else vectors[0],
             "source": self.source,
         }
+        if self.contexts:
+            document["contexts"] = [
+                {"top": context.top, "share": context.share, "acceptance": list(context.acceptance)}
+                for context in self.contexts
+            ]
+        return document
 
     @classmethod
     def from_json(cls, document: object) -> "Acceptance":
@@ -72,11 +82,11 @@ class Acceptance:
         source = document.get("source", "")
         if not isinstance(source, str):
             raise ValueError(f'acceptance field "source" must be a string, not {type(source).__name__}')
-        return cls(_levels_from_json(document.get("acceptance")), source)
+        return cls(_levels_from_json(document.get("acceptance")), source, _contexts_from_json(document.get("contexts", [])))
 
 
 class AcceptanceCounter:
-    """Counts what passes accepted, by level and child rank.
+    """Counts what passes accepted, by level and child rank, and by how sure the draft was where somebody knows.
 
     A child is tried when its parent was accepted and its earlier siblings were not, so a rank is estimated only from
     nodes that had such a child: trees of any shape, and of different shapes, give the same answer in expectation.
@@ -85,9 +95,14 @@ class AcceptanceCounter:
     def __init__(self) -> None:
         self._tried: Counter[tuple[int, int]] = Counter()
         self._accepted: Counter[tuple[int, int]] = Counter()
+        # The same by place in CONTEXT_TOPS and rank; and how many accepted nodes were counted in each.
+        self._tried_where: Counter[tuple[int, int]] = Counter()
+        self._accepted_where: Counter[tuple[int, int]] = Counter()
+        self._nodes: Counter[int] = Counter()
 
-    def add(self, shape: TreeShape, path: Sequence[int]) -> None:
-        """Count one verdict: `path` are its accepted nodes in `shape`, the root first. ValueError for another path."""
+    def add(self, shape: TreeShape, path: Sequence[int], tops: Sequence[float] | None = None) -> None:
+        """Count one verdict: `path` are its accepted nodes in `shape`, the root first. `tops` [N]: the draft's largest
+        probability at each node, NaN where nobody knows. ValueError for another path."""
         if not path or tuple(path) != shape.path(path[-1]):
             raise ValueError(f"{tuple(path)} is not a path from the root of this tree of {shape.num_nodes} nodes")
         for level, node in enumerate(path):
@@ -96,6 +111,12 @@ class AcceptanceCounter:
             self._tried.update((level, rank) for rank in range(num_tried))
             if entered is not None:
                 self._accepted[level, entered] += 1
+            if tops is not None and num_tried and tops[node] == tops[node]:
+                context = bisect_left(CONTEXT_TOPS, min(tops[node], 1.0))
+                self._nodes[context] += 1
+                self._tried_where.update((context, rank) for rank in range(num_tried))
+                if entered is not None:
+                    self._accepted_where[context, entered] += 1
 
     def to_acceptance(self, source: str, *, per_level: bool = False, least_tried: int = 1) -> Acceptance:
         """Estimate, over all levels together or one vector per level; ends before the first rank or level never tried.
@@ -108,17 +129,31 @@ class AcceptanceCounter:
         while per_level and self._tried[own + 1, 0] >= least_tried:
             own += 1
         groups = [range(level, level + 1) for level in range(own)] + [range(own, num_levels)]
-        return Acceptance(tuple(self._vector(levels) for levels in groups), source)
+        vectors = tuple(_vector(self._tried, self._accepted, levels) for levels in groups)
+        return Acceptance(vectors, source, self._contexts())
 
-    def _vector(self, levels: Iterable[int]) -> tuple[float, ...]:
-        """p_k = h_k (1 - h_1) ... (1 - h_k-1) from the hazards h_k = accepted / tried of each rank."""
-        vector: list[float] = []
-        rejected = 1.0
-        while tried := sum(self._tried[level, len(vector)] for level in levels):
-            hazard = sum(self._accepted[level, len(vector)] for level in levels) / tried
-            vector.append(rejected * hazard)
-            rejected *= 1.0 - hazard
-        return tuple(vector)
+    def _contexts(self) -> tuple[Context, ...]:
+        """Of those that were counted; the last reaches up to 1."""
+        counted = [context for context in range(len(CONTEXT_TOPS)) if self._nodes[context]]
+        tops = [*(CONTEXT_TOPS[context] for context in counted[:-1]), 1.0]
+        return tuple(
+            Context(
+                top, self._nodes[context] / self._nodes.total(), _vector(self._tried_where, self._accepted_where, [context])
+            )
+            for context, top in zip(counted, tops, strict=False)
+        )
+
+
+def _vector(tried: Counter[tuple[int, int]], accepted: Counter[tuple[int, int]], groups: Sequence[int]) -> tuple[float, ...]:
+    """p_k = h_k (1 - h_1) ... (1 - h_k-1) from the hazards h_k = accepted / tried of each rank, over these groups together; it
+    ends before the first rank never tried."""
+    vector: list[float] = []
+    rejected = 1.0
+    while num_tried := sum(tried[group, len(vector)] for group in groups):
+        hazard = sum(accepted[group, len(vector)] for group in groups) / num_tried
+        vector.append(rejected * hazard)
+        rejected *= 1.0 - hazard
+    return tuple(vector)
 
 
 def _check_vector(name: str, vector: tuple[float, ...]) -> None:
@@ -129,6 +164,23 @@ def _check_vector(name: str, vector: tuple[float, ...]) -> None:
             raise ValueError(f"{name}: the probability of child {rank} is {probability}, outside [0, 1]")
     if math.fsum(vector) > 1 + SUM_TOLERANCE:
         raise ValueError(f"{name} sums to {math.fsum(vector):.6f}: at most 1 is possible, children exclude each other")
+
+
+def _check_contexts(contexts: tuple[Context, ...]) -> None:
+    if not contexts:
+        return
+    for place, context in enumerate(contexts):
+        _check_vector(f"acceptance of context {place}", context.acceptance)
+        below = contexts[place - 1].top if place else 0.0
+        if not below < context.top <= 1:
+            raise ValueError(f'"contexts" must ascend by "top" up to 1: context {place} is up to {context.top}, after {below}')
+        if not 0 <= context.share <= 1 + SUM_TOLERANCE:
+            raise ValueError(f"the share of context {place} is {context.share}, outside [0, 1]")
+    if contexts[-1].top != 1:
+        raise ValueError(f'"contexts" must end with a "top" of 1, not of {contexts[-1].top}')
+    total = math.fsum(context.share for context in contexts)
+    if abs(total - 1) > SUM_TOLERANCE * len(contexts):
+        raise ValueError(f"the shares of contexts sum to {total:.6f}, not to 1")
 
 
 def _parse_json(text: str) -> object:
@@ -147,8 +199,24 @@ def _levels_from_json(value: object) -> tuple[tuple[float, ...], ...]:
     return (_vector_from_json(value),)
 
 
+def _contexts_from_json(value: object) -> tuple[Context, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f'acceptance field "contexts" must be a list, not {type(value).__name__}')
+    contexts = []
+    for place, context in enumerate(value):
+        if not isinstance(context, Mapping) or not isinstance(context.get("acceptance"), list):
+            raise ValueError(f'context {place} must be an object with "top", "share" and a list "acceptance"')
+        top, share = (_number(context.get(name), f'"{name}" of context {place}') for name in ("top", "share"))
+        contexts.append(Context(top, share, _vector_from_json(context["acceptance"])))
+    return tuple(contexts)
+
+
 def _vector_from_json(vector: list[object]) -> tuple[float, ...]:
-    for rank, probability in enumerate(vector):
-        if isinstance(probability, bool) or not isinstance(probability, int | float):
-            raise ValueError(f"acceptance must be numbers, or lists of numbers: entry {rank} is {probability!r}")
-    return tuple(float(probability) for probability in vector)  # type: ignore[arg-type]  # all numbers, checked above
+    what = "acceptance must be numbers, or lists of numbers: entry"
+    return tuple(_number(probability, f"{what} {rank}") for rank, probability in enumerate(vector))
+
+
+def _number(value: object, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{what} is {value!r}, not a number" if what.startswith('"') else f"{what} is {value!r}")
+    return float(value)

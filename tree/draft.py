@@ -113,9 +113,9 @@ class DraftContext(Protocol):
         """
         ...
 
-    def grow_ahead(self) -> None:
-        """One step of work for later trees, such as one pass of a draft model, or nothing. Called while the pass runs that
-        verifies the last tree, as many times as its plan says.
+    def grow_ahead(self) -> int:
+        """One step of work for later trees, such as one pass of a draft model, or nothing: how many nodes it was worth. Called
+        while the pass runs that verifies the last tree, as many times as its plan says.
 
         What is drawn here may become the next tree as far as it hangs below the next root, if that was no node of the last
         tree: what the verifier has looked at is not drawn at random any more (docs/losslessness.md, section 9).
