@@ -13,6 +13,7 @@ from offload.config import EngineSettings
 from offload.errors import UsageError
 from offload.planner.tree_flag import DEFAULT_ACCEPTANCE, read_acceptance
 from planning import L40
+from tree.acceptance import Acceptance
 
 Models = Callable[..., Path]
 
@@ -33,6 +34,15 @@ def test_a_perfect_draft_is_always_accepted_at_the_first_child(models: Models, t
     assert document["acceptance"][0] == pytest.approx(1.0)  # type: ignore[index]
 
 
+@pytest.mark.parametrize("tree", ["2x3:kary", "6:dynamic"])
+def test_acceptance_is_parted_by_how_sure_the_draft_was(models: Models, tree: str) -> None:
+    """A draft that is the target: wherever it is how sure, its first child is accepted."""
+    document = recorded(models(), models(), tree, 1.0)
+    acceptance = Acceptance.from_json(json.loads(json.dumps(document)))
+    assert acceptance.contexts and sum(context.share for context in acceptance.contexts) == pytest.approx(1)
+    assert all(context.acceptance[0] == pytest.approx(1) for context in acceptance.contexts)
+
+
 def test_without_a_tree_there_is_nothing_to_count(models: Models) -> None:
     with pytest.raises(UsageError, match="nothing to count"):
         recorded(models(), models(), "none", 0.0)
@@ -47,7 +57,7 @@ def test_record_acceptance_writes_a_file_that_trees_can_be_optimised_for(
     assert main([*flags, *request, "--tree", "24x4", "--record-acceptance", str(path)]) == 0
     document = json.loads(path.read_text())
     assert sum(document["acceptance"]) <= 1 + 1e-9 and document["passes"] > 0 and document["temperature"] == 1
-    assert len(read_acceptance(path).levels) == 1
+    assert len(read_acceptance(path).levels) == 1 and read_acceptance(path).contexts
     capsys.readouterr()
     assert main([*flags, *request, "--tree", "12x3", "--acceptance", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["speculation"]["tree_nodes"] <= 12

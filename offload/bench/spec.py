@@ -109,7 +109,7 @@ def _measure(engine: Engine, request: SpecRequest, sampling: _Sampling, end_s: f
         )
         texts.append([])
         for step in generation:
-            counter.add(step.shape, step.verdict.path)
+            counter.add(step.shape, step.verdict.path, step.tops.tolist() if step.tops is not None else None)
             texts[-1].append(len(step.verdict.token_ids))
             expected.append(step.verdict.expected_tokens)
             by_category[request.prompts[number].category].append(texts[-1][-1])
@@ -129,6 +129,7 @@ def _measure(engine: Engine, request: SpecRequest, sampling: _Sampling, end_s: f
         "expected_tokens_per_pass": _mean(expected),
         "acceptance_by_rank": _vectors(counter, per_level=False)[0] if tokens else [],
         "acceptance_by_level": _vectors(counter, per_level=True) if tokens else [],
+        "contexts": _contexts(counter),
         "categories": {category: _mean(counts) for category, counts in by_category.items()},
         "complete": complete,
     }
@@ -140,6 +141,14 @@ def _vectors(counter: AcceptanceCounter, *, per_level: bool) -> list[list[float]
         return [list(vector) for vector in counter.to_acceptance("", per_level=per_level).levels]
     except ValueError:
         return [[]]
+
+
+def _contexts(counter: AcceptanceCounter) -> object:
+    """As an acceptance file has them; empty when no pass had a tree, or nobody knew how sure the draft was."""
+    try:
+        return counter.to_acceptance("").to_json().get("contexts", [])
+    except ValueError:
+        return []
 
 
 def error_by_text(texts: Sequence[Sequence[int]]) -> float | None:

@@ -26,7 +26,7 @@ class AcceptanceRecorder:
         self._num_tokens = 0
 
     def add(self, step: "Step") -> None:
-        self._counter.add(step.shape, step.verdict.path)
+        self._counter.add(step.shape, step.verdict.path, step.tops.tolist() if step.tops is not None else None)
         self._num_passes += 1
         self._num_tokens += len(step.verdict.token_ids)
 
