@@ -225,7 +225,7 @@ def _record(loaded: Loaded, fallbacks: Fallbacks, device: Device) -> tuple[Plan,
     why = ""
     try:
         with device.translated():
-            drafter.prepare(plan.tree)
+            drafter.prepare(plan.aim)
     except (RuntimeError, FitError) as error:
         why = reason(error).partition("\n")[0]
     if not why or plan.draft_passes == "eager":

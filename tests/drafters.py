@@ -11,6 +11,7 @@ from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.device import Device
 from offload.engine.engine import Engine
+from offload.model.buckets import MAX_ROWS
 from offload.model.drafter import PROMPT_CHUNK_TOKENS, ModelContext, ModelDrafter
 from offload.source import check_source
 from planning import L40
@@ -56,7 +57,8 @@ def open_drafters(
     for device in opened:
         model = check_source(str(folder), "--model", "float32", device.torch_device.type)
         lm = causal_lm(model, device, num_segments=num_texts, segment_rows=rows)
-        drafters.append(ModelDrafter(lm, device, vocab_size, Aim(shape=shape), chunk_tokens, max_nodes=shape.num_nodes))
+        sizes = {"max_nodes": shape.num_nodes, "ahead_rows": 2 * MAX_ROWS}  # trees of many shapes, before more is recorded
+        drafters.append(ModelDrafter(lm, device, vocab_size, Aim(shape=shape), chunk_tokens, **sizes))
     try:
         yield drafters
     finally:
@@ -74,7 +76,7 @@ def run_round(contexts: list[TreeContext], shape: TreeShape, generator: torch.Ge
     is."""
     models = [model_of(context) for context in contexts]
     for model in models:
-        model._drafter.prepare(shape)
+        model._drafter.prepare(Aim(shape=shape))
     assert_same([model.begin() for model in models], tolerance)
     tokens = torch.randint(VOCAB_SIZE, (shape.num_nodes,), generator=generator)
     runs = {0: -1}

@@ -186,7 +186,7 @@ def open_loop(
     target, stream = streamed(device, model)
     draft = check_source(str(folder), "--model", "bfloat16", "cuda").model
     drafter = ModelDrafter(resident(device, draft), device, VOCAB_SIZE, Aim(shape=TREE), 1024, max_nodes=TREE.num_nodes)
-    drafter.prepare(TREE)
+    drafter.prepare(Aim(shape=TREE))
     plan: Any = SimpleNamespace(tree=TREE, aim=Aim(shape=TREE), pass_rows=1024)
     sessions = Sessions([target.cache, drafter.cache], max_bytes=0)
     return DecodeLoop(device, target, stream, drafter, sessions, plan, method=method), waits

@@ -12,6 +12,7 @@ from drafters import PROMPT, expand_level, model_of, open_drafters, start_all
 from fakes import CountingDevice, RecordingDevice
 from offload.device import Device
 from offload.device.cpu import CpuDevice
+from offload.errors import FitError
 from offload.model.buckets import widest_pass
 from shapes import from_widths
 from small_models import assert_close
@@ -53,7 +54,7 @@ def assert_equal(one: DraftTree, other: DraftTree) -> None:
 def test_a_round_that_is_taken_back_leaves_no_trace(models: Models, make: Callable[[], Device]) -> None:
     """Twice, after another tree, and where nothing is left to read but the root."""
     with open_drafters((make, make), models(), shape=SHAPE) as drafters:
-        drafters[0].prepare(SHAPE)
+        drafters[0].prepare(Aim(shape=SHAPE))
         (context, plain), token_id = start_all(drafters), 7
         for node in (6, 0, 22, 1):
             grow(context, seed=5)
@@ -64,8 +65,7 @@ def test_a_round_that_is_taken_back_leaves_no_trace(models: Models, make: Callab
                 follow(one, tree, node, token_id)
             token_id += 1
         grow(context)
-        drafters[0].aim(Aim(shape=SHAPE), 3)  # less memory: smaller pieces, and nothing is pending
-        assert drafters[0].cache.segments[0].pending == 0
+        drafters[0].aim(Aim(shape=SHAPE), 3)  # less memory: smaller pieces
         assert_equal(grow(context), grow(plain))
 
 
@@ -87,7 +87,7 @@ def test_texts_in_other_places_do_not_show(models: Models, make: Callable[[], De
     prompts = [PROMPT, [8] * 30, [1, 2]]
     with open_drafters((make, make), models(), shape=SHAPE, num_texts=3) as drafters:
         for drafter in drafters:
-            drafter.prepare(SHAPE)
+            drafter.prepare(Aim(shape=SHAPE))
         together, alone = drafters
         contexts = [together.start(place, prompt, len(prompt)) for place, prompt in enumerate(prompts)]
         for turn in range(3):
@@ -144,8 +144,63 @@ def test_recordings_keep_what_is_planned_for_them(models: Models, windows: dict[
     device, rows = CountingDevice(), 600
     with open_drafters((lambda: device,), models("qwen2", **windows), rows, SHAPE) as (drafter,):
         held_bytes, num_masks = device.held_bytes, 2 if windows else 1
-        drafter.prepare(SHAPE)
+        drafter.prepare(Aim(shape=SHAPE))
         assert device.num_recordings > 0 and device.held_bytes == held_bytes
         drafter.record_nothing()
         kept_bytes = widest_pass(SHAPE.num_nodes) * (4 * 8 + num_masks * rows + VOCAB_SIZE * 4)
         assert held_bytes - device.held_bytes == kept_bytes
+
+
+def test_a_parent_and_its_child_may_come_in_one_pass(models: Models, make: Callable[[], Device]) -> None:
+    tokens = torch.tensor([3, 50, 3, 9, 17, 80])
+    with open_drafters((make, make), models(), shape=SHAPE) as drafters:
+        together, apart = (model_of(context) for context in start_all(drafters))
+        for model in (together, apart):
+            model.begin()
+            model.expand([-1, -1], tokens[:2])
+        logits = together.expand([0, 2, 1, 3], tokens[2:])
+        for row, parent in enumerate([0, 2, 1, 3]):
+            assert_close(logits[row : row + 1], apart.expand([parent], tokens[2 + row : 3 + row]))
+        assert together.num_nodes == apart.num_nodes == 6
+
+
+PARENTS = [-1, -1, 1, 0, 2, 2, 4, 5, 6]  # 1 and 2 are accepted; below them hang 4, 5, 6, 7, 8
+
+
+def test_nodes_that_are_kept_are_as_good_as_run_anew(models: Models, make: Callable[[], Device]) -> None:
+    tokens, more = torch.tensor([7, 3, 50, 3, 9, 17, 80, 80, 2]), torch.tensor([40, 41, 42])
+    with open_drafters((make, make), models(), shape=SHAPE) as drafters:
+        keeping, anew = (model_of(context) for context in start_all(drafters))
+        keeping.begin()
+        keeping.expand(PARENTS, tokens)
+        keeping.follow(tokens[1:3].tolist(), [1, 2], [4, 5, 6, 8])
+        assert (keeping.num_nodes, keeping.segment.length) == (4, len(PROMPT) + 2)
+        anew.follow(tokens[1:3].tolist(), [])
+        anew.begin()
+        anew.expand([-1, -1, 0, 2], tokens[[4, 5, 6, 8]])
+        for parents in ([3, 1, -1], [4]):
+            assert_close(*(model.expand(parents, more[: len(parents)]) for model in (keeping, anew)))
+        for model in (keeping, anew):
+            model.follow([9, 80, 2, 40], [0, 2, 3, 4], [7])
+        for parents in ([0, -1], [1]):
+            assert_close(*(model.expand(parents, more[: len(parents)]) for model in (keeping, anew)))
+        assert keeping.room == anew.room == keeping.segment.capacity - 1 - keeping.segment.rows
+
+
+def test_a_pass_that_fails_leaves_the_nodes_as_they_were(models: Models, make: Callable[[], Device]) -> None:
+    tokens = torch.tensor([7, 3, 50])
+    with open_drafters((make, make), models(), shape=SHAPE) as drafters:
+        failing, plain = (model_of(context) for context in start_all(drafters))
+        for model in (failing, plain):
+            model.begin()
+            model.expand([-1], tokens[:1])
+        with pytest.raises(FitError, match="cached rows"):
+            failing.expand([0] * 200, tokens[:1].expand(200))
+        assert failing.num_nodes == 1
+        assert_close(*(model.expand([0, -1], tokens[1:]) for model in (failing, plain)))
+        for model in (failing, plain):
+            model.follow((), (), range(2))  # as a round is taken back to what it began with
+        assert_close(*(model.expand([1], tokens[:1]) for model in (failing, plain)))
+        failing.segment.truncate(3)  # as a session may
+        assert (failing.num_nodes, plain.num_nodes) == (0, 3)
+        assert_close(failing.begin(), plain.begin())

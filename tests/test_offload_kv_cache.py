@@ -70,6 +70,31 @@ def test_commits_keep_the_chosen_rows_in_order_and_nothing_else(shapes: list[tup
     device.close()
 
 
+@pytest.mark.parametrize("shapes", [ALIKE, UNLIKE])
+@given(data=st.data())
+def test_rows_that_are_kept_stay_pending_behind_the_committed_ones(shapes: list[tuple[int, int]], data: st.DataObject) -> None:
+    """In their order, with their values and positions; what is appended then comes behind them."""
+    device = CpuDevice()
+    cache = cache_of(device, shapes, num_segments=2, segment_rows=18)
+    segment, committed, pending = cache.segments[1], list[float](), list[float]()
+    for turn in range(3):
+        count = data.draw(st.integers(0, 18 - segment.rows))
+        fresh = [float(20 * turn + step) for step in range(count)]
+        append(cache, {segment: fresh})
+        numbers = pending + fresh
+        chosen = sorted(data.draw(st.sets(st.integers(0, len(numbers) - 1)))) if numbers else []
+        cut = data.draw(st.integers(0, len(chosen)))
+        positions = [segment.pending_positions[row] for row in chosen[cut:]]
+        segment.commit(chosen[:cut], chosen[cut:])
+        committed, pending = committed + [numbers[row] for row in chosen[:cut]], [numbers[row] for row in chosen[cut:]]
+        assert segment.pending_positions == tuple(positions)
+        segment.poison_tail()
+        segment.length += segment.pending  # to be looked at with the others
+        assert held(cache, segment) == committed + pending
+        segment.length -= segment.pending
+    device.close()
+
+
 def test_memory_is_one_buffer_for_layers_of_one_shape(device: Device) -> None:
     assert [buffer.shape for buffer in cache_of(device, ALIKE)._memory.buffers] == [(3, 2, 1, 2, 20, 5)]
     cache = cache_of(device, UNLIKE, num_segments=2)

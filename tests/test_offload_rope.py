@@ -14,7 +14,7 @@ from packaging.version import Version
 from transformers import AutoConfig
 
 from conftest import reference_model
-from drafters import open_drafters, run_round, start_all
+from drafters import model_of, open_drafters, run_round, start_all
 from fakes import RecordingDevice
 from offload.assemble import open_engine
 from offload.config import EngineSettings
@@ -211,7 +211,7 @@ def test_a_draft_of_several_texts_is_recorded_with_the_frequencies_of_each(folde
         for _ in range(4):
             for contexts in texts:
                 run_round(contexts, shape, generator)
-        assert all(len(contexts[0]._token_ids) > NATIVE for contexts in texts)
+        assert all(len(model_of(contexts[0])._token_ids) > NATIVE for contexts in texts)
 
 
 def test_a_prompt_that_is_read_again_is_scored_once(folder: Path) -> None:

@@ -185,7 +185,7 @@ def test_masks_by_kind_are_made_without_a_wait_for_the_device(models: Models) ->
         device: Any = MetaDevice(replays=replays)
         model = causal_lm(check_source(str(folder), "--model", "float32", "cpu"), device, num_segments=2)
         drafter = ModelDrafter(model, device, VOCAB_SIZE, Aim(shape=shape), 8, max_nodes=shape.num_nodes)
-        drafter.prepare(shape)
+        drafter.prepare(Aim(shape=shape))
         first, second = model.cache.segments
         with Audit() as audit:
             for _ in range(2):

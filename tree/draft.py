@@ -177,6 +177,12 @@ class TextModel(TreeModel, Protocol):
     """The same of a text that goes on, round after round."""
 
     @property
+    def num_nodes(self) -> int:
+        """How many nodes it knows: those run since `begin`, and those that were kept. None, where it had to let go of them: as
+        memory ran out, or the text has become so long that all is computed anew. Then `begin` comes next."""
+        ...
+
+    @property
     def room(self) -> int:
         """How many more nodes can be run."""
         ...

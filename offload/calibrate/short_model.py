@@ -78,7 +78,7 @@ class ShortModel:
         context = ModelContext(self._drafter, self._segment, text)
         vocab_size = self._model.architecture.vocab_size
         shape = tree_of_levels(rows, vocab_size)
-        self._drafter.prepare(shape)
+        self._drafter.prepare(Aim(shape=shape))
         model = _AlwaysTheSame(context, context_rows, peaked_logits(self._device, rows, vocab_size))
         return growing_levels(self._device, model, rows, vocab_size, sampling)
 

@@ -160,11 +160,12 @@ def _take_memory(
             if draft.model.drafts_from_base:
                 draft_model = main.base_draft(draft, plan, own)
             else:
-                aside = _Memory(device, draft, _resident(draft), plan, own)
+                aside = _Memory(device, draft, _resident(draft), plan, own, plan.ahead_rows)
                 parts.append(aside)
                 draft_model = aside.model(_weights_of(aside.store.resident.values(), own), own)
             vocab_size, room = target.architecture.vocab_size, plan.room_nodes
-            drafter = ModelDrafter(draft_model, device, vocab_size, plan.aim, plan.pass_rows, max_nodes=room)
+            sizes = {"max_nodes": room, "ahead_rows": plan.ahead_rows}
+            drafter = ModelDrafter(draft_model, device, vocab_size, plan.aim, plan.pass_rows, **sizes)
             own.callback(drafter.close)
             if draft.model.drafts_from_base:
                 stream.watch(partial(_follow, drafter, main.store))
@@ -175,8 +176,8 @@ def _take_memory(
 
 
 class _Memory:
-    """Of a model on the device: its layers as `placement` has them, its cache for the texts of `plan`, and one buffer for what
-    lies outside the layers. Taken here, filled by `fill`; `stack` is given what ends its use."""
+    """Of a model on the device: its layers as `placement` has them, its cache for the texts of `plan`, each with `more_rows` of
+    its own, and one buffer for what lies outside the layers. Taken here, filled by `fill`; `stack` is given what ends its use."""
 
     def __init__(
         self,
@@ -185,10 +186,11 @@ class _Memory:
         placement: Placement,
         plan: Plan,
         stack: ExitStack,
+        more_rows: int = 0,
     ) -> None:
         self._device, self._source, architecture = device, source, source.architecture
         self._outside = device.alloc(source.model.outside_layout.num_bytes)
-        self._cache = _cache_of(device, source, plan)
+        self._cache = _cache_of(device, source, plan, more_rows)
         codecs, prefix = source.model.codecs, architecture.prefix
         most_bytes, parameters = plan.host_budget_bytes, source.parameters
         self.store = WeightStore(device, source.tensors, codecs, prefix, placement, most_bytes, parameters)
@@ -204,7 +206,7 @@ class _Memory:
         assert model.base is not None
         architecture = base_architecture(model.architecture, model.base, model.bases, kernels=model.kernels)
         weights = _weights_of(self.store.drafting, stack)
-        return self._model(architecture, weights, _cache_of(self._device, draft, plan), stack)
+        return self._model(architecture, weights, _cache_of(self._device, draft, plan, plan.ahead_rows), stack)
 
     def _model(self, architecture: Architecture, weights: WeightSource, cache: KVCache, stack: ExitStack) -> CausalLM:
         outside = self._source.model.outside_layout.views(self._outside)
@@ -229,13 +231,13 @@ def _resident(source: ModelSource) -> Placement:
     return Placement(num_layers=num_layers, resident=frozenset(range(num_layers)))
 
 
-def _cache_of(device: Device, source: ModelSource, plan: Plan) -> KVCache:
+def _cache_of(device: Device, source: ModelSource, plan: Plan, more_rows: int) -> KVCache:
     architecture = source.architecture
     return KVCache(
         device,
         layer_shapes=architecture.kv_shapes,
         num_segments=plan.max_sequences,
-        segment_rows=plan.context_rows,
+        segment_rows=plan.context_rows + more_rows,
         dtype=source.model.dtype,
         rope=architecture.rope,
     )

@@ -13,6 +13,11 @@ def width_bucket(num_rows: int) -> int:
     return -(-num_rows // POWERS_UP_TO) * POWERS_UP_TO
 
 
+def width_buckets(most_rows: int) -> tuple[int, ...]:
+    """Of all passes of at most `most_rows` rows, ascending."""
+    return tuple(sorted({width_bucket(num_rows) for num_rows in range(1, most_rows + 1)}))
+
+
 def rows_bucket(num_rows: int, capacity: int) -> int:
     """How many cached rows a pass attends to that needs the first `num_rows` of them."""
     return min(max(_power_of_two(num_rows), LEAST_CACHED_ROWS), capacity)

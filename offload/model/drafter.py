@@ -8,15 +8,14 @@ import torch.nn.functional as F
 
 from tree.aim import Aim
 from tree.context import TreeContext
-from tree.shape import TreeShape
 
 from ..device import Device
 from ..errors import FitError
-from .buckets import CATCH_UP_ROWS, widest_pass
+from .buckets import CATCH_UP_ROWS, widest_pass, width_buckets
 from .causal_lm import CausalLM, WeightSource
 from .fixed_pass import FixedPasses
 from .kv_cache import KVCache, Segment
-from .masks import seen_by
+from .masks import NodeMask
 from .pass_inputs import Part
 
 PROMPT_CHUNK_TOKENS = 1024
@@ -30,6 +29,7 @@ class ModelDrafter:
     aim: what the trees to come are like, of at most `max_nodes` nodes. Prepared passes have fixed shapes where the device
         replays CUDA graphs, with memory for the widest level that a tree of `max_nodes` may have; all others are as large as
         they must be, which is the same but for rounding.
+    ahead_rows: of each text's cache are for nodes beyond those of a tree.
     max_rows: a prompt is read in pieces of at most so many tokens, and no more than PROMPT_CHUNK_TOKENS.
     """
 
@@ -44,9 +44,12 @@ class ModelDrafter:
         max_rows: int,
         *,
         max_nodes: int,
+        ahead_rows: int = 0,
     ) -> None:
         self._model, self.device, self._vocab_size = model, device, vocab_size
         self._aim, self.chunk_tokens = aim, min(PROMPT_CHUNK_TOKENS, max_rows)
+        self.most_nodes = max_nodes + ahead_rows
+        self.masks = {segment: NodeMask(device, self.most_nodes) for segment in model.cache.segments}
         self._fixed = FixedPasses(model, device, widest_pass(max_nodes)) if device.replays else None
 
     @property
@@ -59,17 +62,15 @@ class ModelDrafter:
         return self._model.architecture.vocab_size - 1
 
     def aim(self, aim: Aim, max_rows: int) -> None:
-        """Grow such trees from here on. Their passes are recorded, if any are, in no more memory
-        than before. A device that records no more has all computed as they come. What an unfinished round left is dropped."""
-        for segment in self.cache.segments:
-            segment.truncate(segment.length)
-        self._aim, self.chunk_tokens, shape = aim, min(PROMPT_CHUNK_TOKENS, max_rows), aim.shape
-        if self._fixed is not None and (fixed_rows := widest_pass(shape.num_nodes)) < self._fixed.max_rows:
+        """Grow such trees from here on. Their passes are recorded, if any are, in no more memory than before. A device that records
+        no more has all computed as they come."""
+        self._aim, self.chunk_tokens = aim, min(PROMPT_CHUNK_TOKENS, max_rows)
+        if self._fixed is not None and (fixed_rows := widest_pass(aim.shape.num_nodes)) < self._fixed.max_rows:
             self._fixed = None  # its memory goes before the smaller one's comes
             with suppress(FitError, torch.OutOfMemoryError):
                 self._fixed = FixedPasses(self._model, self.device, fixed_rows)
         try:
-            self.prepare(shape)
+            self.prepare(aim)
         except (RuntimeError, FitError):
             self.record_nothing()
 
@@ -93,10 +94,12 @@ class ModelDrafter:
             return F.pad(logits, (0, self._vocab_size - known), value=-torch.inf)
         return logits[:, : self._vocab_size]
 
-    def prepare(self, shape: TreeShape) -> None:
-        """Record the passes that trees of `shape` take, if any are to be. Every segment needs room for a row."""
+    def prepare(self, aim: Aim) -> None:
+        """Record the passes that such trees take, if any are to be: of dynamic ones all up to the widest. Every segment needs room
+        for a row."""
         if self._fixed is not None:
-            self._fixed.prepare([*CATCH_UP_ROWS, *(len(nodes) for nodes in shape.expanded[1:-1])])
+            levels = width_buckets(self._fixed.max_rows) if aim.dynamic else [len(nodes) for nodes in aim.shape.expanded[1:-1]]
+            self._fixed.prepare([*CATCH_UP_ROWS, *levels])
 
     def record_nothing(self) -> None:
         """Compute all passes as they come from here on, and give back the memory of recordings."""
@@ -110,6 +113,7 @@ class ModelDrafter:
     def close(self) -> None:
         """Give back the model's memory, and that of recordings."""
         self._fixed = None
+        self.masks.clear()
         self._model.close()
 
 
@@ -121,18 +125,25 @@ class ModelContext:
 
     def __init__(self, drafter: ModelDrafter, segment: Segment, token_ids: Sequence[int]) -> None:
         self._drafter, self.segment, self._token_ids = drafter, segment, list(token_ids)
-        # Of nodes, in the order of their pending rows: how deep they hang below the root's children, and whom they see, [M, M].
+        # Of nodes, in the order of their pending rows: their parents among them, and how deep they hang below the root's children.
+        self._parents: list[int] = []
         self._depths: list[int] = []
-        self._sees = self._seeing_nothing()
+        self._mask = drafter.masks[segment]
+        self._mask.forget()
+
+    @property
+    def num_nodes(self) -> int:
+        return self.segment.pending
 
     @property
     def room(self) -> int:
-        return self.segment.capacity - max(self.segment.rows, len(self._token_ids))
+        rows_left = self.segment.capacity - 1 - max(self.segment.rows, len(self._token_ids))  # one for a pass to be recorded
+        return min(rows_left, self._drafter.most_nodes - self.num_nodes)
 
     def begin(self) -> torch.Tensor:
         segment, token_ids = self.segment, self._token_ids
         segment.truncate(min(segment.length, len(token_ids) - 1))  # the last token always goes through a pass
-        self._forget_nodes()
+        self._renumber((), 0)
         while True:
             piece = token_ids[segment.length :][: self._drafter.chunk_tokens]
             is_last = segment.length + len(piece) == len(token_ids)
@@ -142,31 +153,35 @@ class ModelContext:
                 return logits
 
     def expand(self, parents: Sequence[int], token_ids: torch.Tensor) -> torch.Tensor:
+        all_parents, depths, num_old = [*self._parents, *parents], list(self._depths), self.num_nodes
+        assert len(depths) == num_old, "the nodes are gone: `begin` comes first"
         for parent in parents:
-            self._depths.append(self._depths[parent] + 1 if parent >= 0 else 0)
-        self._sees = seen_by(self._sees, parents, self._drafter.device)
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
         part = Part(
             segment=self.segment,
             prefix=(),
             node_ids=token_ids.clamp(max=self._drafter.last_token_id),
-            depths=self._depths[-len(parents) :],  # of the root's children 0, as the root is committed
-            tree_mask=self._sees[-len(parents) :],  # [n, M]
+            depths=depths[num_old:],  # of the root's children 0, as the root is committed
+            tree_mask=self._mask.rows(all_parents, num_old),  # [n, M]
             num_logits=len(parents),
         )
-        return self._drafter.forward(part)
+        logits = self._drafter.forward(part)
+        self._parents, self._depths = all_parents, depths
+        return logits
 
     def follow(self, token_ids: Sequence[int], accepted: Sequence[int], kept: Sequence[int] = ()) -> None:
-        assert not kept, "nothing is grown ahead yet"
-        self.segment.commit(accepted)
-        self._forget_nodes()
+        """Where a family computes all rows anew, as the text has become longer, none are kept."""
+        self.segment.commit(accepted, kept)
         self._token_ids.extend(token_ids)
         self.segment.grown(len(self._token_ids))
+        self._renumber(kept if self.num_nodes else (), len(token_ids))
 
-    def _forget_nodes(self) -> None:
-        self._depths, self._sees = [], self._seeing_nothing()
-
-    def _seeing_nothing(self) -> torch.Tensor:
-        return torch.zeros(0, 0, dtype=torch.bool, device=self._drafter.device.torch_device)
+    def _renumber(self, kept: Sequence[int], num_levels: int) -> None:
+        """Nodes `kept` are nodes 0, 1, ... now, `num_levels` levels higher than they were; there are no others."""
+        places = {node: place for place, node in enumerate(kept)}
+        self._parents = [places.get(self._parents[node], -1) for node in kept]
+        self._depths = [self._depths[node] - num_levels for node in kept]
+        self._mask.forget()
 
     def _read(self, token_ids: Sequence[int], num_logits: int) -> torch.Tensor:
         """Logits [num_logits, V] of the last of these tokens, which continue the committed rows and become pending ones."""
@@ -175,7 +190,7 @@ class ModelContext:
             prefix=[min(token_id, self._drafter.last_token_id) for token_id in token_ids],
             node_ids=torch.empty(0, dtype=torch.int64),
             depths=(),
-            tree_mask=self._sees,  # [0, 0]
+            tree_mask=self._mask.rows((), 0),  # [0, 0]
             num_logits=num_logits,
         )
         return self._drafter.forward(part)

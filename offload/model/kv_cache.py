@@ -156,19 +156,26 @@ class Segment:
         """A pass has written one more pending row for each of `positions`, where those tokens stand in the text."""
         self.pending_positions += tuple(positions)
 
-    def commit(self, pending_rows: Sequence[int]) -> None:
-        """Keep these pending rows (ascending, counted from the first pending one) in this order; drop the others. Row i of a
-        segment then holds the token at position i."""
-        assert list(pending_rows) == sorted(set(pending_rows)) and max(pending_rows, default=-1) < self.pending
-        first = self.start + self.length
-        # Row by row, in place: gathering them at once would need memory that no plan counts, at a time when a round can no
-        # longer be taken back. Rows that stay where they are, such as a prompt's, are not touched.
-        for row, pending in enumerate(pending_rows):
-            if row != pending:
+    def commit(self, pending_rows: Sequence[int], kept: Sequence[int] = ()) -> None:
+        """Commit these pending rows (ascending, counted from the first pending one) in this order; row i of a segment then
+        holds the token at position i. Those of `kept`, ascending and behind them all, stay pending, in their positions and
+        right behind what is committed. All others are dropped."""
+        wanted = [*pending_rows, *kept]
+        assert wanted == sorted(set(wanted)) and max(wanted, default=-1) < self.pending
+        first, row = self.start + self.length, 0
+        # In place: gathering rows at once would need memory that no plan counts, at a time when a round can no longer be taken
+        # back. A piece ends before its own source: what is written there is read no more. Rows that stay are not touched.
+        while row < len(wanted):
+            distance = wanted[row] - row
+            end = row + 1
+            while end < len(wanted) and wanted[end] - end == distance and (not distance or end - row < distance):
+                end += 1
+            if distance:
                 for buffer in self._memory.buffers:
-                    buffer[..., first + row, :] = buffer[..., first + pending, :]
+                    buffer[..., first + row : first + end, :] = buffer[..., first + row + distance : first + end + distance, :]
+            row = end
+        self.pending_positions = tuple(self.pending_positions[row] for row in kept)
         self.length += len(pending_rows)
-        self.pending_positions = ()
 
     def truncate(self, length: int) -> None:
         """Forget everything from row `length` on."""

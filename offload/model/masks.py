@@ -23,19 +23,32 @@ def tree_mask(shape: TreeShape, device: Device) -> torch.Tensor:
     return mask
 
 
-def seen_by(sees: torch.Tensor, parents: Sequence[int], device: Device) -> torch.Tensor:
-    """`sees` [M, M] bool, of nodes in the order of their rows, with n more below `parents` (-1: none): [M + n, M + n]. A parent
-    may be among the new ones, before its child."""
-    num_old, num_all = len(sees), len(sees) + len(parents)
-    grown = torch.eye(num_all, dtype=torch.bool, device=sees.device)
-    grown[:num_old, :num_old] = sees
-    begin = num_old
-    while begin < num_all:  # up to the first whose parent comes with it: mostly all at once
-        end = next((node for node in range(begin, num_all) if parents[node - num_old] >= begin), num_all)
-        below = parents[begin - num_old : end - num_old]
-        rows = grown.index_select(0, device.upload(torch.tensor([max(parent, 0) for parent in below])))  # [k, M + n]
-        if min(below) < 0:
-            rows &= device.upload(torch.tensor([parent >= 0 for parent in below]))[:, None]
-        grown[begin:end] |= rows
-        begin = end
-    return grown
+class NodeMask:
+    """Who sees whom among at most `most` nodes that come a few at a time: the rows of one square that lies on the device. They
+    are written anew where nodes have been renumbered."""
+
+    def __init__(self, device: Device, most: int) -> None:
+        self._device = device
+        # Row v + 1 marks all that node v sees, itself among them. Row 0 is that of the root, which has no column.
+        self._square = device.alloc((most + 1) * most).view(torch.bool).view(most + 1, most)
+        self._square[0] = False
+        self._num_written = 0
+
+    def forget(self) -> None:
+        """The next nodes are others."""
+        self._num_written = 0
+
+    def rows(self, parents: Sequence[int], begin: int) -> torch.Tensor:
+        """Those of nodes `begin`, begin + 1, ...: [n, M] bool, right until the next `forget`. `parents` are those of all M nodes,
+        in the order of their rows (-1: none): a parent comes before its child. Those before `begin` that an earlier call had are
+        the same still."""
+        written, num_nodes = min(self._num_written, begin), len(parents)
+        while written < num_nodes:  # up to the first whose parent comes with it: mostly all at once
+            end = next((node for node in range(written + 1, num_nodes) if parents[node] >= written), num_nodes)
+            above = self._device.upload(torch.tensor([parent + 1 for parent in parents[written:end]]))  # [k]
+            new = self._square[written + 1 : end + 1]
+            new.copy_(self._square.index_select(0, above))
+            new.diagonal(written).fill_(True)
+            written = end
+        self._num_written = num_nodes
+        return self._square[begin + 1 : num_nodes + 1, :num_nodes]

@@ -113,7 +113,8 @@ def device_ledger(
         "draft model": draft.outside_bytes + draft.computed_bytes if draft and not draft.is_base else 0,
         "draft key/value cache": draft.kv_bytes_per_row * cache_rows if draft else 0,
         "draft recordings": recording_bytes(draft, widest_pass(tree_nodes), context_rows) if draft and replays else 0,
-        "tree mask": tree_nodes**2,
+        "tree mask": (max_sequences + 1) * tree_nodes**2,  # and what one is doubled from
+        "draft mask": max_sequences * (tree_nodes + 1) * tree_nodes if draft else 0,
         "logits and laws": logits_bytes(target, tree_nodes, max_sequences),
         "activations": max(activation_bytes(target, pass_rows, context_rows), drawing) if pass_rows else 0,
     }
