@@ -176,8 +176,8 @@ def _take_memory(
 
 
 class _Memory:
-    """Of a model on the device: its layers as `placement` has them, its cache for the texts of `plan`, each with `more_rows` of
-    its own, and one buffer for what lies outside the layers. Taken here, filled by `fill`; `stack` is given what ends its use."""
+    """Of a model on the device: its layers as `placement` has them, its cache for the texts of `plan`, each `more_rows` longer,
+    and one buffer for what lies outside the layers. Taken here, filled by `fill`; `stack` is given what ends its use."""
 
     def __init__(
         self,

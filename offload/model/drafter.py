@@ -62,8 +62,8 @@ class ModelDrafter:
         return self._model.architecture.vocab_size - 1
 
     def aim(self, aim: Aim, max_rows: int) -> None:
-        """Grow such trees from here on. Their passes are recorded, if any are, in no more memory than before. A device that records
-        no more has all computed as they come."""
+        """Grow such trees from here on. Their passes are recorded, if any are, in no more memory than before. A device that
+        records no more has all computed as they come."""
         self._aim, self.chunk_tokens = aim, min(PROMPT_CHUNK_TOKENS, max_rows)
         if self._fixed is not None and (fixed_rows := widest_pass(aim.shape.num_nodes)) < self._fixed.max_rows:
             self._fixed = None  # its memory goes before the smaller one's comes
@@ -95,8 +95,8 @@ class ModelDrafter:
         return logits[:, : self._vocab_size]
 
     def prepare(self, aim: Aim) -> None:
-        """Record the passes that such trees take, if any are to be: of dynamic ones all up to the widest. Every segment needs room
-        for a row."""
+        """Record the passes that such trees take, if any are to be: of dynamic ones all up to the widest. Every segment needs
+        room for a row."""
         if self._fixed is not None:
             levels = width_buckets(self._fixed.max_rows) if aim.dynamic else [len(nodes) for nodes in aim.shape.expanded[1:-1]]
             self._fixed.prepare([*CATCH_UP_ROWS, *levels])
@@ -125,7 +125,7 @@ class ModelContext:
 
     def __init__(self, drafter: ModelDrafter, segment: Segment, token_ids: Sequence[int]) -> None:
         self._drafter, self.segment, self._token_ids = drafter, segment, list(token_ids)
-        # Of nodes, in the order of their pending rows: their parents among them, and how deep they hang below the root's children.
+        # Of nodes, in the order of their pending rows: their parents among them, and how far they are below the first.
         self._parents: list[int] = []
         self._depths: list[int] = []
         self._mask = drafter.masks[segment]

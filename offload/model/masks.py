@@ -39,9 +39,9 @@ class NodeMask:
         self._num_written = 0
 
     def rows(self, parents: Sequence[int], begin: int) -> torch.Tensor:
-        """Those of nodes `begin`, begin + 1, ...: [n, M] bool, right until the next `forget`. `parents` are those of all M nodes,
-        in the order of their rows (-1: none): a parent comes before its child. Those before `begin` that an earlier call had are
-        the same still."""
+        """Those of nodes `begin`, begin + 1, ...: [n, M] bool, right until the next `forget`. `parents` are those of all M
+        nodes, in the order of their rows (-1: none): a parent comes before its child. Those before `begin` that an earlier call
+        had are the same still."""
         written, num_nodes = min(self._num_written, begin), len(parents)
         while written < num_nodes:  # up to the first whose parent comes with it: mostly all at once
             end = next((node for node in range(written + 1, num_nodes) if parents[node] >= written), num_nodes)

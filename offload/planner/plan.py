@@ -44,8 +44,8 @@ class Plan:
     what copies can reach, None when nothing is streamed.
 
     `tree` is the shape of every tree, or, of `dynamic` ones, a common shape of the most nodes that they have; `acceptance`,
-    `least_gain` and `least_value` are those of `tree.draft.Aim`. `ahead_steps` is how often drafts grow ahead in a pass, for which the draft's
-    cache has `ahead_rows` more rows for each text.
+    `least_gain` and `least_value` are those of `tree.draft.Aim`. `ahead_steps` is how often drafts grow ahead in a pass, for
+    which the draft's cache has `ahead_rows` more rows for each text.
 
     A pass sends `bytes_per_pass` over the link, of which `disk_bytes_per_pass` are read from disk; the parameters of the layers
     that it streams take `raw_bytes_per_pass`.
