@@ -51,6 +51,7 @@ setup(
         "offload.calibrate",
         "offload.cli",
         "offload.coding",
+        "offload.datastore",
         "offload.demo",
         "offload.device",
         "offload.doctor",

@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "coding": FLOOR,  # arithmetic on tensors
     "weights": {*FLOOR, "coding", "device"},
     "streaming": {*FLOOR, "device", "weights"},
+    "datastore": {"errors"},  # tokens and bytes: whoever opens one brings what it has to know of a model
     "text": {*FLOOR, "model.transformers_api", "weights.gguf_header", "weights.gguf_cursor"},  # which hold tokenizers, too
     "model": {*MACHINE, "releases"},  # whether a family or a release is to blame for a pass that fails
     # shapes come from where models are found, without building any; buckets say what recordings of the draft will take, and
@@ -52,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "source": {*MODEL, "stored", "typed_model"},  # a model looked at, not yet loaded: what calibrate measures and engine loads
     "calibrate": {*MODEL, "source", "typed_model"},
     "engine": {*MODEL, "report", "source", "typed_model"},
-    "assemble": {*MODEL, "calibrate", "engine", "report", "source", "typed_model"},
+    "assemble": {*MODEL, "calibrate", "datastore", "engine", "report", "source", "typed_model"},
     # looks at files, devices and sizes as a run would, times copies and a decoder, and runs nothing
     "doctor": {*MODEL, "calibrate", "releases", "scale.preset", "source", "typed_model"},
     # HTTP around one engine; whoever starts a server says how its engine is opened
@@ -63,6 +64,7 @@ ALLOWED: dict[str, set[str]] = {
         "assemble",
         "bench",
         "calibrate",
+        "datastore",
         "demo",
         "doctor",
         "engine",
@@ -79,6 +81,7 @@ ALLOWED: dict[str, set[str]] = {
 # Where offload may say `from tree.x import y`.
 TREE_IMPORTERS = (
     "offload/calibrate/",  # times what is done with trees
+    "offload/datastore/",  # a source of tokens of a tree
     "offload/engine/",
     "offload/planner/",
     "offload/bench/",

@@ -65,6 +65,20 @@ def add_profile_flags(parser: argparse.ArgumentParser) -> None:
     add_verbosity_flags(parser)
 
 
+def add_datastore_flags(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_subparsers(dest="what", metavar="build|verify", required=True, parser_class=type(parser))
+    build = what.add_parser("build", help="make one of texts", allow_abbrev=False)
+    build.add_argument("--model", required=True, metavar="PATH|HUB_ID", help="whose tokenizer makes the tokens")
+    build.add_argument("--output", required=True, metavar="FILE", help="the datastore")
+    build.add_argument("--memory", default="1GiB", metavar="SIZE", help="for sorting, about; default 1GiB")
+    build.add_argument("texts", nargs="+", metavar="TEXTS", help='files in UTF-8, .jsonl with a "text" a line, folders of them')
+    verify = what.add_parser("verify", help="read all of one and compare it with its checksums", allow_abbrev=False)
+    verify.add_argument("file", metavar="FILE", help="the datastore")
+    for command in (build, verify):
+        command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        add_verbosity_flags(command)
+
+
 def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default 127.0.0.1: this machine only")

@@ -39,6 +39,8 @@ def main(argv: list[str]) -> int:
             from .bench import run
         elif arguments.command == "convert":
             from .convert import run
+        elif arguments.command == "datastore":
+            from .datastore import run
         elif arguments.command == "verify":
             from .verify import run
         else:

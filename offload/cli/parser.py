@@ -8,6 +8,7 @@ from ..errors import UsageError
 from .flag_groups import (
     add_bench_flags,
     add_chat_flags,
+    add_datastore_flags,
     add_model_flags,
     add_output_flags,
     add_plan_flags,
@@ -17,7 +18,7 @@ from .flag_groups import (
     add_verbosity_flags,
 )
 
-COMMANDS = ("generate", "chat", "serve", "plan", "bench", "profile", "doctor", "convert", "verify", "version")
+COMMANDS = ("generate", "chat", "serve", "plan", "bench", "profile", "doctor", "convert", "datastore", "verify", "version")
 DEMO_NAME = "treestream-demo"
 DEMO_PROMPT = "The Congress of the United States should"
 
@@ -80,6 +81,8 @@ def build_parser() -> Parser:
     convert.add_argument(
         "--output", required=True, metavar="DIR", help="a new folder, or one in which this was interrupted: it goes on"
     )
+    datastore = commands.add_parser("datastore", help="texts to find continuations in: --ngram FILE", allow_abbrev=False)
+    add_datastore_flags(datastore)
     verify = commands.add_parser("verify", help="check a checkpoint before a long run", allow_abbrev=False)
     verify.add_argument("--model", required=True, metavar="PATH", help="folder or hub id")
     verify.add_argument("--full", action="store_true", help="compare contents with the manifest, too")

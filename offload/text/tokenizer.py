@@ -3,6 +3,8 @@
 Knows nothing of models. A model folder may lack a tokenizer; token ids still work there.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -118,6 +120,10 @@ class Tokenizer:
 
     def vocabulary(self) -> dict[str, int]:
         return dict(self._tokenizer.get_vocab())
+
+    def vocabulary_digest(self) -> bytes:
+        """SHA-256 of which token has which id: what tells whether a file of token ids is of this tokenizer."""
+        return hashlib.sha256(json.dumps(sorted(self.vocabulary().items())).encode()).digest()
 
 
 @cache
