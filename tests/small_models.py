@@ -12,7 +12,7 @@ from offload.model.causal_lm import CausalLM, WeightSource
 from offload.model.kv_cache import KVCache, Segment
 from offload.model.pass_inputs import Part
 from offload.source import ModelSource, check_source
-from offload.streaming.stream import ResidentWeights, Weights
+from offload.streaming.stream import BeforeLayer, ResidentWeights, Weights
 from tree.shape import TreeShape
 
 
@@ -22,8 +22,10 @@ class PassingWeights:
     def __init__(self, layers: Sequence[Weights]) -> None:
         self._layers, self.num_ended = layers, 0
 
-    def one_pass(self) -> Iterator[Weights]:
-        for layer in self._layers:
+    def one_pass(self, before_layer: BeforeLayer | None = None) -> Iterator[Weights]:
+        for number, layer in enumerate(self._layers):
+            if before_layer is not None:
+                before_layer(number)
             lent = {name: tensor.clone() for name, tensor in layer.items()}
             yield lent
             self.num_ended += 1

@@ -33,7 +33,8 @@ KEYS = {
         *("timing", "speculation", "streaming", "memory", "plan", "environment"),
     },
     "timing": {"load_s", "reused_tokens", "first_token_s", "decode_s", "s_per_token", "tokens_per_s"},
-    "speculation": {"tree_nodes", "tree_levels", "verifier", "passes", "tokens_per_pass", "accepted_per_pass"},
+    "speculation": {"tree_nodes", "tree_levels", "verifier", "passes", "tokens_per_pass", "accepted_per_pass"}
+    | {"nodes_per_pass", "ngram_tokens", "foreseen_nodes", "wasted_nodes"},
     "streaming": {
         *("streamed_layers", "resident_layers", "disk_layers", "slots", "bytes_per_pass", "link_bytes_per_s"),
         *("raw_bytes_per_pass", "codecs", "link_peak_bytes_per_s", "link_utilisation", "stall_s", "emulated_link"),

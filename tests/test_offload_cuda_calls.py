@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import VOCAB_SIZE
 from fakes import Tape
 from offload.assemble import open_engine
 from offload.config import EngineSettings
@@ -28,6 +30,8 @@ from offload.model.attention import Block, tree_attention
 from offload.model.transformers_api import carry
 from offload.weights.placement import RING_BUFFERS
 from planning import L40
+from test_offload_drafters import open_with
+from text_drafters import TextContext, TextDrafter
 
 Models = Callable[..., Path]
 PROMPT = [5, 9, 33, 2, 71]
@@ -102,14 +106,20 @@ class Event:
 
 
 class Stream:
+    def __init__(self, priority: int = 0) -> None:
+        self.priority = priority
+        self.waited: list[object] = []
+
     def wait_event(self, event: Event) -> None:
         assert event.at is not None, "an event that was not recorded is no wait"
+        self.waited.append(event)
 
     def wait_stream(self, other: "Stream") -> None:
         assert other is not self
+        self.waited.append(other)
 
     def synchronize(self) -> None:
-        pass
+        self.waited.clear()
 
 
 class Graph:
@@ -126,14 +136,20 @@ def capture(graph: Graph, *, pool: object, stream: Stream, capture_error_mode: s
     graph.replay = tape.replay
 
 
+streams: list[Stream] = []  # the current one last
+
+
 @contextmanager
 def use(stream: Stream) -> Iterator[None]:
+    streams.append(stream)
     yield
+    assert streams.pop() is stream
 
 
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
-    runtime, compute = Runtime(), Stream()
+    runtime = Runtime()
+    streams[:] = [Stream()]
     stand_ins: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: False,
@@ -148,7 +164,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
         "graph": capture,
         "graph_pool_handle": lambda: (0, 1),
         "stream": use,
-        "current_stream": lambda: compute,
+        "current_stream": lambda: streams[-1],
         "synchronize": lambda: None,
         "empty_cache": lambda: None,
         "reset_peak_memory_stats": lambda: None,
@@ -202,6 +218,39 @@ def test_a_thread_that_did_not_open_it_runs_on_it_too(runtime: Runtime, models: 
         engine.forget()
         assert pool.submit(engine.generate, PROMPT, max_new_tokens=6, ignore_eos=True).result().token_ids == expected
         pool.submit(engine.close).result()
+
+
+@pytest.mark.parametrize("room_layers", [2, 0])
+def test_drafts_grow_beside_a_pass_that_comes_first(runtime: Runtime, models: Models, room_layers: int) -> None:
+    """Between its layers where the host waits for those, and else behind them all. Either order may use what came before it."""
+    device, calls, drafter = open_device(), list[str](), TextDrafter(VOCAB_SIZE)
+    default = streams[-1]
+    runtime.room_bytes = room_layers * 2**20
+
+    def grow_ahead(context: TextContext) -> int:
+        stream = streams[-1]
+        assert stream is device._side_stream and isinstance(stream.waited[-1], Event), "it may see what the pass does"
+        calls.append("grow")
+        return 3
+
+    def compute(*_: object) -> None:
+        first = streams[-1]
+        assert first.priority == -1 and default in first.waited
+        calls.append("layer")
+
+    with open_with(models(num_layers=3), drafter, device=device, resident_layers=1, slots=2) as engine:
+        engine.loop._plan = replace(engine.plan, ahead_steps=2)
+        for layer in engine.loop._target._layers:
+            layer.register_forward_hook(compute)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TextContext, "grow_ahead", grow_ahead)
+            report = engine.generate(PROMPT, max_new_tokens=12, ignore_eos=True)
+        in_ring = bool(engine.plan.placement.through_ring)
+        assert in_ring is (room_layers == 0)
+    one_pass = ["layer"] * 3 + ["grow"] * 2 if not in_ring else ["grow", "layer", "grow", "layer", "layer"]
+    assert calls == one_pass * len(report.stats.passes)
+    assert default.waited[-1] is device._first_stream and device._side_stream.waited == []
+    assert report.stats.wasted_nodes == 6 * len(report.stats.passes)
 
 
 @pytest.mark.parametrize("num_registered", range(6))

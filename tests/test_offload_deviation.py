@@ -18,6 +18,7 @@ def rounds(
 ) -> list[PassStats]:
     one = PassStats(
         num_rows=8,
+        num_nodes=8,
         emitted_tokens=tokens,
         bytes_streamed=10**9,
         draft_s=draft_s,

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from exactness import PROMPT as PAIR_PROMPT
 from fakes import DEVICES
 from offload.assemble import open_engine
 from offload.config import EngineSettings
+from offload.device import Device
 from offload.engine.decode import DecodeLoop
 from offload.engine.engine import Engine
 from offload.engine.sessions import Sessions
@@ -30,12 +32,19 @@ PROMPT = [5, 9, 33, 5, 9, 71, 5]
 
 
 @contextmanager
-def open_with(folder: Path, drafter: Drafter, kind: str = "cpu", verifier: str = "auto", **changes: Any) -> Iterator[Engine]:
+def open_with(
+    folder: Path,
+    drafter: Drafter,
+    kind: str = "cpu",
+    verifier: str = "auto",
+    device: Device | None = None,
+    **changes: Any,
+) -> Iterator[Engine]:
     """An engine whose trees come from `drafter`. It was planned with a model for a draft, for the room of a tree."""
     settings = EngineSettings(
         model=str(folder), draft_models=(str(folder),), tree="3x3:kary", device="cpu", dtype="float32", **changes
     )
-    with open_engine(settings, device=DEVICES[kind](), hardware=L40) as engine:
+    with open_engine(settings, device=device or DEVICES[kind](), hardware=L40) as engine:
         loop, plan = engine.loop, engine.plan
         drafter.aim(plan.aim, plan.pass_rows)
         sessions = Sessions([loop._target.cache], max_bytes=2**20)
@@ -58,11 +67,17 @@ def test_trees_of_any_shape_give_the_greedy_text(models: Models, kind: str, veri
         assert len(shapes) > 2 and max(shape.num_nodes for shape in shapes) <= engine.plan.tree.num_nodes
 
 
-def test_a_drafter_may_go_on_growing_between_the_layers_of_every_pass(models: Models) -> None:
-    drafter = TextDrafter(VOCAB_SIZE)
-    with open_with(models(num_layers=3), drafter) as engine:
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("resident_layers", [0, 2, 3])
+def test_a_drafter_may_go_on_growing_while_a_pass_runs(models: Models, at_once: bool, resident_layers: int) -> None:
+    """As often as is planned, whatever the layers do."""
+    folder, drafter = models(num_layers=3), TextDrafter(VOCAB_SIZE)
+    expected = greedy(folder, PROMPT, 9)
+    with open_with(folder, drafter, resident_layers=resident_layers) as engine:
+        engine.loop._plan, engine.loop._device.at_once = replace(engine.plan, ahead_steps=4), at_once
         report = engine.generate(PROMPT, max_new_tokens=9, ignore_eos=True)
-        assert drafter.num_ahead == 3 * len(report.stats.passes)
+        assert list(report.token_ids[: len(expected)]) == expected
+        assert drafter.num_ahead == 4 * len(report.stats.passes)
 
 
 @pytest.mark.slow

@@ -140,11 +140,11 @@ def test_features_are_those_of_the_layers_asked_for(models: Models) -> None:
 
 def test_before_each_layer_something_else_may_be_done(models: Models) -> None:
     with open_model(models()) as model:
-        weights, ended = model._weights, []
+        weights, ended = model._weights, list[tuple[int, int]]()
         assert isinstance(weights, PassingWeights)
         part = tree_part(model.cache.segments[0], [9, 8], [1], TreeShape.root_only())
-        model.forward((part,), before_layer=lambda: ended.append(weights.num_ended))
-        assert ended == [0, 0, 1]  # the layer before is still in use
+        model.forward((part,), before_layer=lambda layer: ended.append((layer, weights.num_ended)))
+        assert ended == [(0, 0), (1, 1), (2, 2)]  # the layer before is not in use any more
         tree_logits(model, [], [1], TreeShape.root_only())
         assert len(ended) == 3
 

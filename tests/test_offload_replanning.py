@@ -73,6 +73,7 @@ def one_round(made: Plan, slower: float = 1.0, tokens: int | None = None) -> Pas
     stall_s = predicted.round_s - predicted.compute_s - predicted.draft_s - predicted.after_s
     return PassStats(
         num_rows=made.tree.num_nodes,
+        num_nodes=made.tree.num_nodes,
         emitted_tokens=tokens or round(predicted.expected_tokens),
         bytes_streamed=made.bytes_per_pass,
         draft_s=slower * predicted.draft_s,

@@ -30,6 +30,7 @@ def traced_run(folder: Path) -> Trace:
         emulate_link_bytes_per_s=5e6,
     )
     with open_engine(settings, trace=trace, hardware=L40) as engine:
+        engine.loop._plan = replace(engine.plan, ahead_steps=2)
         engine.generate([1, 2, 3], max_new_tokens=9, ignore_eos=True)
     return trace
 

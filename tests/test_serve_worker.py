@@ -21,6 +21,7 @@ from tree.verify import Verdict
 
 PASS = PassStats(
     num_rows=1,
+    num_nodes=1,
     emitted_tokens=1,
     bytes_streamed=10,
     draft_s=0,

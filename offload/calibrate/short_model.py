@@ -20,6 +20,7 @@ from ..model.drafter import PROMPT_CHUNK_TOKENS, ModelContext, ModelDrafter
 from ..model.kv_cache import KVCache
 from ..model.pass_inputs import Part
 from ..planner.hardware import Role
+from ..streaming.stream import BeforeLayer
 from ..typed_model import TypedModel, base_draft
 from ..weights.layout import LayerLayout
 from .draft_levels import growing_levels, num_levels, peaked_logits, tree_of_levels
@@ -43,8 +44,10 @@ class _Repeated:
         self.late_s = 0.0
         self.came: Ticket | None = None  # when the last layer did
 
-    def one_pass(self) -> Iterator[Mapping[str, torch.Tensor]]:
+    def one_pass(self, before_layer: BeforeLayer | None = None) -> Iterator[Mapping[str, torch.Tensor]]:
         for layer in range(self._num_layers):
+            if before_layer is not None:
+                before_layer(layer)
             if self.late_s:
                 time.sleep(self.late_s)
             self.came = self._device.mark()

@@ -49,6 +49,7 @@ class Device(Protocol):
     name: str
     torch_device: torch.device
     host_addressable: bool  # `alloc`ed memory can be written by the host directly
+    at_once: bool  # what is issued has been computed when the host goes on
     replays: bool  # what `record` returns is cheaper than the work itself, so that fixed shapes pay
     small_uploads: str | None  # how small tensors reach it, "copy" or "mapped"; None where they are there already
 
@@ -84,6 +85,13 @@ class Device(Protocol):
         tensors, with the same numbers and shapes. So `work` reads and writes tensors that outlive it, draws no random numbers,
         copies nothing from or to the host, and waits for nothing.
         """
+
+    def first(self) -> AbstractContextManager[None]:
+        """Inside, compute comes before that of `beside`, where both want the device."""
+
+    def beside(self, after: Ticket) -> AbstractContextManager[None]:
+        """Inside, compute comes behind `after`, a mark, and beside all that was issued since, where a device can. The host
+        waits for it at the end. What was computed since `after` is not to be used inside, nor what is used there changed."""
 
     def drain(self, ticket: Ticket) -> None:
         """Block the calling thread until `ticket` has passed. Never called by the compute thread inside a pass."""

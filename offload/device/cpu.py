@@ -5,7 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -45,6 +45,7 @@ class CpuDevice:
     name = "cpu"
     torch_device = torch.device("cpu")
     host_addressable = True
+    at_once = True
     replays = False
     small_uploads: str | None = None
 
@@ -90,6 +91,12 @@ class CpuDevice:
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         return work
+
+    def first(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def beside(self, after: Ticket) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def drain(self, ticket: Ticket) -> None:
         if isinstance(ticket, CpuCopy):

@@ -25,6 +25,7 @@ from .faults import translated
 from .host import HostMapping
 from .numa import bus_id_of, near_cpus
 from .small_uploads import SMALL_BYTES, choose_uploads
+from .streams import beside, inserted
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ def _launch_anything() -> None:
 
 class CudaDevice:
     host_addressable = False
+    at_once = False
     replays = True
 
     def __init__(self, index: int = 0, *, small_uploads: str = "copy") -> None:
@@ -135,8 +137,10 @@ class CudaDevice:
         torch.cuda.set_device(self.torch_device)
         self.name = torch.cuda.get_device_name(index)
         self._copy_stream = torch.cuda.Stream()
-        # One for all recordings: libraries keep a workspace of tens of MiB for every stream that they have run on.
-        self._recording_stream = torch.cuda.Stream()
+        # One for recordings and for work beside a pass: libraries keep a workspace of tens of MiB for every stream that they
+        # have run on. No stream has a lower priority than this one and the default one: who is to be first has a higher one.
+        self._side_stream = torch.cuda.Stream()
+        self._first_stream = torch.cuda.Stream(priority=-1)
         self._graph_pool = torch.cuda.graph_pool_handle()  # shared: graphs run one at a time, and keep their outputs
         self._clock = _Clock()
         self._near_cpus = _near_cpus(index)
@@ -166,8 +170,8 @@ class CudaDevice:
         return self._copy_up(host)
 
     def _copy_up(self, host: torch.Tensor) -> torch.Tensor:
-        # Pageable sources of up to 64 KiB are taken along with the command: no sync, no turn behind a layer on the copy engine,
-        # and `host` may go at once. Larger ones may wait for the stream, so a round has none of them.
+        # Up to 64 KiB are taken along with the command: no sync, no turn behind a layer, and `host` may go at once. Larger
+        # ones may wait for the stream, so a round has none of them.
         return host.to(self.torch_device, non_blocking=True)
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -198,16 +202,19 @@ class CudaDevice:
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         # Libraries set themselves up in the first run, which may not be captured, and on a stream that is not the default one.
-        side, current = self._recording_stream, torch.cuda.current_stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
+        with inserted(self._side_stream, torch.cuda.current_stream(), torch.cuda.stream):
             work()
-        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads go on waiting for copies meanwhile; only this one's calls are captured and checked.
-        with torch.cuda.graph(graph, pool=self._graph_pool, stream=side, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._graph_pool, stream=self._side_stream, capture_error_mode="thread_local"):
             work()
         return graph.replay
+
+    def first(self) -> contextlib.AbstractContextManager[None]:
+        return inserted(self._first_stream, torch.cuda.current_stream(), torch.cuda.stream)
+
+    def beside(self, after: Ticket) -> contextlib.AbstractContextManager[None]:
+        return beside(self._side_stream, _end_event(after), torch.cuda.stream)
 
     def drain(self, ticket: Ticket) -> None:
         _end_event(ticket).synchronize()
@@ -244,10 +251,8 @@ class CudaDevice:
         return torch.cuda.max_memory_allocated(self.torch_device)
 
     def close(self) -> None:
-        with (
-            contextlib.suppress(RuntimeError),
-            torch.cuda.device(self.torch_device),
-        ):  # of a GPU that is lost, which whoever closes it knows by now
+        # Of a GPU that is lost, whoever closes it knows by now.
+        with contextlib.suppress(RuntimeError), torch.cuda.device(self.torch_device):
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # for whoever else is on this GPU, such as the next engine of a benchmark
             torch.cuda.reset_peak_memory_stats()  # what was measured on a device of its own is no part of a later run

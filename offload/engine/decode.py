@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +26,7 @@ from ..planner.plan import Plan
 from ..report.stats import PassStats
 from ..report.trace import Trace
 from ..streaming.stream import LayerStream, PassProgress
+from .ahead import GrowthAhead
 from .pass_times import pass_times
 from .sequence import Sequence, share_rows
 from .sessions import Sessions, host_limit_bytes
@@ -72,6 +74,7 @@ class DecodeLoop:
     ) -> None:
         self._device, self._target, self._stream, self._drafter = device, target, stream, drafter
         self.sessions, self._plan, self._method, self._trace, self.fallbacks = sessions, plan, method, trace, fallbacks
+        self._may_grow_ahead = True
 
     @property
     def plan(self) -> Plan:
@@ -82,7 +85,7 @@ class DecodeLoop:
         """Go on under `plan`, between two passes: another tree, in the memory of the present plan."""
         if self._drafter is not None:
             self._drafter.aim(plan.aim, plan.pass_rows)
-        self._plan, self.fallbacks = plan, fallbacks
+        self._plan, self.fallbacks = self._allowed(plan), fallbacks
 
     def seeded(self, seed: int) -> torch.Generator:
         """Randomness for one text."""
@@ -111,7 +114,15 @@ class DecodeLoop:
             draft = None
             if self._drafter is not None:
                 draft = self._drafter.start(place.number, text, prompt_tokens, repeatable=repeatable)
-        return Sequence(place, draft, params=params, generator=generator, scoring=scoring, tokens_left=tokens_left)
+        return Sequence(
+            place,
+            draft,
+            params=params,
+            generator=generator,
+            scoring=scoring,
+            tokens_left=tokens_left,
+            repeatable=repeatable,
+        )
 
     def run_pass(self, sequences: Tokens[Sequence]) -> tuple[Outcome, ...]:
         """One pass for all `sequences`; what it brought each of them. A pass that the device has no memory for is taken back
@@ -182,17 +193,37 @@ class DecodeLoop:
         return sequence.draft.grow(num_nodes, num_levels, sequence.params, sequence.generator, sampled=sampled)
 
     def _run_target(self, turns: Tokens[Turn]) -> tuple[PartOutput, ...]:
-        growing = [turn.sequence.draft for turn in turns if turn.draft is not None and turn.sequence.draft is not None]
+        growing = [turn.sequence for turn in turns if turn.draft is not None and turn.sequence.draft is not None]
+        ahead = self._growth_ahead(growing)
+        ahead.begin()
+        with self._device.first() if self._plan.ahead_steps else nullcontext():
+            outputs = self._target.forward(
+                [turn.part(self._device) for turn in turns],
+                before_layer=ahead.before_layer,
+                feature_layers=self._drafter.feature_layers if self._drafter is not None else (),
+            )
+        ahead.finish()
+        for sequence, num_nodes in zip(growing, ahead.nodes, strict=True):
+            sequence.ahead_nodes = num_nodes
+        if ahead.failed is not None:
+            self._grow_no_more_ahead(ahead.failed.what)
+        if self._trace is not None:
+            for start_s, end_s in ahead.spans:
+                self._trace.add("draft ahead", "step", start_s, end_s)
+        return outputs
 
-        def grow_ahead() -> None:
-            for draft in growing:
-                draft.grow_ahead()
+    def _growth_ahead(self, growing: Tokens[Sequence]) -> GrowthAhead:
+        """A text that is to be repeated has the steps that it would have alone; others share what a pass has time for."""
+        steps = self._plan.ahead_steps
+        shares = [steps if sequence.repeatable else -(-steps // len(growing)) for sequence in growing]
+        drafts = [sequence.draft for sequence in growing if sequence.draft is not None]
+        return GrowthAhead(self._device, drafts, shares, self._stream.placement)
 
-        return self._target.forward(
-            [turn.part(self._device) for turn in turns],
-            before_layer=grow_ahead if growing else None,
-            feature_layers=self._drafter.feature_layers if self._drafter is not None else (),
-        )
+    def _grow_no_more_ahead(self, reason: str) -> None:
+        self._may_grow_ahead = False
+        note = "drafts do not grow ahead any more, as there is no memory for it"
+        self._plan = replace(self._plan, ahead_steps=0, notes=(*self._plan.notes, note))
+        logger.warning("%s (%s)", note, reason)
 
     def _results(self, done: Tokens[tuple[Turn, Judged]], start_s: float, verified_s: float) -> dict[Sequence, StepResult]:
         """For who got tokens; the others remember since when they wait, and what has been streamed for them."""
@@ -211,12 +242,7 @@ class DecodeLoop:
                 token_ids=judged.verdict.token_ids,
                 verdict=judged.verdict,
                 tops=turn.draft.tops,
-                stats=times.stats(
-                    since_s,
-                    num_rows=turn.unread + turn.num_nodes,
-                    num_tokens=len(judged.verdict.token_ids),
-                    bytes_streamed=num_bytes,
-                ),
+                stats=times.stats(since_s, turn, judged.verdict, num_bytes),
                 scores=judged.scores,
                 prompt_scores=sequence.prompt_scores,
             )
@@ -224,6 +250,9 @@ class DecodeLoop:
             if sequence.scoring is not None:  # the prompt is scored once, also where a family reads it again later
                 sequence.scoring = replace(sequence.scoring, prompt=False)
         return results
+
+    def _allowed(self, plan: Plan) -> Plan:
+        return plan if self._may_grow_ahead else replace(plan, ahead_steps=0)
 
     # -- when memory runs out -------------------------------------------------------------------------------------------
 
@@ -241,6 +270,6 @@ class DecodeLoop:
             self.sessions.limit(host_limit_bytes(plan))
         if self._drafter is not None:
             self._drafter.aim(plan.aim, plan.pass_rows)
-        self._plan = plan
+        self._plan = self._allowed(plan)
         logger.warning("%s (%s)", "; ".join(note for note in plan.notes if note not in old.notes), reason)
         return turn

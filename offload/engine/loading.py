@@ -164,8 +164,8 @@ def _take_memory(
                 parts.append(aside)
                 draft_model = aside.model(_weights_of(aside.store.resident.values(), own), own)
             vocab_size, room = target.architecture.vocab_size, plan.room_nodes
-            sizes = {"max_nodes": room, "ahead_rows": plan.ahead_rows}
-            drafter = ModelDrafter(draft_model, device, vocab_size, plan.aim, plan.pass_rows, **sizes)
+            about = draft_model, device, vocab_size, plan.aim, plan.pass_rows
+            drafter = ModelDrafter(*about, max_nodes=room, ahead_rows=plan.ahead_rows)
             own.callback(drafter.close)
             if draft.model.drafts_from_base:
                 stream.watch(partial(_follow, drafter, main.store))

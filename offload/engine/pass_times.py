@@ -3,11 +3,14 @@
 import time
 from dataclasses import dataclass
 
+from tree.verify import Verdict
+
 from ..device import Device
 from ..report.stats import PassStats
 from ..report.trace import Trace
 from ..streaming.pass_log import LayerTiming, layer_timings
 from ..streaming.stream import LayerStream
+from .turn import Turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,12 +22,16 @@ class PassTimes:
     end_s: float
     layers: tuple[LayerTiming, ...]
 
-    def stats(self, start_s: float, *, num_rows: int, num_tokens: int, bytes_streamed: int) -> PassStats:
-        """Of one sequence that waited for this pass since `start_s`, took `num_rows` rows of it and got `num_tokens` tokens.
-        `bytes_streamed` are those of all passes since then."""
+    def stats(self, start_s: float, turn: Turn, verdict: Verdict, bytes_streamed: int) -> PassStats:
+        """Of one sequence that waited for this pass since `start_s`. `bytes_streamed` are those of all passes since then."""
+        draft = turn.draft
         return PassStats(
-            num_rows=num_rows,
-            emitted_tokens=num_tokens,
+            num_rows=turn.unread + turn.num_nodes,
+            num_nodes=turn.num_nodes,
+            emitted_tokens=len(verdict.token_ids),
+            ngram_tokens=sum(node in draft.found for node in verdict.path[1:]) if draft is not None else 0,
+            foreseen_nodes=draft.foreseen if draft is not None else 0,
+            ahead_nodes=turn.sequence.ahead_nodes,
             bytes_streamed=bytes_streamed,
             draft_s=self.drafted_s - start_s,
             pass_s=self.computed_s - self.drafted_s,

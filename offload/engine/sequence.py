@@ -30,14 +30,16 @@ class Sequence:
         generator: torch.Generator,
         scoring: Scoring | None,
         tokens_left: int,
+        repeatable: bool = False,
     ) -> None:
-        self.place, self.draft = place, draft
+        self.place, self.draft, self.repeatable = place, draft, repeatable
         self.params, self.generator, self.scoring = params, generator, scoring
         self.tokens_left = tokens_left  # at most, that the text may still get
         self.prompt_scores: tuple[ScoredToken, ...] = ()
         # Since its last result, where a prompt takes several passes.
         self.start_s: float | None = None
         self.bytes_read = 0
+        self.ahead_nodes = 0  # that were grown in its last pass
 
     @property
     def token_ids(self) -> list[int]:

@@ -4,7 +4,7 @@ The model is transformers' own code; only the memory behind its parameters is ou
 asks the source for that layer's weights and points the layer's parameters at them; a hook behind the last one ends its use.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..device import Device
-from ..streaming.stream import ResidentWeights, Weights
+from ..streaming.stream import BeforeLayer, ResidentWeights, Weights
 from .architecture import Architecture
 from .base_model import parameter_forms
 from .kv_cache import KVCache
@@ -24,8 +24,9 @@ from .transformers_api import Forward, Rows
 
 
 class WeightSource(Protocol):
-    def one_pass(self) -> Iterator[Weights]:
-        """The weights of every decoder layer, in order; each is valid until the next is asked for."""
+    def one_pass(self, before_layer: BeforeLayer | None = None) -> Iterator[Weights]:
+        """The weights of every decoder layer, in order; each is valid until the next is asked for. Then `before_layer` is
+        called with the number of the next: the one before is not in use any more, and the next is not waited for yet."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,13 +43,10 @@ class _Pass:
 
     def __init__(self) -> None:
         self.layers: Iterator[Weights] = iter(())
-        self.before_layer: Callable[[], None] | None = None
 
     def bind(self, forms: tuple[Mapping[str, nn.Parameter], ...]) -> None:
         """Point one of `forms` at the next layer's weights, the first of which there are all, and the rest of the others at
         nothing."""
-        if self.before_layer is not None:
-            self.before_layer()
         weights = next(self.layers)
         bound = next((form for form in forms if form.keys() <= weights.keys()), forms[0])
         for name, parameter in bound.items():
@@ -99,13 +97,13 @@ class CausalLM:
         self,
         parts: Sequence[Part],
         *,
-        before_layer: Callable[[], None] | None = None,
+        before_layer: BeforeLayer | None = None,
         feature_layers: Sequence[int] = (),
     ) -> tuple[PartOutput, ...]:
         """One pass over `parts`, at least one, each of at least one row and of another segment of the cache.
 
-        Appends the rows of each part to its segment, as pending ones. `before_layer` is called before each decoder layer asks
-        for its weights. FitError when a segment has no room. On any error the segments and the weight source are as before.
+        Appends the rows of each part to its segment, as pending ones. `before_layer`: see
+        WeightSource. FitError when a segment has no room. On any error the segments and the weight source are as before.
         """
         for part in parts:
             part.segment.check_room(part.num_rows)
@@ -123,17 +121,16 @@ class CausalLM:
     def inputs(self, parts: Sequence[Part]) -> PassInputs:
         return pass_inputs(self._device, parts, self._windows, counts_prompts=bool(self._row_rotary))
 
-    def compute(self, inputs: PassInputs, rows: Rows, before_layer: Callable[[], None] | None = None) -> torch.Tensor:
+    def compute(self, inputs: PassInputs, rows: Rows, before_layer: BeforeLayer | None = None) -> torch.Tensor:
         """The pass alone: logits [n, V]. Keys and values go where `rows` says, and the counts of segments stay as they are."""
         for rotary in self._row_rotary:
             assert inputs.counted_prompts is not None
             rotary.counted_prompts = inputs.counted_prompts
-        layers = self._weights.one_pass()
-        self._pass.layers, self._pass.before_layer = layers, before_layer
+        self._pass.layers = layers = self._weights.one_pass(before_layer)
         try:
             return self._forward(inputs.token_ids, inputs.positions, inputs.masks, inputs.logit_rows, rows)
         finally:
-            self._pass.layers, self._pass.before_layer = iter(()), None
+            self._pass.layers = iter(())
             if isinstance(layers, Generator):
                 layers.close()
 

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from tree.aim import Aim
 from tree.context import TreeContext
+from tree.estimates import Estimates
+from tree.sources import TokenSources
 
 from ..device import Device
 from ..errors import FitError
@@ -22,7 +24,8 @@ PROMPT_CHUNK_TOKENS = 1024
 
 
 class ModelDrafter:
-    """Implements tree.draft.Drafter over a CausalLM with a cache of its own: trees are of the planned shape, or its beginning.
+    """Implements tree.draft.Drafter over a CausalLM with a cache of its own. What is learned of one text's verdicts serves all,
+    but for those that are to be repeated.
 
     vocab_size: the target's. Draft logits are cut or padded (never proposed) to it, for families whose sizes pad one vocabulary
         differently.
@@ -30,6 +33,7 @@ class ModelDrafter:
         replays CUDA graphs, with memory for the widest level that a tree of `max_nodes` may have; all others are as large as
         they must be, which is the same but for rounding.
     ahead_rows: of each text's cache are for nodes beyond those of a tree.
+    sources: of tokens that enter the same trees.
     max_rows: a prompt is read in pieces of at most so many tokens, and no more than PROMPT_CHUNK_TOKENS.
     """
 
@@ -45,9 +49,11 @@ class ModelDrafter:
         *,
         max_nodes: int,
         ahead_rows: int = 0,
+        sources: Sequence[TokenSources] = (),
     ) -> None:
         self._model, self.device, self._vocab_size = model, device, vocab_size
         self._aim, self.chunk_tokens = aim, min(PROMPT_CHUNK_TOKENS, max_rows)
+        self._sources, self._estimates = tuple(sources), Estimates(aim.acceptance)
         self.most_nodes = max_nodes + ahead_rows
         self.masks = {segment: NodeMask(device, self.most_nodes) for segment in model.cache.segments}
         self._fixed = FixedPasses(model, device, widest_pass(max_nodes)) if device.replays else None
@@ -81,7 +87,9 @@ class ModelDrafter:
         segment.begin_text(prompt_tokens, len(token_ids))
         if self._fixed is not None:
             self._fixed.restart(segment)
-        return TreeContext(ModelContext(self, segment, token_ids), token_ids[-1], lambda: self._aim)
+        estimates = Estimates(self._aim.acceptance) if repeatable else self._estimates
+        model, sources = ModelContext(self, segment, token_ids), [each.start(token_ids) for each in self._sources]
+        return TreeContext(model, token_ids[-1], lambda: self._aim, sources, estimates)
 
     def forward(self, part: Part) -> torch.Tensor:
         """Logits [n, V] float32 of the rows of `part` that have some; V is the target's."""

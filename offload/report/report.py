@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..config import rate_text, seconds_text
 from .deviation import Deviation
 from .deviation import deviation as find_deviation
-from .stats import RunStats
+from .stats import PassStats, RunStats
 
 if TYPE_CHECKING:  # a plan places weights, so it knows torch; commands that only name a commit need not wait for it
     from ..planner.plan import Plan
@@ -94,10 +94,14 @@ class Report:
             "speculation": {
                 "tree_nodes": plan.tree.num_nodes,
                 "tree_levels": plan.tree.num_levels,
+                "nodes_per_pass": stats.nodes_per_pass,
                 "verifier": self.verifier,
                 "passes": len(stats.passes),
                 "tokens_per_pass": stats.tokens_per_pass,
                 "accepted_per_pass": [one.emitted_tokens for one in stats.passes],
+                "ngram_tokens": sum(one.ngram_tokens for one in stats.passes),
+                "foreseen_nodes": sum(one.foreseen_nodes for one in stats.passes),
+                "wasted_nodes": stats.wasted_nodes,
             },
             "streaming": {
                 "streamed_layers": len(plan.placement.streamed),
@@ -128,14 +132,14 @@ class Report:
     def line(self) -> str:
         """`256 tokens in 201 s | 0.79 s/token | first token 6.1 s | 7.9 tokens/pass of 768 nodes | link 24.6 GB/s ...` Scripts
         read it: its words and units are always the same."""
-        stats, plan = self.stats, self.plan
+        stats = self.stats
         parts = [f"{len(self.token_ids)} tokens in {seconds_text(stats.first_token_s + stats.decode_s)} s"]
         if stats.s_per_token is not None:
             parts.append(f"{seconds_text(stats.s_per_token)} s/token{self._predicted()}")
         reused = f" ({stats.reused_tokens} of {len(self.prompt_token_ids)} prompt tokens reused)" if stats.reused_tokens else ""
         parts.append(f"first token {seconds_text(stats.first_token_s)} s{reused}")
         if stats.tokens_per_pass is not None:
-            parts.append(f"{stats.tokens_per_pass:.1f} tokens/pass of {plan.tree.num_nodes} nodes")
+            parts.append(f"{stats.tokens_per_pass:.1f} tokens/pass of {self._nodes()} nodes")
         parts.append(self._link())
         parts.append(f"device {_gib(self.memory.device_peak_bytes)} GiB")
         return " | ".join(parts)
@@ -145,8 +149,12 @@ class Report:
         """Where the prediction was off by more than a tenth, and why. It was made for the whole tree: passes over what was left
         of it near the end of the text say nothing, nor do those before the plan was changed."""
         plan, first = self.plan, max(self.stats.passes_before_plan, 1)
-        steady = [one for one in self.stats.passes[first:] if one.num_rows >= plan.tree.num_nodes]
+        steady = [one for one in self.stats.passes[first:] if _is_whole(one, plan)]
         return find_deviation(plan.prediction, steady, plan.bytes_per_pass, plan.link_bytes_per_s)
+
+    def _nodes(self) -> int:
+        mean = self.stats.nodes_per_pass
+        return self.plan.tree.num_nodes if not self.plan.dynamic or mean is None else round(mean)
 
     def _predicted(self) -> str:
         predicted_s = self.plan.prediction.s_per_token
@@ -160,6 +168,11 @@ class Report:
         if not rate or share is None:
             return f"{name}: one pass only"
         return f"{name} {rate_text(rate)}, {share * 100:.0f} % of peak"
+
+
+def _is_whole(one: PassStats, plan: "Plan") -> bool:
+    """Whether a pass was over a tree as planned, and nothing else. Dynamic ones are as large as they happen to be."""
+    return one.num_rows == one.num_nodes if plan.dynamic else one.num_rows >= plan.tree.num_nodes
 
 
 def environment(device_name: str) -> dict[str, object]:

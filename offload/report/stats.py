@@ -6,10 +6,17 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassStats:
     """One round: draft_s until the first layer is asked for, pass_s until the last one is computed, verify_s the rest, the head
-    included. `stall_s` is compute waiting for copies, summed over layers; `copied_s` is the time copies were under way."""
+    included. `stall_s` is compute waiting for copies, summed over layers; `copied_s` is the time copies were under way.
+
+    Of `num_rows` rows `num_nodes` were a tree's, of which `foreseen_nodes` had been grown while the pass before ran;
+    `ahead_nodes` were grown while this one did. Of the tokens emitted, `ngram_tokens` were found in a text."""
 
     num_rows: int
+    num_nodes: int
     emitted_tokens: int
+    ngram_tokens: int = 0
+    foreseen_nodes: int = 0
+    ahead_nodes: int = 0
     bytes_streamed: int
     draft_s: float
     pass_s: float
@@ -52,6 +59,15 @@ class RunStats:
     @property
     def tokens_per_pass(self) -> float | None:
         return sum(p.emitted_tokens for p in self.passes) / len(self.passes) if self.passes else None
+
+    @property
+    def nodes_per_pass(self) -> float | None:
+        return sum(p.num_nodes for p in self.passes) / len(self.passes) if self.passes else None
+
+    @property
+    def wasted_nodes(self) -> int:
+        """That were grown ahead and were in no tree since."""
+        return max(sum(p.ahead_nodes for p in self.passes) - sum(p.foreseen_nodes for p in self.passes), 0)
 
     @property
     def link_bytes_per_s(self) -> float | None:

@@ -1,4 +1,4 @@
-"""What happened when: spans on five lanes, written for Perfetto (Chrome trace JSON) or drawn as a PNG timeline."""
+"""What happened when: spans on six lanes, written for Perfetto (Chrome trace JSON) or drawn as a PNG timeline."""
 
 import json
 from collections import deque
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LANES = ("ring", "link", "compute", "draft", "verify")
-_COLOURS = ("#8c6d31", "#1f77b4", "#2ca02c", "#ff7f0e", "#d62728")
+LANES = ("ring", "link", "compute", "draft", "draft ahead", "verify")
+_COLOURS = ("#8c6d31", "#1f77b4", "#2ca02c", "#ff7f0e", "#e7ba52", "#d62728")
 MAX_SPANS = 1_000_000  # about 100 MB of JSON; older spans go first
 
 

@@ -22,6 +22,7 @@ from .pass_log import LayerUse, PassLog
 from .schedule import Decode, Fetch, first_fetches, pass_steps
 
 Weights = Mapping[str, torch.Tensor]
+BeforeLayer = Callable[[int], None]
 
 LINK_SAMPLES = 4
 NO_MEMORY = torch.empty(0, dtype=torch.uint8)
@@ -43,8 +44,11 @@ class ResidentWeights:
     def __init__(self, layers: list[Weights]) -> None:
         self._layers = layers
 
-    def one_pass(self) -> Iterator[Weights]:
-        return iter(self._layers)
+    def one_pass(self, before_layer: BeforeLayer | None = None) -> Iterator[Weights]:
+        for layer, weights in enumerate(self._layers):
+            if before_layer is not None:
+                before_layer(layer)
+            yield weights
 
     def close(self) -> None:
         self._layers = []
@@ -173,24 +177,30 @@ class LayerStream:
             self._abandon()
             raise
 
-    def one_pass(self) -> Iterator[Weights]:
-        """The weights of layers 0, 1, ...; each is valid until the next is asked for. Errors of a copy are raised here."""
+    def one_pass(self, before_layer: BeforeLayer | None = None) -> Iterator[Weights]:
+        """The weights of layers 0, 1, ...; each is valid until the next is asked for. Errors of a copy are raised here.
+        `before_layer` is called with each when the slot of the one before is free, and its next copy queued, and this one is
+        not waited for yet: work in there delays neither, as long as copies are under way."""
         self.prefetch()
         self.log = PassLog(self._device.mark())
         try:
-            yield from self._run_pass(self.log)
+            yield from self._run_pass(self.log, before_layer)
             self._pass_number += 1
         except BaseException:
             self._abandon()
             raise
 
-    def _run_pass(self, log: PassLog) -> Iterator[Weights]:
+    def _run_pass(self, log: PassLog, before_layer: BeforeLayer | None) -> Iterator[Weights]:
         copy: CopyTicket | None = None  # of the layer that was decoded last
+        begun = -1
         for step in pass_steps(self._num_layers, self._streamed, len(self._slots), self._pass_number, self._decoded.keys()):
             if isinstance(step, Fetch):
                 self._queue.append(step)
                 self._send(None)
-            elif isinstance(step, Decode):
+                continue
+            if before_layer is not None and step.layer != begun:
+                before_layer(begun := step.layer)
+            if isinstance(step, Decode):
                 copy = self._decode(step)
             elif step.slot is not None:
                 arrived, stored = self._arrived(step.slot)
