@@ -12,6 +12,7 @@ __all__ = [
     "context",
     "draft",
     "draw",
+    "dynamic",
     "estimates",
     "growing",
     "logprobs",

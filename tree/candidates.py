@@ -20,14 +20,15 @@ UNTEMPERED = SamplingParams(temperature=1.0)
 class Candidates:
     """Possible children of n nodes that were run, K each, in the order in which they are to be taken.
 
-    token_ids, probabilities: [n][K], of the row without what was taken. tops: [n], the largest probability of the whole row.
-    taken: [n], the draft's probabilities of the tokens that were taken. rows: [n, V], what drawn children were drawn from: 0 at
-    taken tokens, not renormalised. None if they were chosen.
+    token_ids, probabilities: [n][K], of the row without what was taken, not renormalised. tops: [n], the largest probability of
+    the whole row, and left: [n], of what was not taken. taken: [n][...], the probabilities of the tokens that were taken. rows:
+    [n, V], what drawn children were drawn from: 0 at taken tokens, not renormalised. None if they were chosen.
     """
 
     token_ids: list[list[int]]
     probabilities: list[list[float]]
     tops: list[float]
+    left: list[float]
     taken: list[list[float]]
     rows: Tensor | None
 
@@ -59,9 +60,12 @@ def candidates_of(
     tops = probabilities.amax(-1)
     struck = probabilities[places]  # [T]
     ranking = logits
+    left = tops
     if numbers:
         probabilities[places] = 0.0
-        ranking = logits.index_put(places, logits.new_tensor(-torch.inf))
+        left = probabilities.amax(-1)
+        lowest = torch.finfo(logits.dtype).min  # above that of what was taken, even where the draft rules a token out
+        ranking = logits.clamp(min=lowest).index_put(places, logits.new_tensor(-torch.inf))
     for block in row_blocks(num_rows, vocab_size):
         part = slice(block.start, block.stop)
         if sampled:
@@ -70,7 +74,7 @@ def candidates_of(
             tokens = top_k_tokens(ranking[part], branching)
         columns.append([tokens.flatten(), probabilities[part].gather(-1, tokens).flatten()])
     token_columns, share_columns = (torch.cat(parts) for parts in zip(*columns, strict=True))
-    tokens_host, shares_host, tops_host, struck_host = to_host(token_columns, share_columns, tops, struck)
+    tokens_host, shares_host, tops_host, left_host, struck_host = to_host(token_columns, share_columns, tops, left, struck)
     struck_by_row: list[list[float]] = [[] for _ in range(num_rows)]
     for (row, _), share in zip(numbers, struck_host, strict=True):
         struck_by_row[row].append(share)
@@ -79,6 +83,7 @@ def candidates_of(
         token_ids=[list(map(int, tokens_host[start : start + branching])) for start in starts],
         probabilities=[shares_host[start : start + branching] for start in starts],
         tops=tops_host,
+        left=left_host,
         taken=struck_by_row,
         rows=probabilities if sampled else None,
     )

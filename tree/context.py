@@ -1,38 +1,22 @@
-"""One text's trees: grown through a draft model and what sources find, and followed when their verdict is known.
+"""One text's trees: grown through a draft model and from what sources find, and followed when their verdict is known.
 
-Knows tokens and laws, not caches: those are the model's. A tree is of the planned shape, or dynamic: where the draft believes
-that the text will go, there it grows.
+Knows tokens and rounds, not caches: those are the model's. Trees are of the planned shape, or dynamic.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .aim import Aim
-from .candidates import candidates_of
 from .draft import DraftTree, TextModel, grow
-from .estimates import MAX_CHILDREN, Estimates
+from .dynamic import Asked, DynamicTree, Proposers, count_verdict
+from .estimates import Estimates
 from .growing import GrowingTree, Node
 from .sampling import SamplingParams
 from .shape import TreeShape
 from .sources import TokenSource
-from .transfer import index_tensor
-
-MAX_STEP_ROWS = 256  # of one pass of the draft: wider ones are not recorded
-
-
-@dataclass(frozen=True, slots=True)
-class _Round:
-    """What `grow` was asked for, and what came of it: `nodes` in the order of the tree that was submitted."""
-
-    max_depth: int
-    params: SamplingParams
-    generator: torch.Generator
-    nodes: tuple[Node, ...] = ()
 
 
 class TreeContext:
@@ -50,156 +34,73 @@ class TreeContext:
         sources: Sequence[TokenSource] = (),
         estimates: Estimates | None = None,
     ) -> None:
-        self.model, self._root, self._aim, self._sources = model, root, aim, tuple(sources)
-        self._estimates = estimates if estimates is not None else Estimates(aim().acceptance)
+        self.model, self._root, self._aim = model, root, aim
+        self._proposers = Proposers(model, tuple(sources), estimates or Estimates(aim().acceptance))
         self._runs: dict[int, int] = {}  # of the nodes of the last planned tree that were run: their places in the model
-        self._tree = GrowingTree(root, sampled=False)
-        self._round: _Round | None = None
-        self._rows: list[Tensor] = []  # [n, V] of every step of the tree: what its children were drawn from
-        self._threshold: float | None = None  # what the last tree's nodes were worth at least
+        self._start: DynamicTree | None = None  # what the last verdict left of what was grown ahead
+        # The tree of this round if it is dynamic, what it was asked for, and its nodes as they were submitted.
+        self._tree: DynamicTree | None = None
+        self._asked: Asked | None = None
+        self._nodes: tuple[Node, ...] = ()
+        self._worth: float | None = None  # what a node of the last trees was worth at least
 
     def grow(
         self, max_nodes: int, max_levels: int, params: SamplingParams, generator: torch.Generator, *, sampled: bool
     ) -> DraftTree:
-        """The planned tree, or as much of its beginning as is asked for; or one that is dynamic."""
-        aim = self._aim()
-        self._round = None
+        """The planned tree, or as much of its beginning as is asked for; or a dynamic one."""
+        aim, sampled = self._aim(), sampled and self.model is not None
         if not aim.dynamic and self.model is not None:
-            return self._grow_planned(self.model, aim.shape, max_nodes, max_levels, params, generator, sampled)
-        most = min(max_nodes, aim.shape.num_nodes)
-        asked = _Round(max_levels - 1, params, generator)
-        self._tree, self._rows = GrowingTree(self._root, sampled=sampled), []
-        if most > 1 and max_levels > 1:
-            self._grow_to(most, asked, aim)
-        nodes = self._tree.submitted(most, max_levels - 1)
-        self._round = _Round(max_levels - 1, params, generator, tuple(nodes))
-        return self._as_draft(nodes, generator.device)
+            self._tree = self._start = None
+            shape = aim.shape.truncated(max_levels)
+            if shape.num_nodes > max_nodes:
+                shape = TreeShape(shape.parents[:max_nodes])
+            run = [node for nodes in shape.expanded[1:-1] for node in nodes]
+            self._runs = {node: place for place, node in enumerate(run)}
+            return grow(self.model, self._root, shape, params, generator, sampled=sampled)
+        asked = Asked(min(max_nodes, aim.shape.num_nodes), max_levels - 1, params, generator)
+        self._tree, self._asked = self._started(asked, sampled), asked
+        if asked.most > 1 and asked.max_depth > 0:
+            self._remember(self._tree.grow(asked, aim, self._worth if self._worth is not None else 1.0 / asked.most))
+        tree, self._nodes = self._tree.submit(asked)
+        return tree
 
     def grow_ahead(self) -> int:
-        return 0
+        """One step, if the tree is dynamic: how many nodes were run."""
+        return self._tree.grow_ahead(self._asked) if self._tree is not None and self._asked is not None else 0
 
     def follow(self, path: tuple[int, ...], token_ids: tuple[int, ...], features: Tensor | None) -> None:
-        """Accepted leaves were not run: the model reads their tokens with the next tree."""
-        if self._round is None:
-            accepted = [self._runs[node] for node in path[1:] if node in self._runs]
-        else:
-            nodes = [self._round.nodes[place] for place in path]
-            self._learn(nodes, token_ids)
+        """Accepted leaves were not run: the model reads their tokens with the next tree. If the next root was grown ahead, what
+        hangs below it is the start of that tree: the verifier has not looked at it (docs/losslessness.md, section 9)."""
+        accepted, kept, self._start = [self._runs[node] for node in path[1:] if node in self._runs], list[int](), None
+        if self._tree is not None:
+            nodes = [self._nodes[place] for place in path]
+            count_verdict(self._proposers.estimates, nodes, token_ids, sampled=self._tree.tree.sampled)
             accepted = [node.run for node in nodes[1:] if node.run is not None]
+            for node in nodes[-1].children:
+                if node.token_id == token_ids[-1] and node.run is not None and not node.submitted:
+                    accepted.append(node.run)
+                    self._start, kept = self._tree.below(node)
+                    break
         if self.model is not None:
-            self.model.follow(token_ids, accepted)
-        for source in self._sources:
+            self.model.follow(token_ids, accepted, kept)
+        for source in self._proposers.sources:
             source.follow(token_ids)
-        self._root, self._runs, self._round = token_ids[-1], {}, None
+        self._root, self._runs, self._tree, self._nodes = token_ids[-1], {}, None, ()
 
-    # -- planned trees ----------------------------------------------------------------------------------------------------
+    def _started(self, asked: Asked, sampled: bool) -> DynamicTree:
+        """Where a round begins: with what was grown ahead, if the model still knows it, also where the last round was taken
+        back; or with the root alone."""
+        before, start, model = self._tree, self._start, self.model
+        if start is not None and model is not None and start.tree.sampled == sampled:
+            if before is not None and model.num_nodes == before.num_run:
+                model.follow((), (), range(start.num_run))
+            if model.num_nodes == start.num_run:
+                return start.copy()
+        self._start = None
+        return DynamicTree(self._proposers, GrowingTree(self._root, sampled=sampled))
 
-    def _grow_planned(
-        self,
-        model: TextModel,
-        shape: TreeShape,
-        max_nodes: int,
-        max_levels: int,
-        params: SamplingParams,
-        generator: torch.Generator,
-        sampled: bool,
-    ) -> DraftTree:
-        shape = shape.truncated(max_levels)
-        if shape.num_nodes > max_nodes:
-            shape = TreeShape(shape.parents[:max_nodes])
-        run = [node for nodes in shape.expanded[1:-1] for node in nodes]
-        self._runs = {node: place for place, node in enumerate(run)}
-        return grow(model, self._root, shape, params, generator, sampled=sampled)
-
-    # -- dynamic trees ----------------------------------------------------------------------------------------------------
-
-    def _grow_to(self, most: int, asked: _Round, aim: Aim) -> None:
-        """Run what is worth it, step by step, and fill up with leaves."""
-        tree, model = self._tree, self.model
-        assert model is not None
-        if tree.root.run is None:
-            self._open([tree.root], model.begin(), asked)
-            tree.root.run = -1
-        expected = self._threshold if self._threshold is not None else 1.0 / most
-        while len(tree.nodes) < most or not tree.sampled:
-            threshold = max(tree.nth_value(most), expected, aim.least_value)
-            rows = min(model.room, MAX_STEP_ROWS)
-            batch = tree.due(threshold, rows, most if tree.sampled else 4 * most, asked.max_depth)
-            first = self._estimates.first
-            gain = sum(max(node.value * first - threshold, 0.0) for node in batch)
-            if batch and gain > aim.least_gain:
-                self._run(batch, asked)
-                continue
-            tree.put_back(batch)
-            if expected <= tree.nth_value(most) or expected <= aim.least_value or rows == 0:
-                break
-            expected /= 2.0
-        final = max(tree.nth_value(most), aim.least_value)
-        tree.fill(most if tree.sampled else 1 << 30, aim.least_value if tree.sampled else final, asked.max_depth)
-        self._remember_threshold(tree.nth_value(most))
-
-    def _remember_threshold(self, threshold: float) -> None:
-        """Shallow nodes are not to be taken for what deeper ones will be worth more than: a mean over rounds, of logarithms."""
-        threshold = max(threshold, 1e-9)
-        before = threshold if self._threshold is None else self._threshold
-        self._threshold = math.exp(0.7 * math.log(before) + 0.3 * math.log(threshold))
-
-    def _run(self, batch: list[Node], asked: _Round) -> None:
-        """One pass of the model over `batch`, parents before children; their candidates come to the host."""
-        assert self.model is not None
-        parents, tree = list[int](), self._tree
-        for node in batch:
-            assert node.parent is not None and node.parent.run is not None
-            parents.append(node.parent.run)
-            node.run = tree.num_run
-            tree.num_run += 1
-        tokens = index_tensor([node.token_id for node in batch], asked.generator.device)
-        self._open(batch, self.model.expand(parents, tokens), asked)
-
-    def _open(self, batch: list[Node], logits: Tensor, asked: _Round) -> None:
-        tree = self._tree
-        taken = [[child.token_id for child in node.children] for node in batch]
-        found = candidates_of(logits, asked.params, asked.generator, MAX_CHILDREN, taken, sampled=tree.sampled)
-        if tree.sampled:
-            shares = self._estimates.drawn(np.array(found.tops), MAX_CHILDREN)
-        else:
-            shares = self._estimates.chosen(np.array(found.probabilities))
-        first_row = sum(map(len, self._rows))
-        for place, node in enumerate(batch):
-            node.row = first_row + place
-            token_ids = found.token_ids[place]
-            tree.open(node, token_ids, found.probabilities[place], shares[place, : len(token_ids)], found.tops[place])
-        if found.rows is not None:
-            self._rows.append(found.rows)
-
-    def _as_draft(self, nodes: list[Node], device: torch.device) -> DraftTree:
-        places = {id(node): place for place, node in enumerate(nodes)}
-        parents = [places[id(node.parent)] if node.parent is not None else -1 for node in nodes]
-        drawn = tuple(node.drawn for node in nodes)
-        return DraftTree(
-            TreeShape(tuple(parents)),
-            index_tensor([node.token_id for node in nodes], device),
-            (self._rows[0] if len(self._rows) == 1 else torch.cat(self._rows)) if any(drawn) else None,
-            drawn,
-            rows=tuple(node.row for node in nodes),
-            found=frozenset(place for place, node in enumerate(nodes) if node.source is not None),
-            foreseen=sum(node.ahead for node in nodes[1:]),
-            tops=torch.tensor([node.top for node in nodes], dtype=torch.float32),
-        )
-
-    def _learn(self, nodes: list[Node], token_ids: tuple[int, ...]) -> None:
-        """Count what came of the candidates of every accepted node."""
-        for node, token_id in zip(nodes, token_ids, strict=True):
-            if not node.token_ids:
-                continue
-            if not self._tree.sampled:
-                hit = node.token_ids.index(token_id) if token_id in node.token_ids else None
-                self._estimates.count_chosen(node.probabilities, hit)
-                continue
-            ranks = [child.rank for child in node.children if child.submitted and child.drawn]
-            entered = next((child.rank for child in node.children if child in nodes), None)
-            if entered is not None and entered >= 0:
-                self._estimates.count_drawn(node.top, entered + 1, True)
-            elif ranks:
-                self._estimates.count_drawn(node.top, len(ranks), False)
-        self._estimates.end_verdict()
+    def _remember(self, worth: float) -> None:
+        """Shallow nodes are not to be taken before deeper ones that will be worth more: a mean over rounds, of logarithms."""
+        worth = max(worth, 1e-9)
+        before = worth if self._worth is None else self._worth
+        self._worth = math.exp(0.7 * math.log(before) + 0.3 * math.log(worth))

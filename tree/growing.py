@@ -5,7 +5,7 @@ slots, its next children in order. What a slot is worth is known before its chil
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
 import numpy as np
@@ -14,14 +14,27 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 
+@dataclass(frozen=True, slots=True)
+class Find:
+    """A source, by its place, that proposed a token; in which bin, and how good the source says that such finds are."""
+
+    source: int
+    bin: int
+    prior: float
+
+
 @dataclass(slots=True, eq=False)
 class Node:
     """A token in a growing tree.
 
-    value: the estimated probability that the text runs through it. rank: which of its parent's candidates it is; -1 of a find.
+    value: the estimated probability that the text runs through it. rank: which of its parent's candidates it is, and `find` who
+    proposed it besides, or alone: then rank is -1. comes_last: whether no sibling is drawn from a row that has its token.
     run: its place in the model, -1 of the root; None if the model has not run it. row: where its children's probabilities are.
-    top: the draft's largest probability after it. Of its candidates, the first `num_taken` are children: token_ids and
-    probabilities [K], and `shares` [K], what each is worth of the node's own value, not increasing.
+    top: the draft's largest probability after it; `left` that of what its found children leave of the row, renormalised.
+    ahead: whether it was there before its round began.
+
+    Of its candidates, `num_taken` have become children; the others are its slots, to be taken in order. token_ids and
+    probabilities [K], and shares [K], what each is worth of the node's own value, not increasing.
     """
 
     parent: "Node | None"
@@ -30,10 +43,12 @@ class Node:
     value: float
     rank: int = -1
     drawn: bool = False
-    source: tuple[int, int, float] | None = None  # which source found it, in which bin, and what that is assumed to be worth
+    comes_last: bool = False
+    find: Find | None = None
     run: int | None = None
     row: int = -1
     top: float = float("nan")
+    left: float = 0.0
     submitted: bool = False
     ahead: bool = False
     children: list["Node"] = field(default_factory=list)
@@ -43,17 +58,24 @@ class Node:
     num_taken: int = 0
 
     @property
-    def slot_value(self) -> float:
-        """What its next child is worth; 0 if it can have none."""
-        return self.value * self.shares[self.num_taken] if self.num_taken < len(self.shares) else 0.0
+    def is_open(self) -> bool:
+        """Whether it may have one child more."""
+        return self.num_taken < len(self.shares)
 
-    def path(self) -> list["Node"]:
-        """From below the root to the node itself."""
-        nodes, node = [], self
+    @property
+    def urgency(self) -> float:
+        """What it is worth to run it; of one that was run, what its next child is worth."""
+        if self.run is None:
+            return self.value
+        return self.value * self.shares[self.num_taken] if self.is_open else 0.0
+
+    def path(self) -> list[int]:
+        """Tokens from below the root to its own."""
+        token_ids, node = list[int](), self
         while node.parent is not None:
-            nodes.append(node)
+            token_ids.append(node.token_id)
             node = node.parent
-        return nodes[::-1]
+        return token_ids[::-1]
 
 
 class GrowingTree:
@@ -74,64 +96,83 @@ class GrowingTree:
 
     # -- what grows ---------------------------------------------------------------------------------------------------------
 
-    def open(self, node: Node, token_ids: list[int], probabilities: list[float], shares: Floats, top: float) -> None:
+    def open(self, node: Node, token_ids: list[int], probabilities: list[float], shares: list[float]) -> None:
         """The model has run `node`: these are its candidates [K], and what they are worth of its value."""
-        node.token_ids, node.probabilities, node.shares, node.top = token_ids, probabilities, shares.tolist(), top
-        self._pool_up(node.value * shares)
+        node.token_ids, node.probabilities, node.shares = token_ids, probabilities, shares
+        self._pool_up(node.value * np.array(shares))
         self._push(node)
 
     def attach(self, node: Node) -> Node:
-        """The next child of `node`, which becomes one of the tree's."""
+        """The next candidate of `node` becomes a child of it."""
         rank = node.num_taken
-        child = Node(node, node.token_ids[rank], node.depth + 1, node.slot_value, rank, drawn=self.sampled)
+        child = Node(node, node.token_ids[rank], node.depth + 1, node.urgency, rank, self.sampled, not self.sampled)
         node.num_taken += 1
         self._add(child)
         return child
 
-    def attach_found(self, node: Node, token_id: int, share: float, source: tuple[int, int, float]) -> Node:
-        """A child of `node` that was found. The model has not run `node` yet."""
-        child = Node(node, token_id, node.depth + 1, node.value * share, source=source)
-        self._pool_up(np.array([child.value]))
-        self._add(child)
-        self._push(child)
+    def attach_found(self, node: Node, token_id: int, share: float, find: Find) -> Node:
+        """A child of `node` that was found, which is worth `share` of it, or the child that has the token already. Candidates
+        that are no children yet give way: what is left of a race without a token is a race among the others."""
+        child = next((child for child in node.children if child.token_id == token_id), None)
+        if child is None and token_id in node.token_ids[node.num_taken :]:
+            self._withdraw(node, node.token_ids.index(token_id))
+        if child is None:
+            child = Node(node, token_id, node.depth + 1, 0.0, comes_last=node.run is None or not self.sampled)
+            self._add(child)
+        child.find = child.find or find
+        self.raise_to(child, node.value * share)
         return child
+
+    def raise_to(self, node: Node, value: float) -> None:
+        """`node` is worth no less than `value`, and what hangs below it the more."""
+        if value <= node.value:
+            return
+        factor, raised = value / node.value if node.value > 0 else 0.0, [node]
+        node.value = value
+        for member in raised:
+            for child in member.children:
+                child.value *= factor
+                raised.append(child)
+        self._pool_up(np.array([value]))
+        for member in raised:
+            self._push(member)
+
+    def _withdraw(self, node: Node, place: int) -> None:
+        """A candidate is none any more. Those behind it move up, to what its place is worth; what a chosen one is worth by
+        itself, the others are."""
+        del node.token_ids[place], node.probabilities[place], node.shares[-1 if self.sampled else place]
+        self._push(node)
 
     def due(self, threshold: float, most: int, most_nodes: int, max_depth: int) -> list[Node]:
         """At most `most` nodes to be run next, the most valuable first, among those worth at least `threshold`; slots that are
         worth as much become nodes first, up to `most_nodes` nodes in all. No node gets children below `max_depth`."""
-        batch, rest = list[Node](), []
-        while self._heap and -self._heap[0][0] >= threshold and len(batch) < most:
-            entry = heappop(self._heap)
-            node = entry[-1]
+        batch, rest = list[Node](), list[Node]()
+        while len(batch) < most and (node := self._pop(threshold)) is not None:
             if node.depth >= max_depth or (node.run is not None and len(self.nodes) >= most_nodes):
-                rest.append(entry)
+                rest.append(node)
             elif node.run is None:
                 batch.append(node)
             else:
                 self._push(self.attach(node))
                 self._push(node)
-        for entry in rest:
-            heappush(self._heap, entry)
+        self.put_back(rest)
         return batch
 
-    def put_back(self, batch: Sequence[Node]) -> None:
+    def put_back(self, nodes: Sequence[Node]) -> None:
         """These are not run after all, for now."""
-        for node in batch:
+        for node in nodes:
             self._push(node)
 
     def fill(self, most_nodes: int, threshold: float, max_depth: int) -> None:
         """Take the best slots worth at least `threshold` as leaves, up to `most_nodes` nodes in all."""
-        rest = []
-        while self._heap and -self._heap[0][0] >= threshold and len(self.nodes) < most_nodes:
-            entry = heappop(self._heap)
-            node = entry[-1]
+        rest = list[Node]()
+        while len(self.nodes) < most_nodes and (node := self._pop(threshold)) is not None:
             if node.run is None or node.depth >= max_depth:
-                rest.append(entry)
+                rest.append(node)
             else:
-                rest.append(self._entry(self.attach(node)))
+                rest.append(self.attach(node))
                 self._push(node)
-        for entry in rest:
-            heappush(self._heap, entry)
+        self.put_back(rest)
 
     def nth_value(self, count: int) -> float:
         """The `count`-th largest value of all nodes and slots; 0 if there are fewer."""
@@ -143,8 +184,8 @@ class GrowingTree:
     # -- what is verified ---------------------------------------------------------------------------------------------------
 
     def submitted(self, num_nodes: int, max_depth: int) -> list[Node]:
-        """The nodes to be verified, in breadth-first order, siblings as they are to be offered: drawn ones first
-        (docs/losslessness.md, section 6), then by value. Where any may be drawn, those that came first; else the best."""
+        """The nodes to be verified, in breadth-first order, siblings as they are to be offered.
+        Where any may be drawn, those that came first; else the best."""
         nodes = [node for node in self.nodes if node.depth <= max_depth]
         if not self.sampled:
             nodes = sorted(nodes, key=lambda node: -node.value)
@@ -167,7 +208,7 @@ class GrowingTree:
         places = {run: place for place, run in enumerate(kept)}
         tree = GrowingTree(root.token_id, sampled=self.sampled)
         depth, scale = root.depth, 1 / root.value if root.value > 0 else 0.0
-        root.parent, root.run = None, -1
+        root.parent, root.run, root.rank, root.drawn, root.find = None, -1, -1, False, None
         for node in nodes:
             node.depth -= depth
             node.value, node.ahead, node.submitted = min(1.0, node.value * scale), True, False
@@ -182,11 +223,10 @@ class GrowingTree:
         copies: dict[int, Node] = {}
         for node in self.nodes:
             parent = copies[id(node.parent)] if node.parent is not None else None
-            copies[id(node)] = clone = Node(
-                parent, node.token_id, node.depth, node.value, node.rank, node.drawn, node.source, node.run, node.row, node.top
+            lists = node.token_ids.copy(), node.probabilities.copy(), node.shares.copy()
+            copies[id(node)] = clone = replace(
+                node, parent=parent, children=[], token_ids=lists[0], probabilities=lists[1], shares=lists[2]
             )
-            clone.ahead, clone.num_taken = node.ahead, node.num_taken
-            clone.token_ids, clone.probabilities, clone.shares = node.token_ids, node.probabilities, node.shares
             if parent is not None:
                 parent.children.append(clone)
         tree._take_over(list(copies.values()), self.num_run)
@@ -198,7 +238,7 @@ class GrowingTree:
         self.nodes, self.num_run = nodes, num_run
         for node in nodes:
             self._pool_up(node.value * np.array(node.shares))
-            if node.source is not None:
+            if node.rank < 0 and node is not self.root:
                 self._pool_up(np.array([node.value]))
             self._push(node)
 
@@ -207,13 +247,18 @@ class GrowingTree:
         child.parent.children.append(child)
         self.nodes.append(child)
 
-    def _entry(self, node: Node) -> tuple[float, int, Node]:
-        self._order += 1
-        return -(node.value if node.run is None else node.slot_value), self._order, node
-
     def _push(self, node: Node) -> None:
-        if node.run is None or node.num_taken < len(node.shares):
-            heappush(self._heap, self._entry(node))
+        if node.run is None or node.is_open:
+            self._order += 1
+            heappush(self._heap, (-node.urgency, self._order, node))
+
+    def _pop(self, threshold: float) -> Node | None:
+        """The most urgent node, if that is worth `threshold`. Entries that are out of date have others in their place."""
+        while self._heap and -self._heap[0][0] >= threshold:
+            urgency, _, node = heappop(self._heap)
+            if urgency == -node.urgency and (node.run is None or node.is_open):
+                return node
+        return None
 
     def _pool_up(self, values: Floats) -> None:
         end = self._num_pooled + len(values)
@@ -231,8 +276,9 @@ def _breadth_first(root: Node) -> Iterator[Node]:
 
 
 def _offered(children: Sequence[Node]) -> list[Node]:
-    """Those that are verified, in the order in which they are offered: drawn ones as they were drawn, then chosen ones."""
+    """Those that are verified, in the order in which they are offered: as they came, but for chosen ones whose tokens siblings
+    were not drawn from. Those come last, by value: there they are worth the most (docs/losslessness.md, section 6)."""
     shown = [child for child in children if child.submitted]
     if len(shown) > 1:
-        shown.sort(key=lambda child: (not child.drawn, child.rank if child.drawn else -child.value))
+        shown.sort(key=lambda child: -child.value if child.comes_last else -2.0)
     return shown

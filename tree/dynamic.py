@@ -1,0 +1,226 @@
+"""A tree that grows by what a draft model and sources propose, step by step, before its pass and while that runs.
+
+One step is one pass of the model over the best nodes that it has not run, of any levels, and one transfer to the host.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .aim import Aim
+from .candidates import Candidates, candidates_of
+from .draft import DraftTree, TextModel
+from .estimates import MAX_CHILDREN, Estimates
+from .growing import Find, GrowingTree, Node
+from .sampling import SamplingParams
+from .shape import TreeShape
+from .sources import TokenSource
+from .transfer import index_tensor
+
+MAX_STEP_ROWS = 256  # of one pass of the draft: wider ones are not recorded
+LOOK_UPS, FINDS = 8, 16  # how many nodes of a step sources are asked about, and for how many tokens each
+NO_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Proposers:
+    """Who proposes the nodes of one text's trees, and what is known of how good they are. No model: sources alone."""
+
+    model: TextModel | None
+    sources: tuple[TokenSource, ...]
+    estimates: Estimates
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a tree is grown for: at most `most` nodes, none below `max_depth`; drawn under `params` by `generator`."""
+
+    most: int
+    max_depth: int
+    params: SamplingParams
+    generator: torch.Generator
+
+
+class DynamicTree:
+    """Nodes, who proposes more of them, and `rows` [n, V] of every step: what their children were drawn from."""
+
+    def __init__(self, proposers: Proposers, tree: GrowingTree, rows: Sequence[Tensor] = ()) -> None:
+        self._proposers, self.tree, self._rows = proposers, tree, list(rows)
+
+    @property
+    def num_run(self) -> int:
+        """Nodes that the model is to know."""
+        return self.tree.num_run
+
+    # -- before the pass --------------------------------------------------------------------------------------------------
+
+    def grow(self, asked: Asked, aim: Aim, expected: float) -> float:
+        """Run what is worth it, step by step, and fill up with leaves; what a node is worth at least now. `expected`: what that
+        will be. Nodes worth less are not taken before it shows that there are no better ones."""
+        tree, model = self.tree, self._proposers.model
+        self._look_up(tree.root, asked.most, max(aim.least_value, expected / 4))
+        if tree.root.run is None and model is not None:
+            self._open([tree.root], model.begin(), asked)
+        while model is not None:
+            bar = max(tree.nth_value(asked.most), expected, aim.least_value)
+            batch = self._due(asked, bar)
+            is_full = tree.sampled and len(tree.nodes) >= asked.most
+            gain = sum([max(node.value * self._proposers.estimates.first - bar, 0.0) for node in batch])
+            if batch and gain > aim.least_gain and not is_full:
+                self._run(batch, asked)
+                continue
+            tree.put_back(batch)
+            if is_full or expected <= max(tree.nth_value(asked.most), aim.least_value) or not model.room:
+                break
+            expected /= 2
+        worth = tree.nth_value(asked.most)
+        if tree.sampled:
+            tree.fill(asked.most, aim.least_value, asked.max_depth)
+        else:
+            tree.fill(NO_LIMIT, max(worth, aim.least_value), asked.max_depth)
+        return worth
+
+    def submit(self, asked: Asked) -> tuple[DraftTree, tuple[Node, ...]]:
+        """The tree to be verified, and its nodes in the order that it has them."""
+        nodes = self.tree.submitted(asked.most, asked.max_depth)
+        places = {id(node): place for place, node in enumerate(nodes)}
+        drawn = tuple(node.drawn for node in nodes)
+        tree = DraftTree(
+            TreeShape(tuple(places[id(node.parent)] if node.parent is not None else -1 for node in nodes)),
+            index_tensor([node.token_id for node in nodes], asked.generator.device),
+            (self._rows[0] if len(self._rows) == 1 else torch.cat(self._rows)) if any(drawn) else None,
+            drawn,
+            rows=tuple(node.row for node in nodes),
+            found=frozenset(place for place, node in enumerate(nodes) if place and node.rank < 0),
+            foreseen=sum([node.ahead for node in nodes[1:]]),
+            tops=torch.tensor([node.top for node in nodes], dtype=torch.float32),
+        )
+        return tree, tuple(nodes)
+
+    # -- while it runs ----------------------------------------------------------------------------------------------------
+
+    def grow_ahead(self, asked: Asked) -> int:
+        """One step over the best nodes and slots, submitted or not; how many nodes were run."""
+        if self._proposers.model is None or self.tree.root.run is None:
+            return 0
+        rows = min(self._proposers.model.room, MAX_STEP_ROWS, max(8, asked.most // 4))
+        batch = self.tree.due(0.0, rows, NO_LIMIT, asked.max_depth)
+        if batch:
+            self._run(batch, asked)
+        return len(batch)
+
+    def below(self, root: Node) -> tuple["DynamicTree", list[int]]:
+        """What hangs below a node that was run, and the model's nodes that are kept for it. This tree is of no use then."""
+        tree, kept = self.tree.below(root)
+        rows = list[Tensor]()
+        if self._rows and tree.sampled:
+            opened = [node for node in tree.nodes if node.run is not None]
+            rows.append(
+                torch.cat(self._rows).index_select(0, index_tensor([node.row for node in opened], self._rows[0].device))
+            )
+            for row, node in enumerate(opened):
+                node.row = row
+        return DynamicTree(self._proposers, tree, rows), kept
+
+    def copy(self) -> "DynamicTree":
+        """The same, with nodes of its own."""
+        return DynamicTree(self._proposers, self.tree.copy(), self._rows)
+
+    # -- one step ---------------------------------------------------------------------------------------------------------
+
+    def _due(self, asked: Asked, bar: float) -> list[Node]:
+        """What to run next. Finds below the best of them are among them: a chain of them is run at once."""
+        tree, model = self.tree, self._proposers.model
+        assert model is not None
+        most = min(model.room, MAX_STEP_ROWS)
+        limit = asked.most if tree.sampled else 4 * asked.most
+        batch = tree.due(bar, most, limit, asked.max_depth)
+        if self._proposers.sources:
+            for node in batch[:LOOK_UPS]:
+                if node.find is None:
+                    self._look_up(node, FINDS, bar)
+            known = {id(node) for node in batch}
+            batch += [node for node in tree.due(bar, most - len(batch), limit, asked.max_depth) if id(node) not in known]
+        return batch
+
+    def _look_up(self, node: Node, most: int, bar: float) -> None:
+        """Nodes below `node` for what sources find there, if they are worth `bar`."""
+        path, estimates = node.path(), self._proposers.estimates
+        for place, source in enumerate(self._proposers.sources):
+            nodes: list[Node | None] = []
+            for found in source.find(path, most):
+                parent = nodes[found.parent] if found.parent >= 0 else node
+                find = Find(place, found.bin, source.priors[found.bin])
+                share = estimates.found(find.source, find.bin, find.prior)
+                is_worth_it = parent is not None and parent.value * share >= bar
+                nodes.append(self.tree.attach_found(parent, found.token_id, share, find) if is_worth_it and parent else None)
+
+    def _run(self, batch: list[Node], asked: Asked) -> None:
+        """One pass of the model over `batch`, parents before children."""
+        tree, model = self.tree, self._proposers.model
+        assert model is not None
+        try:
+            parents = list[int]()
+            for place, node in enumerate(batch):
+                assert node.parent is not None and node.parent.run is not None
+                parents.append(node.parent.run)
+                node.run = tree.num_run + place
+            tokens = index_tensor([node.token_id for node in batch], asked.generator.device)
+            self._open(batch, model.expand(parents, tokens), asked)
+        except BaseException:
+            for node in batch:
+                node.run = None
+            raise
+        tree.num_run += len(batch)
+
+    def _open(self, batch: list[Node], logits: Tensor, asked: Asked) -> None:
+        """Give the nodes of `batch` their candidates."""
+        tree = self.tree
+        taken = [[child.token_id for child in node.children] for node in batch]
+        found = candidates_of(logits, asked.params, asked.generator, MAX_CHILDREN, taken, sampled=tree.sampled)
+        shares = self._shares(batch, found)
+        first_row = sum(map(len, self._rows))
+        for place, node in enumerate(batch):
+            node.run = -1 if node is tree.root else node.run
+            node.row, node.top = first_row + place, found.tops[place]
+            tree.open(node, found.token_ids[place], found.probabilities[place], shares[place])
+        if found.rows is not None:
+            self._rows.append(found.rows)
+
+    def _shares(self, batch: list[Node], found: Candidates) -> list[list[float]]:
+        """What candidates are worth of their nodes [n][K], beside finds, which may be worth more now that the draft spoke."""
+        estimates, scales = self._proposers.estimates, list[float]()
+        for node, mass, left in zip(batch, found.taken, found.left, strict=True):
+            node.left = min(left / max(1.0 - sum(mass), 1e-6), 1.0) if mass else left
+            scales.append(1.0)
+            if mass and node.value > 0:
+                for child, share in zip(list(node.children), estimates.chosen(np.array([mass]))[0], strict=True):
+                    self.tree.raise_to(child, node.value * float(share))
+                beside = max(0.02, 1.0 - sum([child.value for child in node.children]) / node.value)
+                scales[-1] = beside if self.tree.sampled else min(1.0, beside / max(1.0 - sum(mass), 0.02))
+        if self.tree.sampled:
+            shares = estimates.drawn(np.array([node.left for node in batch]), len(found.token_ids[0]))
+        else:
+            shares = estimates.chosen(np.array(found.probabilities))
+        scaled: list[list[float]] = (shares * np.array(scales)[:, None]).tolist()
+        return scaled
+
+
+def count_verdict(estimates: Estimates, nodes: Sequence[Node], token_ids: Sequence[int], *, sampled: bool) -> None:
+    """Count what came of the children and candidates of every accepted node; `token_ids` are the tokens behind them."""
+    for place, (node, token_id) in enumerate(zip(nodes, token_ids, strict=True)):
+        entered = nodes[place + 1] if place + 1 < len(nodes) else None
+        for child in node.children:
+            if child.find is not None:
+                estimates.count_found(child.find.source, child.find.bin, child.find.prior, child.token_id == token_id)
+        if not sampled and node.token_ids:
+            estimates.count_chosen(node.probabilities, node.token_ids.index(token_id) if token_id in node.token_ids else None)
+        elif sampled and (entered is None or entered.drawn):
+            offered = [child for child in node.children if child.submitted and child.drawn]
+            num_tried = 1 + offered.index(entered) if entered is not None else len(offered)
+            if num_tried:
+                estimates.count_drawn(node.left, num_tried, entered is not None)
+    estimates.end_verdict()
