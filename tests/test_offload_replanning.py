@@ -124,7 +124,7 @@ def test_a_plan_predicts_what_was_seen_of_it(compute: float, draft: float, link:
         copied_s=link * made.bytes_per_pass / 25e9,
     )
     workload, option = refit(seen, made, base.workload, base.draft, believed_tokens(SETTINGS, seen, made))
-    predicted = predict_tree(workload, memory_of(made), made.tree, option)
+    predicted = predict_tree(workload, memory_of(made), made.tree, option, made.kind)
     assert predicted.compute_s == pytest.approx(seen.compute_s) and predicted.draft_s == pytest.approx(seen.draft_s)
     assert predicted.after_s == pytest.approx(seen.after_s)
     assert predicted.expected_tokens == pytest.approx(seen.tokens, rel=0.02)
@@ -154,7 +154,7 @@ def test_a_tree_that_is_accepted_whole_is_expected_to_be_again_and_another_as_mu
     seen = seen_as_predicted(made, num_rounds=10**9, tokens=0.98 * made.tree.num_levels)
     tokens = believed_tokens(SETTINGS, seen, made)
     workload, option = refit(seen, made, base.workload, base.draft, tokens)
-    assert predict_tree(workload, memory_of(made), made.tree, option).expected_tokens < 0.9 * tokens
+    assert predict_tree(workload, memory_of(made), made.tree, option, made.kind).expected_tokens < 0.9 * tokens
     again = choose_again(SETTINGS, made, workload, option, tokens, SEVERAL)
     assert again.prediction.expected_tokens == pytest.approx(tokens, rel=0.05)
     assert again.prediction.expected_tokens <= again.tree.num_levels
@@ -187,7 +187,7 @@ def test_a_draft_that_proves_slow_gets_a_smaller_tree_in_the_same_memory() -> No
     workload, option = refit(seen, made, base.workload, base.draft, believed_tokens(SETTINGS, seen, made))
     again = choose_again(SETTINGS, made, workload, option, 1.0, SEVERAL)
     assert again.tree.num_levels < made.tree.num_levels and again.tree.num_nodes <= made.room_nodes
-    assert again.prediction.s_per_token < predict_tree(workload, memory_of(made), made.tree, option).s_per_token
+    assert again.prediction.s_per_token < predict_tree(workload, memory_of(made), made.tree, option, made.kind).s_per_token
     same = ("placement", "num_slots", "context_rows", "pass_rows", "room_nodes", "text_tokens", "device_ledger", "host_ledger")
     assert all(getattr(again, name) == getattr(made, name) for name in same)
     assert again.replanned == 1 and again.to_json()["replanned"] == 1 and again.notes[-1].startswith("planned again after 8")

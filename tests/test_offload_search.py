@@ -15,7 +15,7 @@ from offload.planner.cost import ModelCost
 from offload.planner.hardware import ModelTimes, TaskTimes
 from offload.planner.memory import MemoryPlan, plan_memory
 from offload.planner.plan import make_workload
-from offload.planner.prediction import DraftOption, Offer, Workload, expanded_per_level, predict
+from offload.planner.prediction import Drafting, DraftOption, Offer, Workload, expanded_per_level, predict
 from offload.planner.residency import MAX_AUTO_SLOTS, MIN_SLOTS
 from offload.planner.search import MAX_LEVELS, best_choice
 from offload.planner.timeline import PartTimes, steady_round
@@ -106,12 +106,12 @@ def fits(workload: Workload, draft: DraftOption) -> bool:
     return True
 
 
-def brute_force(workload: Workload, drafts: list[DraftOption], max_nodes: int, max_levels: int) -> float:
-    """The least seconds per token over every draft, slots, nodes and levels, each tree made and timed on its own."""
-    found = [math.inf]
+def brute_force(workload: Workload, drafts: list[DraftOption], max_nodes: int, max_levels: int) -> list[float]:
+    """The least seconds per token over every draft, slots and levels, by nodes, each tree made and timed on its own."""
+    found = [math.inf] * (max_nodes + 1)
     for slots in (MIN_SLOTS, MAX_AUTO_SLOTS):
         memory = workload.memory(None, 1, slots, False)
-        found.append(predict(workload, memory, 1, 0.0, 1.0).s_per_token)
+        found[1] = min(found[1], predict(workload, memory, 1, Drafting()).s_per_token)
         for draft in drafts:
             for nodes in range(2, max_nodes + 1):
                 for levels in range(2, max_levels + 1):
@@ -119,8 +119,10 @@ def brute_force(workload: Workload, drafts: list[DraftOption], max_nodes: int, m
                     memory = workload.memory(draft, shape.num_nodes, slots, False)
                     draft_s = float(draft.draft_s(expanded_per_level(shape)))
                     tokens = expected_tokens(shape, draft.acceptance)
-                    found.append(predict(workload, memory, shape.num_nodes, draft_s, tokens).s_per_token)
-    return min(found)
+                    drafting = Drafting(tokens=tokens, draft_s=draft_s)
+                    s_per_token = predict(workload, memory, shape.num_nodes, drafting).s_per_token
+                    found[shape.num_nodes] = min(found[shape.num_nodes], s_per_token)
+    return found
 
 
 @settings(max_examples=12, deadline=None)
@@ -140,9 +142,25 @@ def test_the_choice_is_the_best_of_all(device_gib: float, link: float, weights: 
     limits = budgets(device_gib)
     workload = make_workload(SETTINGS, LLAMA_2_70B, hardware, limits, max_positions=4096)
     assume(fits(workload, draft))  # all sixteen sizes, so that both look at the same space
-    choice = best_choice(workload, [None, draft], (MIN_SLOTS, MAX_AUTO_SLOTS), max_nodes=16, max_levels=6)
-    assert choice is not None
-    assert choice.s_per_token == pytest.approx(brute_force(workload, [draft], 16, 6), rel=1e-9)
+    by_nodes, slots = brute_force(workload, [draft], 16, 6), (MIN_SLOTS, MAX_AUTO_SLOTS)
+    bounds = {"max_nodes": 16, "max_levels": 6, "kinds": [False]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "NEAR", 0.0)
+        choice = best_choice(workload, [None, draft], slots, **bounds)
+    assert choice is not None and choice.s_per_token == pytest.approx(min(by_nodes), rel=1e-9)
+
+
+def test_the_smallest_tree_is_taken_of_those_that_are_nearly_as_quick() -> None:
+    draft = draft_option()
+    workload = make_workload(SETTINGS, LLAMA_2_70B, L40, budgets(48), max_positions=4096)
+    best = best_choice(workload, [draft], (2,), max_nodes=91)
+    assert best is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "NEAR", 0.0)
+        by_size = [best_choice(workload, [draft], (2,), max_nodes=size, sizes=[size]) for size in range(1, 92)]
+    seconds = [one.s_per_token for one in by_size if one is not None]
+    enough = [size for size, s_per_token in enumerate(seconds, start=1) if s_per_token <= min(seconds) * (1 + search.NEAR)]
+    assert best.num_nodes in enough and best.num_nodes <= 1.02 * min(enough)
 
 
 @pytest.mark.parametrize(("first", "overhead_s"), [(0.6, 1e-3), (0.9, 1e-4), (0.95, 1e-4), (0.97, 1e-3), (0.99, 1e-4)])
@@ -150,6 +168,7 @@ def test_trees_of_dozens_of_levels_are_found_without_trying_all(
     monkeypatch: pytest.MonkeyPatch, first: float, overhead_s: float
 ) -> None:
     """As if all numbers of levels up to the bound had been tried, to a thousandth."""
+    monkeypatch.setattr(search, "NEAR", 0.0)
     hardware = replace(L40, layer_overhead_s=overhead_s)
     draft = draft_option(acceptance=Acceptance(((first, (1 - first) * 0.4, (1 - first) * 0.2),)), hardware=hardware)
     workload = make_workload(SETTINGS, LLAMA_2_70B, hardware, budgets(60), max_positions=4096)
@@ -164,7 +183,7 @@ def test_trees_of_dozens_of_levels_are_found_without_trying_all(
 def test_a_bound_on_the_width_is_taken_when_wide_levels_are_slow() -> None:
     slow = draft_option(times=constant_times((1, 8, 9, 64), (1e-3, 1e-3, 0.1, 0.7)))
     workload = make_workload(SETTINGS, LLAMA_2_70B, L40, budgets(48), max_positions=4096)
-    choice = best_choice(workload, [slow], (2, 3))
+    choice = best_choice(workload, [slow], (2, 3), kinds=[False])
     assert choice is not None and choice.max_level_width is not None and choice.max_level_width <= 8
 
 

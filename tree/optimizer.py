@@ -63,6 +63,10 @@ class Growth:
             opens=self.opens[nodes],
         )
 
+    def holds(self, sizes: Ints) -> Bools:
+        """Whether there are trees of so many nodes: [S]."""
+        return np.asarray(sizes <= len(self.values))
+
     def expected_tokens(self, sizes: Ints) -> Floats:
         """E[tokens per pass] of the trees of so many nodes, or of the largest there is: [S] to [S]."""
         return np.asarray(np.cumsum(self.values)[np.minimum(sizes, len(self.values)) - 1])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from ..errors import FitError
-from .candidate import tree_of
+from .candidate import kind_of, tree_of
 from .cost import GIB
 from .memory import Budgets
 from .plan import Plan
@@ -82,7 +82,8 @@ def compare_drafts(offers: Sequence[Offer], slots: Sequence[int]) -> list[DraftV
 
 def _verdict(workload: Workload, choice: Choice, draft: DraftOption) -> DraftVerdict:
     shape = tree_of(choice, workload.target.vocab_size)
-    predicted = predict_tree(workload, choice.memory, shape, draft)
+    kind = kind_of(workload, choice.memory, shape, draft, dynamic=choice.dynamic)
+    predicted = predict_tree(workload, choice.memory, shape, draft, kind)
     return DraftVerdict(
         name=draft.name,
         num_nodes=shape.num_nodes,

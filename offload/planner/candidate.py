@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from tree.optimizer import best_tree
 from tree.shape import TreeShape
 
+from .ahead import most_ahead
 from .memory import MemoryPlan
-from .prediction import Offer, Prediction, predict_tree
+from .prediction import STATIC, DraftOption, Offer, Prediction, TreeKind, Workload, predict_tree
 from .search import Choice
 
 ROOT = TreeShape.root_only()
@@ -16,12 +17,12 @@ ROOT = TreeShape.root_only()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """A tree in the memory that it would have, and what is predicted of it. `offer` is the place of an offer, `draft` that of
-    the tree's draft in it; `dynamic` as in Plan; `notes` say why it is what it is."""
+    the tree's draft in it; `notes` say why it is what it is."""
 
     offer: int = 0
     draft: int | None
     tree: TreeShape
-    dynamic: bool = False
+    kind: TreeKind = STATIC
     memory: MemoryPlan
     prediction: Prediction
     notes: tuple[str, ...] = ()
@@ -29,16 +30,25 @@ class Candidate:
 
 def candidate(offers: Sequence[Offer], place: int, choice: Choice, notes: tuple[str, ...] = ()) -> Candidate:
     """What a choice of one of the offers stands for."""
-    workload = offers[place].workload
+    workload, draft = offers[place].workload, choice.draft
     shape = tree_of(choice, workload.target.vocab_size)
+    kind = kind_of(workload, choice.memory, shape, draft, dynamic=choice.dynamic)
     return Candidate(
         offer=place,
-        draft=offers[place].drafts.index(choice.draft) if choice.draft else None,
+        draft=offers[place].drafts.index(draft) if draft else None,
         tree=shape,
+        kind=kind,
         memory=choice.memory,
-        prediction=predict_tree(workload, choice.memory, shape, choice.draft),
+        prediction=predict_tree(workload, choice.memory, shape, draft, kind),
         notes=notes,
     )
+
+
+def kind_of(workload: Workload, memory: MemoryPlan, shape: TreeShape, draft: DraftOption | None, *, dynamic: bool) -> TreeKind:
+    """With as many steps ahead as there is time for."""
+    if draft is None or not dynamic:
+        return STATIC
+    return TreeKind(dynamic, most_ahead(workload, memory, shape, draft))
 
 
 def tree_of(choice: Choice, vocab_size: int) -> TreeShape:

@@ -173,7 +173,7 @@ class Fallbacks:
             device_ledger={**on_device, **layers_ledger(target, placement.resident, plan.num_slots, placement.coded)},
             host_ledger=host_ledger(target, placement, shared=self.budgets.shared),
         )
-        prediction = predict_tree(self.workload, memory, plan.tree, draft)
+        prediction = predict_tree(self.workload, memory, plan.tree, draft, plan.kind)
         if not math.isclose(prediction.s_per_token, old.prediction.s_per_token, rel_tol=1e-3):
             what += f"; predicted {prediction.s_per_token:.3g} s/token, not {old.prediction.s_per_token:.3g}"
         return replace(

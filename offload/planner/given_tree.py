@@ -1,7 +1,7 @@
 """Pure: a tree that somebody asked for, with the draft and the memory that suit it best."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from itertools import product
 
 from tree.acceptance import Acceptance
@@ -47,13 +47,13 @@ def with_tree(tree: TreeRequest, offers: Sequence[Offer], slots: Sequence[int]) 
 def _dynamic(num_nodes: int, offers: Sequence[Offer], slots: Sequence[int]) -> Candidate:
     """Trees of at most so many nodes that follow the text: with the draft that suits them best, and within as many levels as
     pay."""
-    sizes = [num_nodes]
-    best = quickest([best_choice(offer.workload, offer.drafts, slots, max_nodes=num_nodes, sizes=sizes) for offer in offers])
+    chosen = partial(best_choice, slots=slots, max_nodes=num_nodes, sizes=[num_nodes], kinds=[True])
+    best = quickest([chosen(offer.workload, offer.drafts) for offer in offers])
     if best is None:
         workload, drafts = next((offer.workload, offer.drafts) for offer in offers if offer.drafts)
         workload.memory(drafts[0], num_nodes, slots[0], workload.codings[-1])  # raises, and says by how much
         raise AssertionError("no plan, and yet the first draft fits")
-    return replace(candidate(offers, *best), dynamic=True)
+    return candidate(offers, *best)
 
 
 def shape_for(tree: TreeShape | OptimalTree, acceptance: Acceptance, vocab_size: int) -> TreeShape:

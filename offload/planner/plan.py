@@ -19,7 +19,7 @@ from .given_tree import with_tree
 from .hardware import HardwareProfile
 from .memory import Budgets, MemoryPlan, plan_memory
 from .notes import NO_TREE, plan_notes, why_no_tree
-from .prediction import DraftOption, Offer, Prediction, Workload, predict_tree
+from .prediction import DraftOption, Offer, Prediction, TreeKind, Workload, predict_tree
 from .residency import MAX_AUTO_SLOTS, MIN_SLOTS
 from .room import reserve_memory, with_room
 from .search import MAX_NODES, NODES, Choice, best_choice, quickest
@@ -94,6 +94,10 @@ class Plan:
         )
 
     @property
+    def kind(self) -> TreeKind:
+        return TreeKind(self.dynamic, self.ahead_steps)
+
+    @property
     def text_tokens(self) -> int:
         """Most tokens of one text, prompt and answer: what rows leave beside any tree, and the model has positions for."""
         return min(self.context_rows - self.room_nodes + 1, self.max_positions)
@@ -157,6 +161,7 @@ def make_workload(
         decode_s=hardware.decode_s(target),
         decode_is_assumed=not hardware.knows_decoder(target),
         doubts=hardware.doubts,
+        grows_ahead=settings.grow_ahead != "off",
         codings=(False, True) if target.is_decoded and budgets.device_bytes is not None else (False,),
         memory=memory,
     )
@@ -192,7 +197,7 @@ def plan_run(
     workload, drafts = offers[best.offer].workload, offers[best.offer].drafts
     room_nodes, memory, prediction = best.tree.num_nodes, best.memory, best.prediction
     if tree is None and best.draft is not None and not settings.fixed_plan and settings.max_context is None:
-        room_nodes, memory, prediction = with_room(workload, drafts[best.draft], best.tree, memory, prediction)
+        room_nodes, memory, prediction = with_room(workload, drafts[best.draft], best.tree, best.kind, memory, prediction)
     streams = bool(memory.placement.streamed)
     plain_s = plain[1].s_per_token if plain else None
     return Plan(
@@ -217,7 +222,8 @@ def plan_run(
         prediction=prediction,
         autoregressive_s_per_token=plain_s,
         acceptance=drafts[best.draft].acceptance if best.draft is not None else None,
-        dynamic=best.dynamic,
+        dynamic=best.kind.dynamic,
+        ahead_steps=best.kind.ahead_steps,
         draft_passes=None if best.draft is None else "graphs" if budgets.replays else "eager",
         notes=(*best.notes, *plan_notes(workload, memory), *_assumed(drafts[best.draft] if best.draft is not None else None)),
     )

@@ -63,7 +63,7 @@ def refit(
     seen: Seen, plan: Plan, workload: Workload, draft: DraftOption | None, tokens: float
 ) -> tuple[Workload, DraftOption | None]:
     """The same, so that the tree of `plan` takes what was seen of it, and has `tokens` a pass as nearly as can be."""
-    expected = predict_tree(workload, memory_of(plan), plan.tree, draft)
+    expected = predict_tree(workload, memory_of(plan), plan.tree, draft, plan.kind)
     slower, later_s = _ratio(seen.compute_s, expected.compute_s), seen.after_s - expected.after_s
     times = replace(
         workload.times,
@@ -77,8 +77,8 @@ def refit(
     if draft is None or plan.tree.num_nodes == 1:
         return workload, draft
     # Layers of the target that serve its draft take as long as has been seen of them already.
-    served_s = predict_tree(workload, memory_of(plan), plan.tree, _of_no_time(draft)).draft_s
-    own_s = predict_tree(workload, memory_of(plan), plan.tree, draft).draft_s - served_s
+    served_s = predict_tree(workload, memory_of(plan), plan.tree, _of_no_time(draft), plan.kind).draft_s
+    own_s = predict_tree(workload, memory_of(plan), plan.tree, draft, plan.kind).draft_s - served_s
     slower = _ratio(max(seen.draft_s - served_s, 0.0), own_s)
     times = replace(
         draft.times,
@@ -124,7 +124,7 @@ def choose_again(
     plain = predict_tree(workload, memory, TreeShape.root_only(), None)
     sizes = [size for size in NODES if 1 < size <= plan.room_nodes]
     found = best_choice(fixed, [draft], (plan.num_slots,), max_nodes=plan.room_nodes, sizes=sizes) if draft and sizes else None
-    by_draft = predict_tree(workload, memory, plan.tree, draft)
+    by_draft = predict_tree(workload, memory, plan.tree, draft, plan.kind)
     more = max(tokens / by_draft.expected_tokens, 1.0)
     kept = _with_tokens(by_draft, plan.tree, more)
     shapes = {plan.tree: kept}

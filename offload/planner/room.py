@@ -4,7 +4,7 @@ from tree.shape import TreeShape
 
 from ..errors import FitError
 from .memory import MemoryPlan
-from .prediction import DraftOption, Prediction, Workload, predict_tree
+from .prediction import DraftOption, Prediction, TreeKind, Workload, predict_tree
 from .search import Choice
 
 ROOMS = (256, 128, 64, 32, 16)  # nodes
@@ -12,7 +12,7 @@ COST = 0.01  # of the seconds per token, at most: layers that are not resident f
 
 
 def with_room(
-    workload: Workload, draft: DraftOption, shape: TreeShape, memory: MemoryPlan, prediction: Prediction
+    workload: Workload, draft: DraftOption, shape: TreeShape, kind: TreeKind, memory: MemoryPlan, prediction: Prediction
 ) -> tuple[int, MemoryPlan, Prediction]:
     """The most nodes that there is to be memory for beside `shape`, and how it runs then."""
     for room_nodes in ROOMS:
@@ -20,7 +20,7 @@ def with_room(
             break
         roomy = _memory(workload, draft, room_nodes, memory)
         if roomy is not None:
-            predicted = predict_tree(workload, roomy, shape, draft)
+            predicted = predict_tree(workload, roomy, shape, draft, kind)
             if predicted.s_per_token <= prediction.s_per_token * (1 + COST):
                 return room_nodes, roomy, predicted
     return shape.num_nodes, memory, prediction

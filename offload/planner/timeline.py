@@ -25,9 +25,10 @@ WARM_ROUNDS = 2  # after which rounds repeat; with wake_s, a few go on to swing,
 class PartTimes:
     """Seconds of a round's parts. By layer: copy_s over the link, read_s from disk into the ring, move_s from memory that is
     not pinned into the ring; layer_s is the compute of a layer, a number or one per candidate [C]; decode_s what is decoded in
-    front of it, 0 for a layer that is stored as it computes, empty where all are. Each a number or [C]: before_s is drafting,
-    after_s what follows the last layer: head, verification, commit. A layer that waited for its copy takes as much longer, but
-    at most wake_s."""
+    front of it, 0 for a layer that is stored as it computes, empty where all are; ahead_s is what is drafted ahead before a
+    streamed layer is waited for, each a number or one per candidate, empty where nothing is. Each a number or [C]: before_s is
+    drafting, after_s what follows the last layer: head, verification, commit. A layer that waited for its copy takes as much
+    longer, but at most wake_s."""
 
     copy_s: Sequence[float]
     read_s: Sequence[float]
@@ -35,6 +36,7 @@ class PartTimes:
     before_s: npt.ArrayLike
     layer_s: Sequence[float | Floats]
     decode_s: Sequence[float] = ()
+    ahead_s: Sequence[float | Floats] = ()
     after_s: npt.ArrayLike
     wake_s: float = 0.0
 
@@ -66,7 +68,10 @@ def steady_round(placement: Placement, num_slots: int, parts: PartTimes) -> Roun
         for layer, layer_s in enumerate(parts.layer_s):
             if layer in placement.resident:
                 timeline.now = timeline.now + (decode_s[layer] if layer in placement.coded else 0.0) + layer_s
-            elif decode_s[layer]:
+                continue
+            if parts.ahead_s:
+                timeline.now = timeline.now + parts.ahead_s[layer]
+            if decode_s[layer]:
                 timeline.wait()
                 timeline.now = timeline.now + decode_s[layer]
                 timeline.fetch()
