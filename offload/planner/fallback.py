@@ -106,6 +106,7 @@ class Fallbacks:
             placement=memory.placement,
             num_slots=memory.num_slots,
             pass_rows=memory.pass_rows,
+            ahead_rows=memory.ahead_rows,
             host_budget_bytes=budgets.host_bytes,
         )
         parts = smaller.placement.resident, smaller.placement.host, smaller.placement.disk
@@ -162,6 +163,7 @@ class Fallbacks:
             tree_nodes=plan.room_nodes,
             context_rows=plan.context_rows,
             pass_rows=plan.pass_rows,
+            ahead_rows=plan.ahead_rows,
             replays=self.budgets.replays,
         )
         memory = MemoryPlan(
@@ -170,6 +172,7 @@ class Fallbacks:
             max_sequences=plan.max_sequences,
             context_rows=plan.context_rows,
             pass_rows=plan.pass_rows,
+            ahead_rows=plan.ahead_rows,
             device_ledger={**on_device, **layers_ledger(target, placement.resident, plan.num_slots, placement.coded)},
             host_ledger=host_ledger(target, placement, shared=self.budgets.shared),
         )

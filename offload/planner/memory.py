@@ -10,7 +10,7 @@ from tree.blocks import block_bytes
 
 from ..config import EngineSettings
 from ..errors import FitError
-from ..model.buckets import widest_pass
+from ..model.buckets import MAX_ROWS, widest_pass
 from ..weights.placement import RING_BUFFERS, Placement, spread_evenly
 from .cost import ModelCost, activation_bytes, ledger_lines, logits_bytes, recording_bytes, size_text, stored_bytes
 from .residency import MIN_SLOTS, layers_ledger, residency
@@ -19,6 +19,7 @@ DEFAULT_TEXT_TOKENS = 4096
 # A prompt pass costs a whole stream of the weights, so chunks are as large as activations in this share of memory allow.
 ACTIVATION_SHARE = 8
 CHUNK_ROWS = (4096, 2048, 1024, 512, 256, 128, 64)
+LEAST_AHEAD_ROWS, MOST_AHEAD_ROWS = 64, 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +36,15 @@ class Budgets:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     """Where everything lives. Ledgers are bytes by named part. There is room for `max_sequences` texts at once, each of at most
-    `context_rows` rows: prompt, new tokens and tree. `pass_rows` is the most rows of one pass, of all texts together."""
+    `context_rows` rows: prompt, new tokens and tree; the draft's cache has `ahead_rows` more for each. `pass_rows` is the most
+    rows of one pass, of all texts together."""
 
     placement: Placement
     num_slots: int
     max_sequences: int
     context_rows: int
     pass_rows: int
+    ahead_rows: int = 0
     device_ledger: Mapping[str, int]
     host_ledger: Mapping[str, int]
 
@@ -68,7 +71,9 @@ def plan_memory(
             where="--max-context, --tree",
             cure="raise --max-context or take a smaller tree",
         )
+    ahead_rows = _ahead_rows(settings, tree_nodes) if draft is not None else 0
     rows = {"max_sequences": settings.max_sequences, "tree_nodes": tree_nodes, "context_rows": context_rows}
+    rows |= {"ahead_rows": ahead_rows}
     others = device_ledger(target, draft, **rows, pass_rows=0, replays=budgets.replays)
     pass_rows = _pass_rows(settings, target, tree_nodes, context_rows, others, budgets.device_bytes, coded)
     fixed = device_ledger(target, draft, **rows, pass_rows=pass_rows, replays=budgets.replays)
@@ -87,6 +92,7 @@ def plan_memory(
         max_sequences=settings.max_sequences,
         context_rows=context_rows,
         pass_rows=pass_rows,
+        ahead_rows=ahead_rows,
         device_ledger=ledger,
         host_ledger=on_host,
     )
@@ -100,23 +106,26 @@ def device_ledger(
     tree_nodes: int,
     context_rows: int,
     pass_rows: int,
+    ahead_rows: int = 0,
     replays: bool,
 ) -> dict[str, int]:
     """Bytes by named part of all that a run keeps on the device but the target's layers and their base. Texts share a pass and
     draft, draw and verify one after another. Activations of a pass are gone when tokens are drawn or verified, and the other
-    way round: one memory for both."""
+    way round: one memory for both, unless drafts grow ahead beside a pass, for which there are `ahead_rows`."""
     drawing = block_bytes(tree_nodes, target.vocab_size)
-    cache_rows = max_sequences * context_rows
+    cache_rows, draft_rows, draft_nodes = max_sequences * context_rows, context_rows + ahead_rows, tree_nodes + ahead_rows
+    beside = max(drawing, activation_bytes(draft, min(draft_nodes, MAX_ROWS), draft_rows)) if draft and ahead_rows else 0
     return {
         "embedding, norm and head": target.outside_bytes,
         "key/value cache": target.kv_bytes_per_row * cache_rows,
         "draft model": draft.outside_bytes + draft.computed_bytes if draft and not draft.is_base else 0,
-        "draft key/value cache": draft.kv_bytes_per_row * cache_rows if draft else 0,
-        "draft recordings": recording_bytes(draft, widest_pass(tree_nodes), context_rows) if draft and replays else 0,
+        "draft key/value cache": draft.kv_bytes_per_row * max_sequences * draft_rows if draft else 0,
+        "draft recordings": recording_bytes(draft, widest_pass(tree_nodes), draft_rows) if draft and replays else 0,
         "tree mask": (max_sequences + 1) * tree_nodes**2,  # and what one is doubled from
-        "draft mask": max_sequences * (tree_nodes + 1) * tree_nodes if draft else 0,
+        "draft mask": max_sequences * (draft_nodes + 1) * draft_nodes if draft else 0,
         "logits and laws": logits_bytes(target, tree_nodes, max_sequences),
         "activations": max(activation_bytes(target, pass_rows, context_rows), drawing) if pass_rows else 0,
+        "draft activations": beside,
     }
 
 
@@ -139,6 +148,13 @@ def host_ledger(target: ModelCost, placement: Placement, *, shared: bool) -> dic
 def ring_bytes(target: ModelCost) -> int:
     """Of the host buffers that layers pass through when the device cannot copy them from where they lie."""
     return RING_BUFFERS * target.slot_bytes
+
+
+def _ahead_rows(settings: EngineSettings, tree_nodes: int) -> int:
+    """What a draft's cache needs beside the rows of a tree: trees that follow the text run nodes that they do not submit, and
+    go on growing while a pass runs. Others do neither."""
+    is_dynamic = settings.tree == "auto" or settings.tree.endswith(":dynamic")
+    return min(max(tree_nodes, LEAST_AHEAD_ROWS), MOST_AHEAD_ROWS) if is_dynamic and tree_nodes > 1 else 0
 
 
 def _pass_rows(

@@ -224,6 +224,7 @@ def plan_run(
         acceptance=drafts[best.draft].acceptance if best.draft is not None else None,
         dynamic=best.kind.dynamic,
         ahead_steps=best.kind.ahead_steps,
+        ahead_rows=memory.ahead_rows,
         draft_passes=None if best.draft is None else "graphs" if budgets.replays else "eager",
         notes=(*best.notes, *plan_notes(workload, memory), *_assumed(drafts[best.draft] if best.draft is not None else None)),
     )

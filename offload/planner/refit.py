@@ -160,6 +160,7 @@ def memory_of(plan: Plan) -> MemoryPlan:
         max_sequences=plan.max_sequences,
         context_rows=plan.context_rows,
         pass_rows=plan.pass_rows,
+        ahead_rows=plan.ahead_rows,
         device_ledger=plan.device_ledger,
         host_ledger=plan.host_ledger,
     )
