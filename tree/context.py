@@ -3,7 +3,6 @@
 Knows tokens and rounds, not caches: those are the model's. Trees are of the planned shape, or dynamic.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -42,7 +41,6 @@ class TreeContext:
         self._tree: DynamicTree | None = None
         self._asked: Asked | None = None
         self._nodes: tuple[Node, ...] = ()
-        self._worth: float | None = None  # what a node of the last trees was worth at least
 
     def grow(
         self, max_nodes: int, max_levels: int, params: SamplingParams, generator: torch.Generator, *, sampled: bool
@@ -60,7 +58,7 @@ class TreeContext:
         asked = Asked(min(max_nodes, aim.shape.num_nodes), max_levels - 1, params, generator)
         self._tree, self._asked = self._started(asked, sampled), asked
         if asked.most > 1 and asked.max_depth > 0:
-            self._remember(self._tree.grow(asked, aim, self._worth if self._worth is not None else 1.0 / asked.most))
+            self._tree.grow(asked, aim)
         tree, self._nodes = self._tree.submit(asked)
         return tree
 
@@ -72,9 +70,9 @@ class TreeContext:
         """Accepted leaves were not run: the model reads their tokens with the next tree. If the next root was grown ahead, what
         hangs below it is the start of that tree: the verifier has not looked at it (docs/losslessness.md, section 9)."""
         accepted, kept, self._start = [self._runs[node] for node in path[1:] if node in self._runs], list[int](), None
-        if self._tree is not None:
+        if self._tree is not None and self._asked is not None:
             nodes = [self._nodes[place] for place in path]
-            count_verdict(self._proposers.estimates, nodes, token_ids, sampled=self._tree.tree.sampled)
+            count_verdict(self._proposers.estimates, self._tree, self._asked, nodes, token_ids)
             accepted = [node.run for node in nodes[1:] if node.run is not None]
             for node in nodes[-1].children:
                 if node.token_id == token_ids[-1] and node.run is not None and not node.submitted:
@@ -98,9 +96,3 @@ class TreeContext:
                 return start.copy()
         self._start = None
         return DynamicTree(self._proposers, GrowingTree(self._root, sampled=sampled))
-
-    def _remember(self, worth: float) -> None:
-        """Shallow nodes are not to be taken before deeper ones that will be worth more: a mean over rounds, of logarithms."""
-        worth = max(worth, 1e-9)
-        before = worth if self._worth is None else self._worth
-        self._worth = math.exp(0.7 * math.log(before) + 0.3 * math.log(worth))

@@ -49,6 +49,7 @@ class DynamicTree:
 
     def __init__(self, proposers: Proposers, tree: GrowingTree, rows: Sequence[Tensor] = ()) -> None:
         self._proposers, self.tree, self._rows = proposers, tree, list(rows)
+        self.worth: float | None = None  # what the last node was worth when it was grown
 
     @property
     def num_run(self) -> int:
@@ -57,10 +58,11 @@ class DynamicTree:
 
     # -- before the pass --------------------------------------------------------------------------------------------------
 
-    def grow(self, asked: Asked, aim: Aim, expected: float) -> float:
-        """Run what is worth it, step by step, and fill up with leaves; what a node is worth at least now. `expected`: what that
-        will be. Nodes worth less are not taken before it shows that there are no better ones."""
-        tree, model = self.tree, self._proposers.model
+    def grow(self, asked: Asked, aim: Aim) -> None:
+        """Run what is worth it, step by step, and fill up with leaves. Nodes that are worth less than the last one of earlier
+        trees was are not taken before it shows that there are no better ones."""
+        tree, model, estimates = self.tree, self._proposers.model, self._proposers.estimates
+        expected = estimates.worth(asked.most, sampled=tree.sampled)
         self._look_up(tree.root, asked.most, max(aim.least_value, expected / 4))
         if tree.root.run is None and model is not None:
             self._open([tree.root], model.begin(), asked)
@@ -68,7 +70,7 @@ class DynamicTree:
             bar = max(tree.nth_value(asked.most), expected, aim.least_value)
             batch = self._due(asked, bar)
             is_full = tree.sampled and len(tree.nodes) >= asked.most
-            gain = sum([max(node.value * self._proposers.estimates.first - bar, 0.0) for node in batch])
+            gain = sum([max(node.value * estimates.best - bar, 0.0) for node in batch])
             if batch and gain > aim.least_gain and not is_full:
                 self._run(batch, asked)
                 continue
@@ -81,7 +83,7 @@ class DynamicTree:
             tree.fill(asked.most, aim.least_value, asked.max_depth)
         else:
             tree.fill(NO_LIMIT, max(worth, aim.least_value), asked.max_depth)
-        return worth
+        self.worth = worth
 
     def submit(self, asked: Asked) -> tuple[DraftTree, tuple[Node, ...]]:
         """The tree to be verified, and its nodes in the order that it has them."""
@@ -192,25 +194,31 @@ class DynamicTree:
 
     def _shares(self, batch: list[Node], found: Candidates) -> list[list[float]]:
         """What candidates are worth of their nodes [n][K], beside finds, which may be worth more now that the draft spoke."""
-        estimates, scales = self._proposers.estimates, list[float]()
+        estimates, sampled = self._proposers.estimates, self.tree.sampled
         for node, mass, left in zip(batch, found.taken, found.left, strict=True):
             node.left = min(left / max(1.0 - sum(mass), 1e-6), 1.0) if mass else left
-            scales.append(1.0)
-            if mass and node.value > 0:
-                for child, share in zip(list(node.children), estimates.chosen(np.array([mass]))[0], strict=True):
-                    self.tree.raise_to(child, node.value * float(share))
-                beside = max(0.02, 1.0 - sum([child.value for child in node.children]) / node.value)
-                scales[-1] = beside if self.tree.sampled else min(1.0, beside / max(1.0 - sum(mass), 0.02))
-        if self.tree.sampled:
-            shares = estimates.drawn(np.array([node.left for node in batch]), len(found.token_ids[0]))
+        if sampled:
+            shares, beside = estimates.drawn(np.array([node.left for node in batch]), len(found.token_ids[0])), found.taken
         else:
-            shares = estimates.chosen(np.array(found.probabilities))
-        scaled: list[list[float]] = (shares * np.array(scales)[:, None]).tolist()
+            shares, beside = estimates.chosen(np.array(found.probabilities), found.taken if any(found.taken) else ())
+        scaled: list[list[float]] = shares.tolist()
+        for place, (node, own) in enumerate(zip(batch, beside, strict=False)):
+            if own and node.value > 0:
+                for child, share in zip(list(node.children), own, strict=True):
+                    self.tree.raise_to(child, node.value * share)
+                rest = max(0.02, 1.0 - sum([child.value for child in node.children]) / node.value)
+                scale = rest if sampled else min(1.0, rest / max(1.0 - sum(own), 0.02))
+                scaled[place] = [scale * share for share in scaled[place]]
         return scaled
 
 
-def count_verdict(estimates: Estimates, nodes: Sequence[Node], token_ids: Sequence[int], *, sampled: bool) -> None:
+def count_verdict(
+    estimates: Estimates, grown: DynamicTree, asked: Asked, nodes: Sequence[Node], token_ids: Sequence[int]
+) -> None:
     """Count what came of the children and candidates of every accepted node; `token_ids` are the tokens behind them."""
+    sampled = grown.tree.sampled
+    if grown.worth is not None:
+        estimates.count_worth(asked.most, grown.worth, sampled=sampled)
     for place, (node, token_id) in enumerate(zip(nodes, token_ids, strict=True)):
         entered = nodes[place + 1] if place + 1 < len(nodes) else None
         for child in node.children:

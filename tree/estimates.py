@@ -1,7 +1,9 @@
 """How probable children are to be part of the text, by what a draft knows before they are taken; learned from verdicts.
 
 A drawn child goes by how sure the draft is and by its rank: never by its value, which nobody may look at before it is in the
-tree (docs/losslessness.md, section 8). A chosen one goes by its draft probability, a found one by its bin.
+tree (docs/losslessness.md, section 8). A found one goes by its bin. A chosen one goes by the draft's probabilities, made
+sharper: a small draft is far less sure than a greedy target, whose next token is certain. How much so is learned, as the
+exponent under which what came was most likely; what that leaves to be corrected is counted by bins.
 """
 
 from collections.abc import Sequence
@@ -14,31 +16,42 @@ from .acceptance import Acceptance
 Floats = npt.NDArray[np.float64]
 
 MAX_CHILDREN = 16  # of one node, from a model
-# Largest probabilities of a draft that are counted together, up to each of these; and probabilities of chosen children.
+# Largest probabilities of a draft that are counted together, up to each of these; and sharpened ones of chosen children.
 BANDS = (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.92, 0.97, 0.99, 1.0)
 BINS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
+EXPONENTS = np.array([1.0, 1.25, 1.6, 2.0, 2.5, 3.0, 4.0, 5.0, 6.5, 8.0])
+ASSUMED_EXPONENT = 3.0  # a small draft and a greedy target; a handful of tokens suffice to change it
+LEAST_LIKELY = 1e-3  # one token that nobody thought of does not decide what the exponent is
 PRIOR_WEIGHT = 8.0  # cases that what is assumed counts for
 DECAY = 0.998  # of all counts, a verdict
+FIRST_WORTH = 0.1  # what nodes of trees to come are worth at least, before there was one
 
 
 class Estimates:
-    """Learns from verdicts, one text after another; its numbers depend on verdicts of earlier rounds alone.
+    """Learns from verdicts, one text after another; its numbers depend on earlier rounds alone.
 
     acceptance: what is assumed before anything was counted; None for nothing known.
     """
 
     def __init__(self, acceptance: Acceptance | None = None) -> None:
-        self._bins = _Ratios(np.array([_middle(BINS, bin) for bin in range(len(BINS))]))
+        middles = np.array([_middle(BINS, bin) for bin in range(len(BINS))])
+        self._middles = np.array([0.0, *middles, 1.0])
+        self._bins = _Ratios(middles)
+        self._likelihood = -2.0 * np.abs(np.log(EXPONENTS / ASSUMED_EXPONENT))  # of each exponent, its logarithm
         self._hazards = _Ratios(np.array([_hazards(acceptance, _middle(BANDS, band)) for band in range(len(BANDS))]))
         self._found: dict[tuple[int, int], _Ratios] = {}
+        self._best = _Ratios(np.array(0.7))
+        self._worth: dict[tuple[int, bool], float] = {}
         self._refresh()
 
     # -- what is believed -------------------------------------------------------------------------------------------------
 
-    def chosen(self, probabilities: Floats) -> Floats:
-        """How probable children are to be the next token, by their draft probabilities [n, K] in descending order: [n, K]."""
-        shares = self._by_bin[np.searchsorted(BINS, np.minimum(probabilities, 1.0))]
-        return np.asarray(np.minimum.accumulate(shares, axis=1))
+    def chosen(self, probabilities: Floats, taken: Sequence[Sequence[float]] = ()) -> tuple[Floats, list[list[float]]]:
+        """How probable tokens are to be the next one, by their draft probabilities [n, K] in descending order: [n, K], not
+        increasing. The same of tokens that are `taken` [n][...], which are not among them."""
+        shares, beside = _sharpened(probabilities, taken, EXPONENTS[self._exponent])
+        shares = np.minimum.accumulate(np.interp(shares, self._middles, self._by_bin), axis=1)
+        return shares, [np.interp(row, self._middles, self._by_bin).tolist() if row else [] for row in beside]
 
     def drawn(self, tops: Floats, most: int) -> Floats:
         """How probable it is that the child of each rank is the accepted one, below nodes where the largest probability of the
@@ -50,18 +63,27 @@ class Estimates:
         return float(self._found_ratios(source, bin, prior).means)
 
     @property
-    def first(self) -> float:
+    def best(self) -> float:
         """How probable the best child of a node of which nothing is known is to be the next token."""
-        return 0.7
+        return float(self._best.means)
 
-    # -- what verdicts say ------------------------------------------------------------------------------------------------
+    def worth(self, most: int, *, sampled: bool) -> float:
+        """What the last node of a tree of `most` nodes will be worth."""
+        return self._worth.get((most, sampled), FIRST_WORTH)
+
+    # -- what came --------------------------------------------------------------------------------------------------------
 
     def count_chosen(self, probabilities: Sequence[float], hit: int | None) -> None:
         """At a node of the text, the draft's candidates had these probabilities, and the one at place `hit` came."""
-        bins = np.searchsorted(BINS, np.minimum(probabilities, 1.0))
+        rows = np.array([probabilities])
+        shares = np.stack([_sharpened(rows, (), exponent)[0][0] for exponent in EXPONENTS])  # [exponents, K]
+        bins = np.searchsorted(BINS, np.minimum(shares[self._exponent], 1.0))
         np.add.at(self._bins.tried, bins, 1.0)
         if hit is not None:
             self._bins.hits[bins[hit]] += 1.0
+        came = shares[:, hit] if hit is not None else 1.0 - shares.sum(axis=1)
+        self._likelihood = DECAY * self._likelihood + np.log(np.maximum(came, LEAST_LIKELY))
+        self._count_best(float(np.interp(shares[self._exponent, 0], self._middles, self._by_bin)))
 
     def count_drawn(self, top: float, num_tried: int, entered: bool) -> None:
         """At an accepted node, `num_tried` drawn children were offered; the last was accepted if `entered`."""
@@ -69,6 +91,7 @@ class Estimates:
         self._hazards.tried[band, :num_tried] += 1.0
         if entered:
             self._hazards.hits[band, num_tried - 1] += 1.0
+        self._count_best(float(self._by_rank[band, 0]))
 
     def count_found(self, source: int, bin: int, prior: float, hit: bool) -> None:
         """At a node of the text, a find of this bin came true or not."""
@@ -78,16 +101,28 @@ class Estimates:
 
     def end_verdict(self) -> None:
         """All of a verdict was counted: believe it, and let what came before count a little less."""
-        for ratios in (self._bins, self._hazards, *self._found.values()):
+        for ratios in (self._bins, self._hazards, self._best, *self._found.values()):
             ratios.hits *= DECAY
             ratios.tried *= DECAY
         self._refresh()
 
+    def count_worth(self, most: int, worth: float, *, sampled: bool) -> None:
+        """The last node of a tree of `most` nodes was worth this much: believe the mean over rounds, of logarithms."""
+        before, worth = self._worth.get((most, sampled)), max(worth, 1e-9)
+        self._worth[most, sampled] = worth if before is None else before**0.7 * worth**0.3
+
+    # -- inside -----------------------------------------------------------------------------------------------------------
+
     def _found_ratios(self, source: int, bin: int, prior: float) -> "_Ratios":
         return self._found.setdefault((source, bin), _Ratios(np.array(prior)))
 
+    def _count_best(self, share: float) -> None:
+        self._best.tried += 1.0
+        self._best.hits += share
+
     def _refresh(self) -> None:
-        self._by_bin = np.maximum.accumulate(self._bins.means)  # a larger probability is worth no less
+        self._exponent = int(self._likelihood.argmax())
+        self._by_bin = np.array([0.0, *np.maximum.accumulate(self._bins.means), 1.0])  # the more, the more
         hazards = self._hazards.means
         reached = np.cumprod(np.hstack([np.ones((len(BANDS), 1)), 1.0 - hazards[:, :-1]]), axis=1)
         self._by_rank = np.minimum.accumulate(hazards * reached, axis=1)
@@ -102,6 +137,24 @@ class _Ratios:
     @property
     def means(self) -> Floats:
         return np.asarray((PRIOR_WEIGHT * self.prior + self.hits) / (PRIOR_WEIGHT + self.tried))
+
+
+def _sharpened(probabilities: Floats, taken: Sequence[Sequence[float]], exponent: float) -> tuple[Floats, list[list[float]]]:
+    """Probabilities to the power of `exponent`, renormalised: [n, K] in descending order, and those of the tokens `taken`
+    [n][...]. Of the other tokens nothing is known but their mass and that none is more probable than the last; they are taken
+    to be all as probable as that."""
+    tops = probabilities[:, :1] if probabilities.shape[1] else np.ones((len(probabilities), 1))
+    mass = np.array([sum(row) for row in taken]) if taken else np.zeros(len(probabilities))
+    tops = np.maximum(np.maximum(tops, np.array([[max(row, default=0.0)] for row in taken])) if taken else tops, 1e-30)
+    last = np.maximum(probabilities[:, -1:], 1e-30) / tops if probabilities.shape[1] else np.ones_like(tops)
+    others = np.maximum(1.0 - probabilities.sum(axis=1, keepdims=True) - mass[:, None], 0.0) / tops * last ** (exponent - 1.0)
+    powers = (probabilities / tops) ** exponent
+    beside = [[(share / top) ** exponent for share in row] for row, top in zip(taken, tops[:, 0].tolist(), strict=False)]
+    total = powers.sum(axis=1, keepdims=True) + others
+    if taken:
+        total = total + np.array([[sum(row)] for row in beside])
+    totals = total[:, 0].tolist()
+    return powers / total, [[share / whole for share in row] for row, whole in zip(beside, totals, strict=False)]
 
 
 def _middle(edges: tuple[float, ...], place: int) -> float:
