@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
-from .calibrate.measuring import look_at_machine, measure_machine, sampling_kinds_of
+from .calibrate.measuring import look_at_machine, measure_host_drafts, measure_machine, sampling_kinds_of
 from .config import EngineSettings, bytes_text
 from .device import Device, choose_passes, device_of
 from .device.host import available_bytes
@@ -52,33 +52,33 @@ def open_engine(
 
     `device` takes the place of the one that the settings name; the engine closes it. `hardware` takes the place of the
     profile that they name, or of a quick measurement. `expect` adds to the settings what is known of the requests once
-    there are a tokenizer and the number of positions that the model knows. `admit` is called when everything is planned and
-    no weight has been read, so that a request which cannot be finished is refused in time.
+    there are a tokenizer and the number of positions that the model knows. `admit` is called when all is planned and no weight
+    has been read, so that a request which cannot be finished is refused in time.
     """
     start_s = time.monotonic()
     with ExitStack() as stack:
         device = choose_passes(device, settings.draft_passes) if device else device_of(settings)
         stack.callback(device.close)
         stack.enter_context(device.translated())
-        target, drafts = _models(settings, device.torch_device.type, progress)
+        target, drafts = _models(settings, device, progress)
         settings = expect(settings, target.tokenizer, target.architecture.max_positions) if expect is not None else settings
         host = _budgets(settings, device)  # where layers are equal, what exceeds the host's memory is borrowed, see lend_memory
         budgets = replace(host, host_bytes=None) if target.tensors.equal_layers else host
         looked_s = time.monotonic()
         hardware = hardware or look_at_machine(settings, device, budgets, target, _sources(drafts), stack)
+        hardware = measure_host_drafts(hardware, settings, target, _sources(drafts, on_host=True))
         looked_s = time.monotonic() - looked_s
         plan, fallbacks, target, chosen = _plan(settings, hardware, budgets, _pairs(target, drafts))
-        draft, place = (chosen.source, chosen.place) if chosen is not None else (None, None)
+        draft = chosen.source if chosen is not None else None
         admission = _admitted(target, plan, seed, admit)
         eos_token_ids = _ends_of_text(target)
         plan = lend_memory(target, plan, _left_for_layers(host, plan), may_refuse=not device.host_addressable)
-        counter = ReadCounter(progress, lambda plan: bytes_to_read(target, draft, plan))
         loaded = take_memory(device, target, draft, plan, fallbacks, stack)
         plan, fallbacks = _record(loaded, fallbacks, device)
-        loaded.read(counter)
+        loaded.read(ReadCounter(progress, lambda plan: bytes_to_read(target, draft, plan)))
         plan, fallbacks = _see_placed(loaded, plan, fallbacks)
-        link_bytes_per_s = settings.emulate_link_bytes_per_s or loaded.stream.measure_link()
-        plan = replace(plan, link_bytes_per_s=link_bytes_per_s, small_uploads=device.small_uploads)
+        link = settings.emulate_link_bytes_per_s or loaded.stream.measure_link()
+        plan = replace(plan, link_bytes_per_s=link, small_uploads=device.small_uploads)
         method = resolve_method(settings.verifier)
         parts = loaded.target, loaded.stream, loaded.drafter, _sessions(loaded, plan)
         loop = DecodeLoop(device, *parts, plan, method=method, trace=trace, fallbacks=fallbacks)
@@ -94,8 +94,8 @@ def open_engine(
         weights=Weights(name=target.model.weights, layers=target.model.formats),
         memory=_memory_of(device, loaded.store),
         close=close,
-        replanner=_replanner(settings, target, draft, looked_s),
-        draft_place=place,
+        replanner=_replanner(settings, target, chosen, looked_s),
+        draft_place=chosen.place if chosen is not None else None,
     )
 
 
@@ -120,31 +120,30 @@ def _ends_of_text(target: ModelSource) -> frozenset[int]:
     return defaults.eos_token_ids
 
 
-def _replanner(
-    settings: EngineSettings, target: ModelSource, draft: ModelSource | None, measuring_s: float
-) -> Replanner | None:
+def _replanner(settings: EngineSettings, target: ModelSource, draft: Draft | None, measuring_s: float) -> Replanner | None:
     """None where there is nothing to choose, or where somebody has chosen."""
     if draft is None or settings.tree != "auto" or settings.fixed_plan:
         return None
 
     def measure() -> HardwareProfile:
-        return measure_machine(settings, target, [draft], sampling_kinds=sampling_kinds_of(settings))
+        return measure_machine(settings, target, _sources([draft]), sampling_kinds=sampling_kinds_of(settings))
 
     return Replanner(measure, measuring_s)
 
 
-def _models(settings: EngineSettings, device_type: str, progress: LoadProgress | None) -> Pair:
+def _models(settings: EngineSettings, device: Device, progress: LoadProgress | None) -> Pair:
     """The target, and drafts that speak its tokens."""
+    device_type = device.torch_device.type
     target = open_target(settings, device_type, progress)
-    drafts = open_drafts(settings, target, device_type)
+    drafts = open_drafts(settings, target, device_type, beside=not device.host_addressable)
     for draft in drafts:
         sizes = (target.architecture.vocab_size, draft.source.architecture.vocab_size)
         check_same_vocabulary(target.tokenizer, draft.source.tokenizer, sizes, "--draft-model")
     return target, drafts
 
 
-def _sources(drafts: list[Draft]) -> list[ModelSource]:
-    return [draft.source for draft in drafts]
+def _sources(drafts: list[Draft], *, on_host: bool = False) -> list[ModelSource]:
+    return [draft.source for draft in drafts if draft.on_host == on_host]
 
 
 def _pairs(target: ModelSource, drafts: list[Draft]) -> list[Pair]:
@@ -190,7 +189,7 @@ def _plan(
         workload = make_workload(settings, target.model.cost, hardware, budgets, max_positions=max_positions)
         costs = [draft.source.model.cost for draft in drafts]
         options = [
-            make_option(settings, hardware, draft.name, cost, acceptances[draft.place])
+            make_option(settings, hardware, draft.name, cost, acceptances[draft.place], on_host=draft.on_host)
             for draft, cost in zip(drafts, costs, strict=True)
         ]
         offers.append(Offer(workload=workload, drafts=tuple(options)))

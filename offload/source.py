@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .coding.kernels import has_kernels
-from .config import EngineSettings
-from .errors import ModelError
+from .config import EngineSettings, base_of_draft
+from .errors import ModelError, UsageError
 from .model.architecture import Architecture
 from .model.files import dtype_text
 from .stored import Progress, Storing, store_as
@@ -61,11 +61,13 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """A draft that may be used: its `place` among EngineSettings.draft_models, and what it is called there."""
+    """A draft that may be used: its `place` among EngineSettings.draft_models, and what it is called there. `on_host`: on the
+    CPU, beside a device that has the target."""
 
     place: int
     name: str
     source: ModelSource
+    on_host: bool = False
 
 
 def check_source(
@@ -132,9 +134,34 @@ def open_target(settings: EngineSettings, device_type: str, progress: Progress |
     )
 
 
-def open_drafts(settings: EngineSettings, target: ModelSource, device_type: str) -> list[Draft]:
+def open_drafts(settings: EngineSettings, target: ModelSource, device_type: str, *, beside: bool = False) -> list[Draft]:
     """In their order, without "auto" where `target` can have no base. What is 16 bit stays so: nothing of a draft is
-    streamed."""
+    streamed. `beside`: the target's device is not the CPU, which may have drafts of its own: behind the others if either may
+    be taken, in place of them where the settings want it so. UsageError for a base then, which lies where the target does."""
+    if beside and settings.draft_device == "cpu":
+        if settings.self_draft is not None:
+            raise UsageError(
+                "a base of the target's layers lies and drafts on the target's device",
+                where=f"--draft-model {settings.self_draft} with --draft-device cpu",
+                cure="leave one of the two out",
+            )
+        return _drafts_on_host(settings)
+    drafts = _drafts_on_device(settings, target, device_type)
+    return (
+        [*drafts, *_drafts_on_host(settings)] if beside and settings.draft_device == "auto" and device_type != "cpu" else drafts
+    )
+
+
+def _drafts_on_host(settings: EngineSettings) -> list[Draft]:
+    drafts: list[Draft] = []
+    for place, name in enumerate(settings.draft_models):
+        if base_of_draft(name) is None:
+            source = check_source(name, "--draft-model", settings.dtype, "cpu", decode_kernels=settings.decode_kernels)
+            drafts.append(Draft(place=place, name=f"{source.path.name} on the CPU", source=source, on_host=True))
+    return drafts
+
+
+def _drafts_on_device(settings: EngineSettings, target: ModelSource, device_type: str) -> list[Draft]:
     drafts: list[Draft] = []
     for place, name in enumerate(settings.draft_models):
         if name != settings.self_draft:

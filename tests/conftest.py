@@ -19,11 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fakes import DEVICES
 from offload.calibrate import QUICK, Effort, Subject, measure_hardware
+from offload.calibrate.models import measure_model
+from offload.calibrate.stopwatch import Stopwatch
 from offload.device import Device
 from offload.model.probe import probe_layers
 from offload.model.rope import Rope
 from offload.model.transformers_api import _PassLayer
-from offload.planner.hardware import HardwareProfile
+from offload.planner.hardware import HardwareProfile, MeasuredModel, TaskTimes
 
 # Matrices this small gain nothing from a second thread, and threads that wait for each other lose a busy machine.
 torch.set_num_threads(1)
@@ -107,8 +109,13 @@ def quick_measurement() -> Iterator[None]:
             measured[key] = measure_hardware(device, subjects, replace(brief, sampling_kinds=effort.sampling_kinds), **options)
         return measured[key]
 
+    def look_at_model(watch: Stopwatch, subject: Subject, drawing: TaskTimes) -> MeasuredModel:
+        effort = replace(brief, sampling_kinds=watch.effort.sampling_kinds)
+        return measure_model(Stopwatch(watch.device, effort), subject, drawing)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("offload.calibrate.measuring.measure_hardware", measure_once)
+        patch.setattr("offload.calibrate.measuring.measure_model", look_at_model)
         yield
 
 

@@ -88,6 +88,7 @@ TREE_IMPORTERS = (
     "offload/cli/",
     "offload/serve/",  # asks for scores and writes them out
     "offload/model/masks.py",  # a tree's mask
+    "offload/model/apart.py",  # the same of a draft on another device: a drafter, whose arguments are tree's types
     "offload/model/drafter.py",  # fits our model to tree's TreeModel protocol, whose arguments are tree's types
     "offload/__init__.py",  # the guard that the tree it finds is ours and not dm-tree's
 )

@@ -5,8 +5,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from ..config import EngineSettings, SamplingKind
-from ..device import Device, device_of
-from ..planner.hardware import HardwareProfile
+from ..device import Device, device_of, open_device
+from ..planner.hardware import HardwareProfile, TaskTimes
 from ..planner.hardware_file import find_hardware
 from ..planner.memory import Budgets
 from ..planner.plan import context_tokens
@@ -14,6 +14,8 @@ from ..planner.tree_flag import read_acceptances
 from ..source import ModelSource
 from ..weights.checkpoint import Checkpoint
 from . import QUICK, Effort, Subject, measure_hardware, own_threads
+from .models import measure_model
+from .stopwatch import Stopwatch
 
 
 def look_at_machine(
@@ -32,6 +34,24 @@ def look_at_machine(
     may_need_disk = budgets.host_bytes is not None and target.model.cost.stored_bytes > budgets.host_bytes
     disk = target.checkpoint if may_need_disk else None
     return measure_machine(settings, target, drafts, sampling_kinds=sampling_kinds_of(settings), disk=disk)
+
+
+def measure_host_drafts(
+    hardware: HardwareProfile, settings: EngineSettings, target: ModelSource, drafts: Sequence[ModelSource]
+) -> HardwareProfile:
+    """`hardware` with the times of `drafts` that compute on the CPU, beside a device that has `target`."""
+    if not drafts:
+        return hardware
+    subjects = [Subject(role="draft", model=draft.model) for draft in drafts]
+    kinds, vocab_size = sampling_kinds_of(settings), target.model.cost.vocab_size
+    effort = replace(_effort(settings), sampling_kinds=kinds)
+    nothing = TaskTimes(task="draw", sampling=kinds[0], vocab_size=vocab_size, rows=(1,), task_s=(0.0,))
+    cpu = open_device("cpu")
+    try:
+        found = [replace(measure_model(Stopwatch(cpu, effort), one, nothing), role="host draft") for one in subjects]
+    finally:
+        cpu.close()
+    return replace(hardware, models=(*hardware.models, *found))
 
 
 def sampling_kinds_of(settings: EngineSettings) -> tuple[SamplingKind, ...]:

@@ -12,9 +12,10 @@ from functools import partial
 import torch
 
 from ..config import bytes_text
-from ..device import Device
+from ..device import Device, open_device
 from ..device.host import available_bytes
 from ..errors import FitError, HostMemoryError
+from ..model.apart import ApartDrafter
 from ..model.architecture import Architecture
 from ..model.base_model import base_architecture
 from ..model.causal_lm import CausalLM, WeightSource
@@ -97,7 +98,7 @@ class Loaded:
     target: CausalLM
     stream: LayerStream
     store: WeightStore
-    drafter: ModelDrafter | None
+    drafter: ModelDrafter | ApartDrafter | None
     parts: "tuple[_Memory, ...]"
 
     def read(self, counter: ReadCounter) -> None:
@@ -155,24 +156,37 @@ def _take_memory(
         stream = LayerStream(device, main.store, plan.num_slots)
         own.callback(stream.close)
         model = main.model(stream, own)
-        parts, drafter = [main], None
-        if draft is not None:
-            if draft.model.drafts_from_base:
-                draft_model = main.base_draft(draft, plan, own)
-            else:
-                aside = _Memory(device, draft, _resident(draft), plan, own, plan.ahead_rows)
-                parts.append(aside)
-                draft_model = aside.model(_weights_of(aside.store.resident.values(), own), own)
-            vocab_size, room = target.architecture.vocab_size, plan.room_nodes
-            about = draft_model, device, vocab_size, plan.aim, plan.pass_rows
-            drafter = ModelDrafter(*about, max_nodes=room, ahead_rows=plan.ahead_rows)
-            own.callback(drafter.close)
-            if draft.model.drafts_from_base:
-                stream.watch(partial(_follow, drafter, main.store))
+        parts = [main]
+        drafter: ModelDrafter | ApartDrafter | None = None
+        if draft is not None and draft.model.drafts_from_base:
+            drafter = _drafter(main.base_draft(draft, plan, own), device, target, plan, own)
+            stream.watch(partial(_follow, drafter, main.store))
+        elif draft is not None:
+            there = _opened_cpu(own) if plan.draft_on_host else device
+            aside = _Memory(there, draft, _resident(draft), plan, own, plan.ahead_rows)
+            parts.append(aside)
+            draft_model = aside.model(_weights_of(aside.store.resident.values(), own), own)
+            inner = _drafter(draft_model, there, target, plan, own)
+            drafter = ApartDrafter(inner, device) if plan.draft_on_host else inner
         for part in parts:
             part.store.take_host_memory()
         stack.push(own.pop_all())
     return Loaded(plan=plan, target=model, stream=stream, store=main.store, drafter=drafter, parts=tuple(parts))
+
+
+def _opened_cpu(stack: ExitStack) -> Device:
+    """For a draft beside a device that has the target."""
+    cpu = open_device("cpu")
+    stack.callback(cpu.close)
+    return cpu
+
+
+def _drafter(model: CausalLM, device: Device, target: ModelSource, plan: Plan, stack: ExitStack) -> ModelDrafter:
+    """Over `model`, which is on `device`, for the tokens of `target`."""
+    about = model, device, target.architecture.vocab_size, plan.aim, plan.pass_rows
+    drafter = ModelDrafter(*about, max_nodes=plan.room_nodes, ahead_rows=plan.ahead_rows)
+    stack.callback(drafter.close)
+    return drafter
 
 
 class _Memory:

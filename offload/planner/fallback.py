@@ -14,6 +14,7 @@ from ..config import EngineSettings, bytes_text, counted
 from ..errors import OutOfMemoryError
 from ..weights.placement import Placement, spread_evenly
 from .cost import computed_bytes, stored_bytes
+from .host_draft import NAMES as HOST_DRAFT
 from .memory import CHUNK_ROWS, Budgets, MemoryPlan, device_ledger, host_ledger, plan_memory, ring_bytes
 from .notes import NOTHING_STREAMED
 from .plan import Plan
@@ -94,7 +95,7 @@ class Fallbacks:
         memory = plan_memory(
             self.settings,
             self.workload.target,
-            self.draft.cost if self.draft else None,
+            self.draft.device_cost if self.draft else None,
             plan.room_nodes,
             plan.num_slots or None,
             max_positions=plan.max_positions,
@@ -156,9 +157,10 @@ class Fallbacks:
     def _completed(self, plan: Plan, old: Plan, what: str) -> Plan:
         """`plan`, which decides otherwise than `old`, with all that follows from its decisions. The caches stay as they are."""
         target, draft, placement = self.workload.target, self.draft, plan.placement
+        kept = {name: num_bytes for name, num_bytes in old.host_ledger.items() if name in HOST_DRAFT}
         on_device = device_ledger(
             target,
-            draft.cost if draft else None,
+            draft.device_cost if draft else None,
             max_sequences=plan.max_sequences,
             tree_nodes=plan.room_nodes,
             context_rows=plan.context_rows,
@@ -174,7 +176,7 @@ class Fallbacks:
             pass_rows=plan.pass_rows,
             ahead_rows=plan.ahead_rows,
             device_ledger={**on_device, **layers_ledger(target, placement.resident, plan.num_slots, placement.coded)},
-            host_ledger=host_ledger(target, placement, shared=self.budgets.shared),
+            host_ledger={**host_ledger(target, placement, shared=self.budgets.shared), **kept},
         )
         prediction = predict_tree(self.workload, memory, plan.tree, draft, plan.kind)
         if not math.isclose(prediction.s_per_token, old.prediction.s_per_token, rel_tol=1e-3):

@@ -16,7 +16,7 @@ from ..config import SamplingKind
 from .cost import LayerCost, ModelCost, attention_flops, layer_flops
 
 Floats = npt.NDArray[np.float64]
-Role = Literal["target", "draft"]
+Role = Literal["target", "draft", "host draft"]  # the last computes on the CPU, beside a device that has the target
 Task = Literal["draw", "verify"]  # children of a level's nodes, a tree's accepted path
 
 ROWS = (1, 4, 16, 64, 128, 256, 512, 768, 1024, 2048, 4096)
@@ -41,8 +41,8 @@ class ModelTimes:
     """Seconds of a forward pass by number of rows, with `context_rows` rows in the cache.
 
     layer_s: one decoder layer, of the kind that there are most of. rest_s: everything outside the layers; for a draft, drawing
-    a level's children too. wake_s: what a layer takes longer when it had to wait for its weights, as the threads of a CPU go to
-    sleep then.
+    a level's children too, which those of a host draft are measured with. wake_s: what a layer takes longer when it had to
+    wait for its weights, as the threads of a CPU go to sleep then.
     """
 
     context_rows: int
@@ -152,7 +152,7 @@ class HardwareProfile:
         draws the children of a level by such sampling."""
         measured = [known for known in self.models if known.role == role and known.shape == shape_of(model)]
         times = _at_context(measured[0].times, context_rows) if measured else self._estimate(model, context_rows)
-        if role == "target":
+        if role != "draft":
             return times
         draw_s = self.task_times("draw", model.vocab_size, sampling).at(times.rows)
         return replace(times, rest_s=tuple(float(s) for s in np.asarray(times.rest_s) + draw_s))

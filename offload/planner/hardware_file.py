@@ -127,7 +127,7 @@ def _list(document: Mapping[str, object], name: str) -> Sequence[object]:
 
 def _measured_model(entry: object) -> MeasuredModel:
     match entry:
-        case {"role": "target" | "draft" as role, "shape": dict(shape), "times": [_, *_] as tables}:
+        case {"role": "target" | "draft" | "host draft" as role, "shape": dict(shape), "times": [_, *_] as tables}:
             times = tuple(sorted((_model_times(table) for table in tables), key=lambda table: table.context_rows))
             return MeasuredModel(role=role, shape={name: _whole(value, name) for name, value in shape.items()}, times=times)
     raise ValueError("an entry of models is not {role, shape, times}")

@@ -16,7 +16,8 @@ from ..weights.placement import Placement
 from .candidate import ROOT, Candidate, candidate
 from .cost import ModelCost, computed_bytes, stored_bytes
 from .given_tree import with_tree
-from .hardware import HardwareProfile
+from .hardware import HardwareProfile, Role
+from .host_draft import memory_beside
 from .memory import Budgets, MemoryPlan, plan_memory
 from .notes import NO_TREE, plan_notes, why_no_tree
 from .prediction import DraftOption, Offer, Prediction, TreeKind, Workload, predict_tree
@@ -38,7 +39,8 @@ class Plan:
     predicted is of one text.
 
     `offer` is the place of the offer that was chosen, `draft` that of its draft, None for none. `draft_passes` says how its
-    passes run: "graphs", recorded and replayed, or "eager", launched kernel by kernel; None without one. `small_uploads` says
+    passes run: "graphs", recorded and replayed, or "eager", launched kernel by kernel; None without one. `draft_on_host`: it
+    computes on the CPU, beside a device that has the target. `small_uploads` says
     how small tensors reach the device, as soon as that is known: "copy", "mapped", or None on a CPU. There is memory for any
     tree of at most `room_nodes` nodes; `replanned` is how often another was chosen since the run began. `link_bytes_per_s` is
     what copies can reach, None when nothing is streamed.
@@ -78,6 +80,7 @@ class Plan:
     ahead_steps: int = 0
     ahead_rows: int = 0
     draft_passes: str | None = None
+    draft_on_host: bool = False
     small_uploads: str | None = None
     replanned: int = 0
     notes: tuple[str, ...] = ()
@@ -122,6 +125,7 @@ class Plan:
             "expected_tokens_per_pass": prediction.expected_tokens,
             "link_bytes_per_s": self.link_bytes_per_s,
             "draft_passes": self.draft_passes,
+            "draft_device": None if self.draft is None else "cpu" if self.draft_on_host else "same",
             "small_uploads": self.small_uploads,
             "max_sequences": self.max_sequences,
             "context_rows": self.context_rows,
@@ -146,10 +150,12 @@ def make_workload(
     """What the search needs to know of this target on this machine."""
 
     def memory(draft: DraftOption | None, num_nodes: int, num_slots: int, coded: bool) -> MemoryPlan:
-        cost = draft.cost if draft else None
-        return plan_memory(
-            settings, target, cost, num_nodes, num_slots, max_positions=max_positions, budgets=budgets, coded=coded
-        )
+        cost, sizes = draft.device_cost if draft else None, (num_nodes, num_slots)
+
+        def planned(budgets: Budgets) -> MemoryPlan:
+            return plan_memory(settings, target, cost, *sizes, max_positions=max_positions, budgets=budgets, coded=coded)
+
+        return memory_beside(draft.cost, budgets, planned) if draft is not None and draft.on_host else planned(budgets)
 
     return Workload(
         target=target,
@@ -168,11 +174,18 @@ def make_workload(
 
 
 def make_option(
-    settings: EngineSettings, hardware: HardwareProfile, name: str, cost: ModelCost, acceptance: Acceptance
+    settings: EngineSettings,
+    hardware: HardwareProfile,
+    name: str,
+    cost: ModelCost,
+    acceptance: Acceptance,
+    *,
+    on_host: bool = False,
 ) -> DraftOption:
-    """The same of a draft that is offered."""
-    times = hardware.times(cost, "draft", context_tokens(settings), settings.draft_sampling)
-    return DraftOption(name=name, cost=cost, times=times, acceptance=acceptance)
+    """The same of a draft that is offered, on the device or, measured there, on the host."""
+    role: Role = "host draft" if on_host else "draft"
+    times = hardware.times(cost, role, context_tokens(settings), settings.draft_sampling)
+    return DraftOption(name=name, cost=cost, times=times, acceptance=acceptance, on_host=on_host)
 
 
 def context_tokens(settings: EngineSettings) -> int:
@@ -198,7 +211,7 @@ def plan_run(
     room_nodes, memory, prediction = best.tree.num_nodes, best.memory, best.prediction
     if tree is None and best.draft is not None and not settings.fixed_plan and settings.max_context is None:
         room_nodes, memory, prediction = with_room(workload, drafts[best.draft], best.tree, best.kind, memory, prediction)
-    streams = bool(memory.placement.streamed)
+    streams, on_host = bool(memory.placement.streamed), best.draft is not None and drafts[best.draft].on_host
     plain_s = plain[1].s_per_token if plain else None
     return Plan(
         offer=best.offer,
@@ -225,7 +238,8 @@ def plan_run(
         dynamic=best.kind.dynamic,
         ahead_steps=best.kind.ahead_steps,
         ahead_rows=memory.ahead_rows,
-        draft_passes=None if best.draft is None else "graphs" if budgets.replays else "eager",
+        draft_passes=None if best.draft is None else "graphs" if budgets.replays and not on_host else "eager",
+        draft_on_host=on_host,
         notes=(*best.notes, *plan_notes(workload, memory), *_assumed(drafts[best.draft] if best.draft is not None else None)),
     )
 

@@ -42,6 +42,11 @@ class DraftOption:
     foreseen: float = FORESEEN
     on_host: bool = False
 
+    @property
+    def device_cost(self) -> ModelCost | None:
+        """What it keeps on the target's device, if anything."""
+        return None if self.on_host else self.cost
+
     def level_s(self, rows: npt.ArrayLike) -> Floats:
         """Seconds of one level's forward over `rows` nodes, drawing their children included."""
         return self.cost.equivalent_layers * self.times.layer(rows) + self.times.rest(rows)

@@ -54,7 +54,7 @@ def measured_anew(
         decode_is_assumed=not hardware.knows_decoder(workload.target),
         doubts=hardware.doubts,
     )
-    if draft is not None:
+    if draft is not None and not draft.on_host:
         draft = replace(draft, times=hardware.times(draft.cost, "draft", context_rows, settings.draft_sampling))
     return workload, draft
 
