@@ -90,7 +90,8 @@ def alone(engine: Engine, asked: Sequence[dict[str, Any]]) -> list[tuple[int, ..
 def join(loop: DecodeLoop, request: dict[str, Any], beside: Sequence[Text] = ()) -> Text:
     prompt, params = request["prompt"], SamplingParams(request["temperature"])
     generator = loop.seeded(request["seed"])
-    return loop.join(prompt, len(prompt), params, generator, None, tokens_left=request["max_new_tokens"], beside=beside)
+    rest: dict[str, Any] = {"tokens_left": request["max_new_tokens"], "repeatable": not params.greedy, "beside": beside}
+    return loop.join(prompt, len(prompt), params, generator, None, **rest)
 
 
 def together(loop: DecodeLoop, asked: Sequence[dict[str, Any]]) -> tuple[list[tuple[int, ...]], list[int]]:

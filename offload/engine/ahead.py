@@ -35,8 +35,9 @@ class GrowthAhead:
             self._begun = self._device.mark()
 
     def before_layer(self, layer: int) -> None:
-        for _ in range(min(self._before.get(layer, 0), len(self._due))):
-            self._step()
+        for _ in range(self._before.get(layer, 0)):
+            if self._due:
+                self._step()
 
     def finish(self) -> None:
         """The pass has been issued: what is left comes now."""
