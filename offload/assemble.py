@@ -2,13 +2,18 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
+from tree.draft import Drafter
+from tree.source_drafter import SourceDrafter
+from tree.sources import TokenSources
+
 from .calibrate.measuring import look_at_machine, measure_host_drafts, measure_machine, sampling_kinds_of
 from .config import EngineSettings, bytes_text
+from .datastore.store import open_sources
 from .device import Device, choose_passes, device_of
 from .device.host import available_bytes
 from .engine.admission import Admission
@@ -61,6 +66,7 @@ def open_engine(
         stack.callback(device.close)
         stack.enter_context(device.translated())
         target, drafts = _models(settings, device, progress)
+        sources = _token_sources(settings, target, stack)
         settings = expect(settings, target.tokenizer, target.architecture.max_positions) if expect is not None else settings
         host = _budgets(settings, device)  # where layers are equal, what exceeds the host's memory is borrowed, see lend_memory
         budgets = replace(host, host_bytes=None) if target.tensors.equal_layers else host
@@ -73,14 +79,13 @@ def open_engine(
         admission = _admitted(target, plan, seed, admit)
         eos_token_ids = _ends_of_text(target)
         plan = lend_memory(target, plan, _left_for_layers(host, plan), may_refuse=not device.host_addressable)
-        loaded = take_memory(device, target, draft, plan, fallbacks, stack)
+        loaded = take_memory(device, target, draft, plan, fallbacks, stack, sources if settings.has_ngram else ())
         plan, fallbacks = _record(loaded, fallbacks, device)
         loaded.read(ReadCounter(progress, lambda plan: bytes_to_read(target, draft, plan)))
         plan, fallbacks = _see_placed(loaded, plan, fallbacks)
-        link = settings.emulate_link_bytes_per_s or loaded.stream.measure_link()
-        plan = replace(plan, link_bytes_per_s=link, small_uploads=device.small_uploads)
+        plan = _with_link(settings, loaded, plan, device)
         method = resolve_method(settings.verifier)
-        parts = loaded.target, loaded.stream, loaded.drafter, _sessions(loaded, plan)
+        parts = loaded.target, loaded.stream, _drafter(loaded, plan, sources), _sessions(loaded, plan)
         loop = DecodeLoop(device, *parts, plan, method=method, trace=trace, fallbacks=fallbacks)
         close = partial(_close, device, stack.pop_all())
     return Engine(
@@ -97,6 +102,26 @@ def open_engine(
         replanner=_replanner(settings, target, chosen, looked_s),
         draft_place=chosen.place if chosen is not None else None,
     )
+
+
+def _with_link(settings: EngineSettings, loaded: Loaded, plan: Plan, device: Device) -> Plan:
+    """With what copies were measured to reach, and how small tensors travel."""
+    link_bytes_per_s = settings.emulate_link_bytes_per_s or loaded.stream.measure_link()
+    return replace(plan, link_bytes_per_s=link_bytes_per_s, small_uploads=device.small_uploads)
+
+
+def _token_sources(settings: EngineSettings, target: ModelSource, stack: ExitStack) -> tuple[TokenSources, ...]:
+    """What is looked up besides what a model drafts: the text, and the datastores that the settings name."""
+
+    def digest() -> bytes | None:
+        return target.tokenizer.vocabulary_digest() if target.tokenizer is not None else None
+
+    return open_sources(settings.datastores, tokenizer=digest, vocab_size=target.architecture.vocab_size, stack=stack)
+
+
+def _drafter(loaded: Loaded, plan: Plan, sources: Sequence[TokenSources]) -> Drafter | None:
+    """Who drafts: a model, or sources alone."""
+    return loaded.drafter or (SourceDrafter(sources, plan.aim) if plan.ngram else None)
 
 
 def _sessions(loaded: Loaded, plan: Plan) -> Sessions:
@@ -182,7 +207,7 @@ def _plan(
     settings: EngineSettings, hardware: HardwareProfile, budgets: Budgets, pairs: list[Pair]
 ) -> tuple[Plan, Fallbacks, ModelSource, Draft | None]:
     """The plan, what smaller ones follow from, and the pair that it is for."""
-    tree = read_tree(settings.tree, has_draft=any(drafts for _, drafts in pairs))
+    tree = read_tree(settings.tree, has_draft=any(drafts for _, drafts in pairs), ngram=settings.ngram)
     max_positions, acceptances = pairs[0][0].architecture.max_positions, read_acceptances(settings)
     offers: list[Offer] = []
     for target, drafts in pairs:

@@ -150,6 +150,21 @@ class EngineSettings:
         return tuple(name for name in self.draft_models if base_of_draft(name) is None)
 
     @property
+    def has_ngram(self) -> bool:
+        """Whether continuations may be looked up."""
+        return self.ngram != ("off",)
+
+    @property
+    def needs_ngram(self) -> bool:
+        """Whether somebody asked for that."""
+        return self.ngram not in (("auto",), ("off",))
+
+    @property
+    def datastores(self) -> tuple[str, ...]:
+        """The files that they are looked up in, beside the text."""
+        return tuple(name for name in self.ngram if name not in NGRAM_WORDS)
+
+    @property
     def draft_sampling(self) -> SamplingKind:
         """How the children of a tree are drawn: where the verifier samples, they are the draft's most probable tokens."""
         return "greedy" if self.verifier == "sample" else self.sampling

@@ -85,6 +85,7 @@ TREE_IMPORTERS = (
     "offload/engine/",
     "offload/planner/",
     "offload/bench/",
+    "offload/assemble.py",  # drafts without a model: whoever wires everything brings the sources
     "offload/cli/",
     "offload/serve/",  # asks for scores and writes them out
     "offload/model/masks.py",  # a tree's mask

@@ -91,7 +91,7 @@ def json_of(finished: Finished, code: int = 0) -> dict[str, Any]:
 
 
 def test_stdout_holds_the_text_and_stderr_why_there_is_no_tree_and_one_line(run: Run) -> None:
-    finished = run("--prompt", PROMPT)
+    finished = run("--prompt", PROMPT, "--ngram", "off")
     assert finished.code == 0
     assert finished.stdout == json_of(run("--prompt", PROMPT, "--json"))["text"] != ""
     why, line = finished.stderr.splitlines()

@@ -21,6 +21,7 @@ __all__ = [
     "residual",
     "sampling",
     "shape",
+    "source_drafter",
     "sources",
     "spec",
     "verify",

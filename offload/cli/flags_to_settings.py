@@ -58,7 +58,7 @@ def plan_flags(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def check_small_files(settings: EngineSettings) -> None:
     """UsageError or ModelError for what the tree, the acceptance and the hardware profile tell before any model is read."""
-    read_tree(settings.tree, has_draft=bool(settings.draft_models))
+    read_tree(settings.tree, has_draft=bool(settings.draft_models), ngram=settings.ngram)
     read_acceptances(settings)
     if settings.profile is not None:
         from ..planner.hardware_file import find_hardware  # numpy

@@ -88,7 +88,7 @@ def read_question(arguments: argparse.Namespace) -> Question:
     from ..planner.what_if import with_weights
 
     settings = replace(_settings(arguments), sampling=sampling_kind(arguments.temperature), context_tokens=arguments.context)
-    tree = read_tree(settings.tree, has_draft=bool(settings.draft_models))
+    tree = read_tree(settings.tree, has_draft=bool(settings.draft_models), ngram=settings.ngram)
     target = find_shape(settings.model, "--model")
     target = target if arguments.weights is None else with_weights(target, arguments.weights)
     targets = offered_targets(settings, target)

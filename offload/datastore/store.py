@@ -11,10 +11,11 @@ import sys
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from tree.ngram import MOST_LEVELS, MOST_MATCHES, PRIORS, Match, merge
-from tree.sources import Found
+from tree.ngram import MOST_LEVELS, MOST_MATCHES, PRIORS, Match, TextIndexes, merge
+from tree.sources import Found, TokenSources
 
 from ..errors import IntegrityError, ModelError, reason
 from .layout import CONTEXT_TOKENS, PAGE_BYTES, SAMPLE_STEP, SAMPLE_TOKENS, Head, parse_head
@@ -128,6 +129,20 @@ class Datastore:
         if tokens and max(tokens) >= self._none_from:
             del tokens[next(number for number, token_id in enumerate(tokens) if token_id >= self._none_from) :]
         return tokens
+
+
+def open_sources(
+    names: Sequence[str], *, tokenizer: Callable[[], bytes | None], vocab_size: int, stack: ExitStack
+) -> tuple[TokenSources, ...]:
+    """What a text has said itself, and the datastores of these names, until `stack` ends. ModelError for a file that is none,
+    or is not of this `tokenizer`, which is asked for if there are any."""
+    sources: list[TokenSources] = [TextIndexes()]
+    digest = tokenizer() if names else None
+    for name in names:
+        store = Datastore(Path(name).expanduser(), tokenizer=digest, vocab_size=vocab_size)
+        stack.callback(store.close)
+        sources.append(store)
+    return tuple(sources)
 
 
 class DatastoreSource:

@@ -4,12 +4,14 @@ Memory is taken before any weight is read, the device's first: what does not fit
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+
+from tree.sources import TokenSources
 
 from ..config import bytes_text
 from ..device import Device, open_device
@@ -117,21 +119,23 @@ def take_memory(
     plan: Plan,
     fallbacks: Fallbacks,
     stack: ExitStack,
+    sources: Sequence[TokenSources] = (),
 ) -> Loaded:
     """Under `plan`, or, if by now the host has less memory than was planned, under a smaller one: once, then it is an error.
-    `stack` is given what ends the use of all that was taken."""
+    `stack` is given what ends the use of all that was taken.
+    The draft's trees have what `sources` find, too."""
     in_host_bytes = sum(plan.device_ledger.values()) if device.host_addressable else 0
     try:
         borrowed_bytes = stored_bytes(target.model.cost, plan.placement.borrowed)
         _check_host(sum(plan.host_ledger.values()) - borrowed_bytes + in_host_bytes)
-        return _take_memory(device, target, draft, plan, stack)
+        return _take_memory(device, target, draft, plan, stack, sources)
     except HostMemoryError as error:
         if target.tensors.equal_layers:
             raise  # nothing of it could come from disk
         refused = error.what  # not the error itself: its traceback holds all that was allocated
     plan = fallbacks.less_host(plan, available_bytes() - HOST_RESERVE_BYTES - in_host_bytes)
     logger.warning("%s: %s", refused, plan.notes[-1])
-    return _take_memory(device, target, draft, plan, stack)
+    return _take_memory(device, target, draft, plan, stack, sources)
 
 
 def _check_host(needed_bytes: int) -> None:
@@ -150,6 +154,7 @@ def _take_memory(
     draft: ModelSource | None,
     plan: Plan,
     stack: ExitStack,
+    sources: Sequence[TokenSources],
 ) -> Loaded:
     with ExitStack() as own:
         main = _Memory(device, target, plan.placement, plan, own)
@@ -159,14 +164,14 @@ def _take_memory(
         parts = [main]
         drafter: ModelDrafter | ApartDrafter | None = None
         if draft is not None and draft.model.drafts_from_base:
-            drafter = _drafter(main.base_draft(draft, plan, own), device, target, plan, own)
+            drafter = _drafter(main.base_draft(draft, plan, own), device, target, plan, own, sources)
             stream.watch(partial(_follow, drafter, main.store))
         elif draft is not None:
             there = _opened_cpu(own) if plan.draft_on_host else device
             aside = _Memory(there, draft, _resident(draft), plan, own, plan.ahead_rows)
             parts.append(aside)
             draft_model = aside.model(_weights_of(aside.store.resident.values(), own), own)
-            inner = _drafter(draft_model, there, target, plan, own)
+            inner = _drafter(draft_model, there, target, plan, own, sources)
             drafter = ApartDrafter(inner, device) if plan.draft_on_host else inner
         for part in parts:
             part.store.take_host_memory()
@@ -181,10 +186,12 @@ def _opened_cpu(stack: ExitStack) -> Device:
     return cpu
 
 
-def _drafter(model: CausalLM, device: Device, target: ModelSource, plan: Plan, stack: ExitStack) -> ModelDrafter:
+def _drafter(
+    model: CausalLM, device: Device, target: ModelSource, plan: Plan, stack: ExitStack, sources: Sequence[TokenSources]
+) -> ModelDrafter:
     """Over `model`, which is on `device`, for the tokens of `target`."""
     about = model, device, target.architecture.vocab_size, plan.aim, plan.pass_rows
-    drafter = ModelDrafter(*about, max_nodes=plan.room_nodes, ahead_rows=plan.ahead_rows)
+    drafter = ModelDrafter(*about, max_nodes=plan.room_nodes, ahead_rows=plan.ahead_rows, sources=sources)
     stack.callback(drafter.close)
     return drafter
 

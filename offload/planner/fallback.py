@@ -14,6 +14,7 @@ from ..config import EngineSettings, bytes_text, counted
 from ..errors import OutOfMemoryError
 from ..weights.placement import Placement, spread_evenly
 from .cost import computed_bytes, stored_bytes
+from .found import USUAL
 from .host_draft import NAMES as HOST_DRAFT
 from .memory import CHUNK_ROWS, Budgets, MemoryPlan, device_ledger, host_ledger, plan_memory, ring_bytes
 from .notes import NOTHING_STREAMED
@@ -58,9 +59,10 @@ class Fallbacks:
 
     def smaller_tree(self, plan: Plan) -> Plan | None:
         """Half of the nodes, those that are accepted most often."""
-        if self.draft is None or plan.tree.num_nodes == 1:
+        if plan.tree.num_nodes == 1:
             return None
-        tree = best_part(plan.tree, self.draft.acceptance, plan.tree.num_nodes // 2)
+        acceptance = self.draft.acceptance if self.draft is not None else USUAL
+        tree = best_part(plan.tree, acceptance, plan.tree.num_nodes // 2)
         what = f"out of device memory: a tree of {counted(tree.num_nodes, 'node')}, not {plan.tree.num_nodes}"
         return self._completed(replace(plan, tree=tree, room_nodes=tree.num_nodes), plan, what)
 

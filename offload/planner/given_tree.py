@@ -22,7 +22,7 @@ def with_tree(tree: TreeRequest, offers: Sequence[Offer], slots: Sequence[int]) 
     if isinstance(tree, DynamicTree):
         if any(offer.drafts for offer in offers):
             return _dynamic(tree.num_nodes, offers, slots)
-        tree = ROOT
+        tree = ROOT  # what is found makes it grow, see found.py
     are_drafted = tree.num_nodes > 1 and any(offer.drafts for offer in offers)
     pairs = [
         (place, draft) for place, offer in enumerate(offers) for draft in (range(len(offer.drafts)) if are_drafted else (None,))

@@ -15,6 +15,7 @@ from ..config import EngineSettings
 from ..weights.placement import Placement
 from .candidate import ROOT, Candidate, candidate
 from .cost import ModelCost, computed_bytes, stored_bytes
+from .found import FoundTrees, found_trees, with_found
 from .given_tree import with_tree
 from .hardware import HardwareProfile, Role
 from .host_draft import memory_beside
@@ -45,8 +46,9 @@ class Plan:
     tree of at most `room_nodes` nodes; `replanned` is how often another was chosen since the run began. `link_bytes_per_s` is
     what copies can reach, None when nothing is streamed.
 
-    `tree` is the shape of every tree, or, of `dynamic` ones, a common shape of the most nodes that they have; `acceptance`,
-    `least_gain` and `least_value` are those of `tree.draft.Aim`. `ahead_steps` is how often drafts grow ahead in a pass, for
+    `tree` is the shape of every tree, or, of `dynamic` ones, a common shape of the most nodes that they have; `ngram` says
+    whether they have nodes of what was found in the text, or in datastores. `acceptance`, `least_gain` and `least_value` are
+    those of `tree.aim.Aim`. `ahead_steps` is how often drafts grow ahead in a pass, for
     which the draft's cache has `ahead_rows` more rows for each text.
 
     A pass sends `bytes_per_pass` over the link, of which `disk_bytes_per_pass` are read from disk; the parameters of the layers
@@ -75,6 +77,7 @@ class Plan:
     autoregressive_s_per_token: float | None
     acceptance: Acceptance | None = None
     dynamic: bool = False
+    ngram: bool = False
     least_gain: float = 0.0
     least_value: float = 0.0
     ahead_steps: int = 0
@@ -124,6 +127,7 @@ class Plan:
             "autoregressive_s_per_token": self.autoregressive_s_per_token,
             "expected_tokens_per_pass": prediction.expected_tokens,
             "link_bytes_per_s": self.link_bytes_per_s,
+            "ngram": self.ngram,
             "draft_passes": self.draft_passes,
             "draft_device": None if self.draft is None else "cpu" if self.draft_on_host else "same",
             "small_uploads": self.small_uploads,
@@ -208,6 +212,9 @@ def plan_run(
     plain = quickest([best_choice(offer.workload, [None], slots) for offer in offers])
     best = _choose(settings, offers, slots, plain) if tree is None else with_tree(tree, offers, slots)
     workload, drafts = offers[best.offer].workload, offers[best.offer].drafts
+    found = found_trees(settings, tree, workload, best.memory) if best.draft is None else None
+    if isinstance(found, FoundTrees):
+        best = replace(best, tree=found.tree, kind=TreeKind(dynamic=True), memory=found.memory, prediction=found.prediction)
     room_nodes, memory, prediction = best.tree.num_nodes, best.memory, best.prediction
     if tree is None and best.draft is not None and not settings.fixed_plan and settings.max_context is None:
         room_nodes, memory, prediction = with_room(workload, drafts[best.draft], best.tree, best.kind, memory, prediction)
@@ -238,9 +245,15 @@ def plan_run(
         dynamic=best.kind.dynamic,
         ahead_steps=best.kind.ahead_steps,
         ahead_rows=memory.ahead_rows,
+        ngram=best.kind.dynamic and settings.has_ngram,
+        least_value=found.least_value if isinstance(found, FoundTrees) else 0.0,
         draft_passes=None if best.draft is None else "graphs" if budgets.replays and not on_host else "eager",
         draft_on_host=on_host,
-        notes=(*best.notes, *plan_notes(workload, memory), *_assumed(drafts[best.draft] if best.draft is not None else None)),
+        notes=(
+            *with_found(best.notes, found),
+            *plan_notes(workload, memory),
+            *_assumed(drafts[best.draft] if best.draft is not None else None),
+        ),
     )
 
 

@@ -1,12 +1,13 @@
 """From what `--tree` and `--verifier` say to a shape and a method. Cheap to import: what the flags say is checked before
 torch is there."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from tree.acceptance import Acceptance
 from tree.shape import TreeShape
-from tree.spec import TreeRequest, parse_tree_spec
+from tree.spec import DynamicTree, TreeRequest, parse_tree_spec
 
 from ..config import EngineSettings, base_of_draft
 from ..errors import UsageError
@@ -22,20 +23,28 @@ DEFAULT_ACCEPTANCE = PROFILES / "llama-3-8b__llama-3-70b__cnn__published.json"
 BASE_ACCEPTANCES = {"int8": PROFILES / "self-int4__published.json", "int4": PROFILES / "self-int4__published.json"}
 
 
-def read_tree(spec: str, *, has_draft: bool) -> TreeRequest | None:
+def read_tree(spec: str, *, has_draft: bool, ngram: Sequence[str] = ("off",)) -> TreeRequest | None:
     """What `--tree` says: none, WxL:kary, NxL and N:dynamic (requests, not yet shapes), or the path of a TreeShape JSON; None
     for auto, which is the planner's to choose.
 
-    UsageError for anything larger than the root without a draft; ModelError for a file that is invalid.
+    UsageError for anything larger than the root without a draft, but for trees that follow the text where `ngram` lets it be
+    looked up; and where it must be, for trees that do not. ModelError for a file that is invalid.
     """
     if spec == "auto":
         return None
     tree = _from_file(Path(spec)) if spec.endswith(".json") or _is_file(spec) else _from_spec(spec)
-    if tree.num_nodes > 1 and not has_draft:
+    follows_text, has_ngram = isinstance(tree, DynamicTree), tuple(ngram) != ("off",)
+    if tree.num_nodes > 1 and not has_draft and not (follows_text and has_ngram):
         raise UsageError(
             f"a tree of {tree.num_nodes} nodes needs a draft model",
             where=f"--tree {spec} without --draft-model",
-            cure="name a --draft-model, or use --tree none",
+            cure=f"name a --draft-model, or use --tree none{', or 64:dynamic for n-grams alone' if has_ngram else ''}",
+        )
+    if not follows_text and tuple(ngram) not in (("auto",), ("off",)):
+        raise UsageError(
+            "n-grams are nodes of trees that follow the text",
+            where=f"--ngram {ngram[0]} with --tree {spec}",
+            cure="use --tree auto or 64:dynamic, or --ngram off",
         )
     return tree
 
