@@ -27,9 +27,10 @@ from .model.generation_config import read_generation_defaults
 from .planner.fallback import Fallbacks
 from .planner.hardware import HardwareProfile
 from .planner.memory import Budgets
-from .planner.plan import Plan, make_option, make_workload, plan_run
+from .planner.plan import Plan, plan_run
 from .planner.prediction import Offer
 from .planner.tree_flag import read_acceptances, read_tree, resolve_method
+from .planner.workload import make_option, make_workload
 from .report.report import Memory, Weights
 from .report.trace import Trace
 from .source import Draft, ModelSource, open_drafts, open_target

@@ -6,9 +6,10 @@ from offload.config import EngineSettings
 from offload.planner.cost import LayerCost, ModelCost, kv_bytes_per_row
 from offload.planner.hardware import HardwareProfile, ModelTimes
 from offload.planner.memory import Budgets
-from offload.planner.plan import Plan, make_workload, plan_run
+from offload.planner.plan import Plan, plan_run
 from offload.planner.prediction import DraftOption, Offer
 from offload.planner.tree_flag import DEFAULT_ACCEPTANCE, read_acceptance
+from offload.planner.workload import make_workload
 from tree.acceptance import Acceptance
 from tree.shape import TreeShape
 from tree.spec import TreeRequest

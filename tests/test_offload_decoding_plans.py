@@ -14,9 +14,10 @@ from offload.planner.fallback import Fallbacks
 from offload.planner.hardware import DECODE_SWEEPS, DecodeTime, HardwareProfile
 from offload.planner.hardware_file import from_json, to_json
 from offload.planner.memory import plan_memory
-from offload.planner.plan import Plan, make_workload
+from offload.planner.plan import Plan
 from offload.planner.refit import Seen, measured_anew, refit
 from offload.planner.timeline import PartTimes, steady_round
+from offload.planner.workload import make_workload
 from offload.streaming.schedule import Compute, Decode, Fetch, first_fetches, pass_steps
 from offload.weights.placement import Placement
 from planning import GIB, L40, LLAMA_2_70B, SETTINGS, TWO_KINDS, budgets, plan

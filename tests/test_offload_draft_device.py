@@ -17,8 +17,9 @@ from offload.engine.engine import Engine
 from offload.errors import FitError, UsageError
 from offload.model.apart import PIECE_BYTES, ApartContext, ApartDrafter
 from offload.planner.host_draft import NAMES
-from offload.planner.plan import make_option, make_workload, plan_run
+from offload.planner.plan import plan_run
 from offload.planner.prediction import Offer
+from offload.planner.workload import make_option, make_workload
 from planning import L40, LLAMA_2_7B, LLAMA_2_70B, PUBLISHED, SETTINGS, budgets, draft_option
 from tree.draft import DraftTree
 from tree.sampling import SamplingParams

@@ -29,8 +29,9 @@ from offload.errors import FitError, HostMemoryError
 from offload.planner.cost import ModelCost
 from offload.planner.fallback import MAX_TURNS, Fallbacks
 from offload.planner.hardware import HardwareProfile
-from offload.planner.plan import make_workload, plan_run
+from offload.planner.plan import plan_run
 from offload.planner.prediction import Offer
+from offload.planner.workload import make_workload
 from offload.weights.placement import RING_BUFFERS
 from planning import CHAINS, GIB, L40, LLAMA_2_70B, SETTINGS, TWO_KINDS, budgets, draft_option
 from tree.sampling import SamplingParams

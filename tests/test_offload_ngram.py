@@ -19,9 +19,10 @@ from offload.errors import FitError, UsageError
 from offload.planner.fallback import Fallbacks
 from offload.planner.found import MOST_NODES, MOST_VALUE, NO_ROOM, NOTE, TOO_DEAR, FoundTrees, found_trees, with_found
 from offload.planner.notes import NO_TREE
-from offload.planner.plan import Plan, make_workload
+from offload.planner.plan import Plan
 from offload.planner.prediction import Workload, rounds
 from offload.planner.tree_flag import read_tree
+from offload.planner.workload import make_workload
 from offload.text.tokenizer import Tokenizer
 from planning import L40, LLAMA_2_70B, SETTINGS, budgets, constant_times, plan
 from tree.spec import DynamicTree, TreeRequest

@@ -14,11 +14,11 @@ from offload.planner.advice import compare_drafts
 from offload.planner.cost import ModelCost
 from offload.planner.hardware import ModelTimes, TaskTimes
 from offload.planner.memory import MemoryPlan, plan_memory
-from offload.planner.plan import make_workload
 from offload.planner.prediction import Drafting, DraftOption, Offer, Workload, expanded_per_level, predict
 from offload.planner.residency import MAX_AUTO_SLOTS, MIN_SLOTS
 from offload.planner.search import MAX_LEVELS, best_choice
 from offload.planner.timeline import PartTimes, steady_round
+from offload.planner.workload import make_workload
 from offload.weights.placement import Placement, spread_evenly
 from planning import GIB, L40, LLAMA_2_7B, LLAMA_2_70B, SETTINGS, budgets, constant_times, draft_option, equal_layers, plan
 from tree.acceptance import Acceptance

@@ -30,7 +30,7 @@ class DynamicGrowth:
     within so many levels, and what they are worth together; and how many of each level a draft runs. Answers as
     `tree.optimizer.Growth` does, of average trees: numbers of nodes are no whole ones.
 
-    counts, tokens: [most levels, G]. runs: [most levels - 1, G].
+    counts, tokens, runs: [most levels, G].
     """
 
     num_levels: int
@@ -44,7 +44,7 @@ class DynamicGrowth:
 
     def holds(self, sizes: Ints) -> Bools:
         """Whether there are trees of so many nodes: [S]."""
-        return np.asarray(sizes <= self._row(self.counts)[-1])
+        return np.asarray(sizes <= self._row(self.counts)[-1] + 1e-6)
 
     def expected_tokens(self, sizes: Ints) -> Floats:
         """E[tokens per pass] of trees of so many nodes, or of the largest there are: [S] to [S]."""
@@ -78,18 +78,19 @@ def dynamic_growth(acceptance: Acceptance, num_levels: int, max_branching: int) 
         vector = isotonic(context.acceptance)[:max_branching]
         children += context.share / total * _on_grid(vector, len(values))
         first += context.share / total * float(vector[0])
-    # Before a node is run, its context is not known: it is run if its first child is worth it on average.
+    # Before a node is run, its context is not known. A level is run when the first child of its best node is worth it on
+    # average, and all that is in the tree with it.
     first_child = _on_grid(np.array([first]), len(values))
-    nodes, runs = [_on_grid(np.ones(1), len(values))], [np.zeros_like(values)]
-    for _ in range(num_levels - 1):
-        runs.append(np.convolve(nodes[-1], first_child)[: len(values)])
+    nodes, firsts = [_on_grid(np.ones(1), len(values))], list[Floats]()
+    for _ in range(num_levels):
+        firsts.append(np.convolve(nodes[-1], first_child)[: len(values)])
         nodes.append(np.convolve(nodes[-1], children)[: len(values)])
-    found = np.cumsum(nodes, axis=0)  # [levels, G]
+    found = np.cumsum(nodes[:-1], axis=0)  # [levels, G]
     return DynamicGrowth(
         num_levels=num_levels,
         counts=np.cumsum(found, axis=1),
         tokens=np.cumsum(found * values, axis=1),
-        runs=np.cumsum(runs[1:], axis=1) if num_levels > 1 else np.zeros((0, len(values))),
+        runs=np.cumsum(nodes[:-1], axis=1) * np.minimum(np.cumsum(firsts, axis=1), 1.0),
     )
 
 

@@ -9,8 +9,8 @@ from ..device import Device, device_of, open_device
 from ..planner.hardware import HardwareProfile, TaskTimes
 from ..planner.hardware_file import find_hardware
 from ..planner.memory import Budgets
-from ..planner.plan import context_tokens
 from ..planner.tree_flag import read_acceptances
+from ..planner.workload import context_tokens
 from ..source import ModelSource
 from ..weights.checkpoint import Checkpoint
 from . import QUICK, Effort, Subject, measure_hardware, own_threads

@@ -104,8 +104,9 @@ def _plan(
     """What would run with a draft of such acceptance: on this machine, or on the one that --profile names."""
     from ..planner.hardware_file import find_hardware
     from ..planner.memory import Budgets
-    from ..planner.plan import make_option, make_workload, plan_run
+    from ..planner.plan import plan_run
     from ..planner.prediction import Offer
+    from ..planner.workload import make_option, make_workload
 
     made, fallbacks = engine.plan, engine.loop.fallbacks
     assert fallbacks is not None

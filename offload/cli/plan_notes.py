@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..config import seconds_text
+from ..config import counted, seconds_text
 from ..errors import FitError
 from ..planner.tree_flag import assumed_acceptance
 from ..planner.what_if import BITS_16
@@ -14,6 +14,7 @@ from .plan_question import Question
 
 if TYPE_CHECKING:
     from ..planner.plan import Plan
+    from ..planner.prediction import DraftOption
     from ..planner.shapes import ModelShape
     from ..planner.stored import Stored
 
@@ -34,8 +35,24 @@ def _notes(made: "Plan", question: Question) -> Iterator[str]:
         yield from _coding(made, question)
     if draft is not None and not draft.cost.is_base and not question.settings.acceptances:
         yield assumed_acceptance(draft.name)
+    if draft is not None and made.ahead_steps:
+        yield _growing_ahead(made, question, draft)
     if draft is not None and draft.cost.is_base and not question.hardware.knows(draft.cost, "draft"):
         yield "how long a level of its draft takes is estimated from the bytes of its base: nobody measured it"
+
+
+def _growing_ahead(made: "Plan", question: Question, draft: "DraftOption") -> str:
+    """What it wins, and what that rests on."""
+    from ..planner.prediction import TreeKind, predict_tree
+    from ..planner.refit import memory_of
+
+    workload = question.offers[made.offer].workload
+    without = predict_tree(workload, memory_of(made), made.tree, draft, TreeKind(made.dynamic))
+    return (
+        f"drafts grow ahead while layers stream, {counted(made.ahead_steps, 'step')} a pass: "
+        f"{seconds_text(made.prediction.s_per_token)} s/token, {seconds_text(without.s_per_token)} with the same tree and "
+        f"--grow-ahead off. {draft.foreseen:.0%} of a tree are taken to be foreseen, which a run will show"
+    )
 
 
 def _estimates(target: "ModelShape", stored: "Stored", dtype_bytes: int) -> Iterator[str]:

@@ -57,8 +57,8 @@ class Question:
 
     def _offer(self, target: "ModelShape", *, with_drafts: bool) -> "Offer":
         from ..planner.cost import base_draft
-        from ..planner.plan import make_option, make_workload
         from ..planner.prediction import Offer
+        from ..planner.workload import make_option, make_workload
 
         cost, drafts = target.cost(self.dtype_bytes), iter(self.drafts)
         found: list[DraftOption] = []

@@ -37,6 +37,7 @@ def json_document(made: "Plan", question: Question) -> dict[str, object]:
         "predicted_compute_s": prediction.compute_s,
         "predicted_decode_s": prediction.decode_s,
         "predicted_draft_s": prediction.draft_s,
+        "hidden_draft_s": prediction.hidden_draft_s,
         "predicted_round_s": prediction.round_s,
         "predicted_s_per_token": prediction.s_per_token,
         "autoregressive_s_per_token": made.autoregressive_s_per_token,
@@ -47,6 +48,7 @@ def json_document(made: "Plan", question: Question) -> dict[str, object]:
             "nodes_per_level": [len(level) for level in made.tree.levels],
             "expected_tokens_per_pass": prediction.expected_tokens,
         },
+        "ahead_steps": made.ahead_steps,
         "draft": made.draft,
         "draft_model": draft.name if draft is not None else None,
         "draft_passes": made.draft_passes,
@@ -115,10 +117,11 @@ def _verdict(made: "Plan") -> list[str]:
     plain = made.autoregressive_s_per_token
     parts = [f"{seconds_text(plain)} s/token without a tree"] if plain is not None else []
     if made.tree.num_nodes > 1:
+        hidden = f" and {seconds_text(prediction.hidden_draft_s)} s ahead" if made.ahead_steps else ""
         parts.append(
-            f"{seconds_text(prediction.s_per_token)} s/token with a tree of {made.tree.num_nodes} nodes in "
-            f"{made.tree.num_levels} levels: {prediction.expected_tokens:.1f} tokens a pass, draft "
-            f"{seconds_text(prediction.draft_s)} s"
+            f"{seconds_text(prediction.s_per_token)} s/token with a {'dynamic ' if made.dynamic else ''}tree of "
+            f"{made.tree.num_nodes} nodes in {made.tree.num_levels} levels: {prediction.expected_tokens:.1f} tokens a pass, "
+            f"draft {seconds_text(prediction.draft_s)} s{hidden}"
         )
     return [first, "  " + " | ".join(parts)]
 

@@ -14,22 +14,18 @@ from tree.spec import TreeRequest
 from ..config import EngineSettings
 from ..weights.placement import Placement
 from .candidate import ROOT, Candidate, candidate
-from .cost import ModelCost, computed_bytes, stored_bytes
+from .cost import computed_bytes, stored_bytes
 from .found import FoundTrees, found_trees, with_found
 from .given_tree import with_tree
-from .hardware import HardwareProfile, Role
-from .host_draft import memory_beside
-from .memory import Budgets, MemoryPlan, plan_memory
+from .marginal import with_bounds
+from .memory import Budgets
 from .notes import NO_TREE, plan_notes, why_no_tree
-from .prediction import DraftOption, Offer, Prediction, TreeKind, Workload, predict_tree
+from .prediction import DraftOption, Offer, Prediction, TreeKind, predict_tree
 from .residency import MAX_AUTO_SLOTS, MIN_SLOTS
 from .room import reserve_memory, with_room
 from .search import MAX_NODES, NODES, Choice, best_choice, quickest
 from .tree_flag import assumed_acceptance, default_acceptance, read_acceptance
 
-# Attention costs grow with the context; predictions are for a text in its middle, and texts are seldom longer than this.
-TYPICAL_CONTEXT_TOKENS = 512
-ASSUMED_DISK_BYTES_PER_S = 3e9  # of a profile that does not say: sequential reads of a common NVMe drive on PCIe 3
 SLOTS = (MIN_SLOTS, MAX_AUTO_SLOTS)
 
 
@@ -119,6 +115,9 @@ class Plan:
         return {
             "predicted_pass_s": prediction.pass_s,
             "predicted_draft_s": prediction.draft_s,
+            "hidden_draft_s": prediction.hidden_draft_s,
+            "dynamic": self.dynamic,
+            "ahead_steps": self.ahead_steps,
             "predicted_compute_s": prediction.compute_s,
             "predicted_decode_s": prediction.decode_s,
             "coded_layers": len(self.placement.coded),
@@ -143,61 +142,6 @@ class Plan:
         }
 
 
-def make_workload(
-    settings: EngineSettings,
-    target: ModelCost,
-    hardware: HardwareProfile,
-    budgets: Budgets,
-    *,
-    max_positions: int,
-) -> Workload:
-    """What the search needs to know of this target on this machine."""
-
-    def memory(draft: DraftOption | None, num_nodes: int, num_slots: int, coded: bool) -> MemoryPlan:
-        cost, sizes = draft.device_cost if draft else None, (num_nodes, num_slots)
-
-        def planned(budgets: Budgets) -> MemoryPlan:
-            return plan_memory(settings, target, cost, *sizes, max_positions=max_positions, budgets=budgets, coded=coded)
-
-        return memory_beside(draft.cost, budgets, planned) if draft is not None and draft.on_host else planned(budgets)
-
-    return Workload(
-        target=target,
-        times=hardware.times(target, "target", context_tokens(settings), settings.sampling),
-        verify=hardware.task_times("verify", target.vocab_size, settings.sampling),
-        link_bytes_per_s=settings.emulate_link_bytes_per_s or hardware.link_bytes_per_s,
-        disk_bytes_per_s=hardware.disk_bytes_per_s or ASSUMED_DISK_BYTES_PER_S,
-        disk_is_assumed=hardware.disk_bytes_per_s is None,
-        decode_s=hardware.decode_s(target),
-        decode_is_assumed=not hardware.knows_decoder(target),
-        doubts=hardware.doubts,
-        grows_ahead=settings.grow_ahead != "off",
-        codings=(False, True) if target.is_decoded and budgets.device_bytes is not None else (False,),
-        memory=memory,
-    )
-
-
-def make_option(
-    settings: EngineSettings,
-    hardware: HardwareProfile,
-    name: str,
-    cost: ModelCost,
-    acceptance: Acceptance,
-    *,
-    on_host: bool = False,
-) -> DraftOption:
-    """The same of a draft that is offered, on the device or, measured there, on the host."""
-    role: Role = "host draft" if on_host else "draft"
-    times = hardware.times(cost, role, context_tokens(settings), settings.draft_sampling)
-    return DraftOption(name=name, cost=cost, times=times, acceptance=acceptance, on_host=on_host)
-
-
-def context_tokens(settings: EngineSettings) -> int:
-    """How many tokens an average pass looks back on: as the settings have it, or half of what there is room for."""
-    room = settings.text_tokens or settings.max_context or 2 * TYPICAL_CONTEXT_TOKENS
-    return settings.context_tokens or min(room // 2, TYPICAL_CONTEXT_TOKENS)
-
-
 def plan_run(
     settings: EngineSettings,
     tree: TreeRequest | None,
@@ -220,7 +164,7 @@ def plan_run(
         room_nodes, memory, prediction = with_room(workload, drafts[best.draft], best.tree, best.kind, memory, prediction)
     streams, on_host = bool(memory.placement.streamed), best.draft is not None and drafts[best.draft].on_host
     plain_s = plain[1].s_per_token if plain else None
-    return Plan(
+    made = Plan(
         offer=best.offer,
         draft=best.draft,
         placement=memory.placement,
@@ -255,6 +199,7 @@ def plan_run(
             *_assumed(drafts[best.draft] if best.draft is not None else None),
         ),
     )
+    return with_bounds(made, workload, drafts[best.draft] if best.draft is not None else None, memory)
 
 
 def _assumed(draft: DraftOption | None) -> list[str]:

@@ -14,9 +14,10 @@ from .candidate import tree_of
 from .hardware import HardwareProfile
 from .memory import MemoryPlan
 from .notes import NO_TREE, why_no_tree
-from .plan import Plan, context_tokens
+from .plan import Plan
 from .prediction import DraftOption, Prediction, Workload, predict_tree
 from .search import NODES, best_choice
+from .workload import context_tokens
 
 MOST_TIMES = 32.0  # by which a time is corrected at most: what is further off was not what is thought
 # What was expected of a pass's tokens counts as so many rounds. Greedy text has stretches that are alike, where the last rounds

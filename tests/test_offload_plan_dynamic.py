@@ -1,0 +1,36 @@
+"""Plans of trees that follow the text: what is drafted ahead, and what nodes and levels have to bring."""
+
+from dataclasses import replace
+
+import pytest
+
+from planning import L40, LLAMA_2_7B, SETTINGS, constant_times, draft_option, plan
+from tree.spec import DynamicTree, OptimalTree
+
+
+def test_drafts_go_on_while_layers_stream_and_hold_no_layer_up() -> None:
+    made = plan(tree=DynamicTree(64), device_gib=48)
+    off = plan(replace(SETTINGS, grow_ahead="off"), DynamicTree(64), device_gib=48)
+    assert made.ahead_steps > 0 and made.prediction.hidden_draft_s > 0 and made.prediction.round_s < off.prediction.round_s
+    assert off.ahead_steps == 0 and off.prediction.hidden_draft_s == 0
+    assert made.prediction.pass_s <= 1.01 * off.prediction.pass_s
+    assert plan(tree=OptimalTree(64, 8), device_gib=48).ahead_steps == 0, "a static tree does not grow"
+
+
+def test_nothing_is_drafted_ahead_where_nothing_is_waited_for() -> None:
+    assert plan(tree=DynamicTree(64), device_gib=300).ahead_steps == 0, "nothing is streamed"
+    busy = replace(L40, link_bytes_per_s=1e14)
+    assert plan(tree=DynamicTree(64), device_gib=48, hardware=busy).ahead_steps == 0, "the link waits for compute"
+
+
+def test_a_level_and_a_row_have_to_bring_what_their_time_brings_otherwise() -> None:
+    """Without a stream to hide under: seconds of a level, and of a row, times tokens per second."""
+    slow = draft_option(times=constant_times((1, 64), (0.01, 0.01)))
+    made = plan(tree=DynamicTree(64), device_gib=300, drafts=(slow,))
+    level_s = LLAMA_2_7B.num_layers * 0.01
+    assert made.aim.least_gain == pytest.approx(level_s / made.prediction.s_per_token, rel=1e-6)
+    assert 0 <= made.aim.least_value < 1
+    hidden = plan(tree=DynamicTree(64), device_gib=48)
+    assert hidden.least_value < 1e-4, "rows cost nothing while layers stream"
+    static = plan(tree=OptimalTree(64, 8), device_gib=300)
+    assert static.least_gain == static.least_value == 0
