@@ -20,7 +20,7 @@ Models = Callable[..., Path]
 
 def recorded(folder: Path, draft: Path, tree: str, temperature: float) -> dict[str, object]:
     recorder = AcceptanceRecorder()
-    settings = EngineSettings(model=str(folder), draft_models=(str(draft),), device="cpu", tree=tree)
+    settings = EngineSettings(model=str(folder), draft_models=(str(draft),), device="cpu", tree=tree, ngram=("off",))
     with open_engine(settings, hardware=L40) as engine:
         for step in engine.stream([1, 2, 3], max_new_tokens=60, temperature=temperature, ignore_eos=True):
             recorder.add(step)

@@ -18,6 +18,7 @@ from offload.calibrate import QUICK, Subject, measure_copies, measure_hardware, 
 from offload.calibrate.draft_levels import BRANCHING, num_levels, planned_tree, tree_of_levels
 from offload.calibrate.draw_and_verify import measure_verification
 from offload.calibrate.models import layer_times
+from offload.calibrate.short_model import short_models
 from offload.calibrate.stopwatch import MOST_TURNS, Stopwatch, Work, typical_s
 from offload.calibrate.tables import LEAST_POINTS, rising, table_of
 from offload.calibrate.threads import TURNS, choose_threads, own_threads, quickest, thread_choices
@@ -382,3 +383,11 @@ def test_a_link_of_a_byte_a_second_can_be_measured_beside(models: Models) -> Non
     measured = measure_hardware(device, [Subject(role="target", model=source.model)], BRIEF, link_bytes_per_s=1.0)
     assert measured.link_bytes_per_s == 1.0 and time.monotonic() - started_s < 60
     device.close()
+
+
+def test_levels_wider_than_any_that_is_recorded_are_timed(models: Callable[..., Path]) -> None:
+    """They have more nodes than the widest recorded pass has rows."""
+    wide = check_source(str(models(vocab_size=600)), "--model", "float32", "cpu").model
+    for model in short_models(CpuDevice(), wide, "draft", replace(QUICK, rows=(512,), contexts=(16,))):
+        assert model.work(512, 16, "greedy").run() is not None
+        model.close()

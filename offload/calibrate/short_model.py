@@ -56,14 +56,14 @@ class _Repeated:
 
 
 class ShortModel:
-    """A model of a few layers, ready to be timed."""
+    """A model of a few layers, ready to be timed; a draft has room for `most_nodes` nodes, all levels of a tree together."""
 
-    def __init__(self, device: Device, role: Role, model: CausalLM, weights: _Repeated) -> None:
+    def __init__(self, device: Device, role: Role, model: CausalLM, weights: _Repeated, most_nodes: int) -> None:
         self._device, self._model, self._weights = device, model, weights
         self._segment, self._drafter = model.cache.segments[0], None
         if role == "draft":
             vocab_size, widest = model.architecture.vocab_size, TreeShape.chains(MAX_ROWS, 1)
-            aim, max_nodes = Aim(shape=widest), widest.num_nodes
+            aim, max_nodes = Aim(shape=widest), max(widest.num_nodes, most_nodes)
             self._drafter = ModelDrafter(model, device, vocab_size, aim, PROMPT_CHUNK_TOKENS, max_nodes=max_nodes)
 
     def close(self) -> None:
@@ -155,7 +155,8 @@ def short_models(device: Device, model: TypedModel, role: Role, effort: Effort) 
             rope=architecture.rope,
         )
         weights = _Repeated(device, buffers, architecture.num_layers)
-        return ShortModel(device, role, CausalLM(architecture, device, model.dtype, outside_views, weights, cache), weights)
+        lm = CausalLM(architecture, device, model.dtype, outside_views, weights, cache)
+        return ShortModel(device, role, lm, weights, new_rows)
 
     return short(few), short(more)
 

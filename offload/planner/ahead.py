@@ -36,11 +36,10 @@ def most_ahead(workload: Workload, memory: MemoryPlan, shape: TreeShape, draft: 
     nodes = np.array([shape.num_nodes])
     step_s = float(draft.ahead_s(shape.num_nodes))
     fewest, most = 0, min(int(idle_s(workload, memory, nodes)[0] / step_s), MOST_TIMES * shape.num_levels)
-    after_s = workload.after_s(nodes)
+    after_s, drafting = workload.after_s(nodes), drafting_of(draft, shape, workload.target.vocab_size, TreeKind(True, most))
+    waited_s = np.array([drafting.draft_s * (1 - drafting.hidden)])  # the same for all: only what steps take is compared
 
     def round_s(num_steps: int) -> float:
-        drafting = drafting_of(draft, shape, workload.target.vocab_size, TreeKind(True, most))
-        waited_s = np.array([drafting.draft_s * (1 - drafting.hidden)])
         return float(rounds(workload, memory, nodes, waited_s, after_s, (num_steps, step_s)).round_s[0])
 
     least_s = round_s(0)

@@ -1,0 +1,153 @@
+"""What growing ahead is worth where drafting takes half as long as a pass: rounds with `--grow-ahead auto` and `off`, in turns.
+
+    python tests/bench_ahead.py --output docs/benchmarks/grow_ahead_cpu.json
+
+The bundled target streams over an emulated link, as it is, with dynamic trees of the bundled draft or of a base of the target.
+The rate of the link is chosen once, in advance, so that a pass takes twice as long as drafting does without growing ahead. Then
+both ways decode the same prompts greedily, one after the other, in several runs; what is compared are runs of the same prompt.
+Medians over runs, as other work comes and goes; the error is that of the mean of the logarithms of paired ratios.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+from bench_report import described, write_document
+from bench_self_draft import prompts_of
+from offload.assemble import open_engine
+from offload.config import EngineSettings
+from offload.demo import DRAFT, TARGET, acceptance_at
+from offload.engine.engine import Engine
+
+WAYS = ("off", "auto")
+SETTLING = 4  # first rounds of a text, which read the prompt and wake threads
+
+
+def engine_of(way: str, draft: str, tree: str, link: float, stack: ExitStack) -> Engine:
+    settings = EngineSettings(
+        model=str(TARGET),
+        draft_models=(str(DRAFT) if draft == "bundled" else draft,),
+        device="cpu",
+        dtype="float32",
+        codec="none",
+        acceptances=(str(acceptance_at(0.0, None if draft == "bundled" else draft.removeprefix("self:"))),),
+        tree=tree,
+        resident_layers=0,
+        fixed_plan=True,
+        ngram=("off",),
+        grow_ahead=way,
+        emulate_link_bytes_per_s=link,
+    )
+    return stack.enter_context(open_engine(settings))
+
+
+def run(engine: Engine, prompt: tuple[int, ...], tokens: int) -> dict[str, Any]:
+    engine.forget()
+    generation = engine.stream(prompt, max_new_tokens=tokens, ignore_eos=True)
+    for _ in generation:
+        pass
+    passes = generation.stats.passes[SETTLING:-1]
+    seconds, num_bytes = sum(one.round_s for one in passes), sum(one.bytes_streamed for one in passes)
+    return {
+        "token_ids": list(generation.token_ids),
+        "round_s": seconds / len(passes),
+        "draft_s": statistics.fmean(one.draft_s for one in passes),
+        "pass_s": statistics.fmean(one.pass_s for one in passes),
+        "tokens_per_pass": statistics.fmean(one.emitted_tokens for one in passes),
+        "nodes_per_pass": statistics.fmean(one.num_nodes for one in passes),
+        "foreseen_nodes": statistics.fmean(one.foreseen_nodes for one in passes),
+        "ahead_nodes": statistics.fmean(one.ahead_nodes for one in passes),
+        "link_bytes_per_s": num_bytes / seconds,
+        "passes": len(passes),
+    }
+
+
+def link_for(draft: str, tree: str, prompts: tuple[tuple[int, ...], ...], tokens: int, share: float) -> float:
+    """The rate at which drafting without growing ahead takes `share` of a pass."""
+    link = 100e6
+    for _ in range(2):  # drafting beside copies takes longer than without
+        with ExitStack() as stack:
+            engine = engine_of("off", draft, tree, link, stack)
+            found = run(engine, prompts[0], tokens)
+            link = engine.plan.bytes_per_pass / (found["draft_s"] / share)
+    return link
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    _, prompts = prompts_of(arguments.prompts)
+    draft, tree, tokens = arguments.draft, arguments.tree, arguments.tokens
+    link = arguments.link * 1e6 if arguments.link else link_for(draft, tree, prompts, tokens, arguments.share)
+    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    with ExitStack() as stack:
+        engines = {way: engine_of(way, draft, tree, link, stack) for way in WAYS}
+        plan = engines["auto"].plan
+        for number in range(arguments.runs):
+            for prompt in prompts:
+                for way in WAYS if number % 2 else WAYS[::-1]:
+                    runs[way].append(run(engines[way], prompt, tokens))
+            shown = {way: statistics.median(one["round_s"] for one in found) for way, found in runs.items()}
+            print(
+                f"run {number + 1}: " + ", ".join(f"{way} {s:.4f} s" for way, s in shown.items()), file=sys.stderr, flush=True
+            )
+    pairs = list(zip(runs["auto"], runs["off"], strict=True))
+    logarithms = [math.log(ahead["round_s"] / off["round_s"]) for ahead, off in pairs]
+    error = statistics.stdev(logarithms) / math.sqrt(len(logarithms)) if len(logarithms) > 1 else None
+    rows = []
+    for way, found in runs.items():
+        names = [name for name in found[0] if name != "token_ids"]
+        row = {name: statistics.median(one[name] for one in found) for name in names}
+        rows.append({"grow_ahead": way, **row, "link_utilisation": row["link_bytes_per_s"] / link})
+    return {
+        "draft": draft,
+        "tree": tree,
+        "emulated_link_bytes_per_s": link,
+        "ahead_steps": plan.ahead_steps,
+        "predicted_round_s": {way: engine.plan.prediction.round_s for way, engine in engines.items()},
+        "identical_tokens": all(ahead["token_ids"] == off["token_ids"] for ahead, off in pairs),
+        "round_ratio": math.exp(statistics.fmean(logarithms)),
+        "round_ratio_error": error,
+        "runs": len(pairs),
+        "rows": rows,
+    }
+
+
+def table(document: dict[str, Any]) -> str:
+    rate = document["emulated_link_bytes_per_s"] / 1e6
+    head = ("grow ahead", "round s", "draft s", "pass s", "tokens per pass", "nodes foreseen", "link busy")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in document["rows"]:
+        cells = [f"{row[name]:.4f}" for name in ("round_s", "draft_s", "pass_s")]
+        cells += [f"{row['tokens_per_pass']:.2f}", f"{row['foreseen_nodes']:.1f} of {row['nodes_per_pass']:.1f}"]
+        lines.append("| " + " | ".join([row["grow_ahead"], *cells, f"{row['link_utilisation'] * 100:.1f} %"]) + " |")
+    error = f" +- {document['round_ratio_error']:.3f}" if document["round_ratio_error"] is not None else ""
+    same = "identical" if document["identical_tokens"] else "DIFFERENT"
+    ratio = (
+        f"rounds take {document['round_ratio']:.3f}{error} of the time, {same} tokens, {document['ahead_steps']} steps ahead"
+    )
+    return "\n".join([*lines, "", f"{document['draft']} draft, {document['tree']}, link of {rate:.0f} MB/s: {ratio}"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draft", default="bundled", help="bundled, or self:int8")
+    parser.add_argument("--tree", default="64:dynamic")
+    parser.add_argument("--share", type=float, default=0.5, help="of a pass that drafting takes")
+    parser.add_argument("--link", type=float, help="MB/s, instead of looking for it")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=192)
+    parser.add_argument("--runs", type=int, default=4)
+    parser.add_argument("--quick", action="store_true", help="one prompt, two runs")
+    parser.add_argument("--output", metavar="FILE")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.prompts, arguments.runs, arguments.tokens = 1, 2, 96
+    document = {**described("grow_ahead"), **compare(arguments)}
+    write_document(document, arguments.output)
+    print(table(document))
+
+
+if __name__ == "__main__":
+    main()
