@@ -17,23 +17,16 @@ from offload import load
 from offload.assemble import open_engine
 from offload.config import EngineSettings, sampling_kind
 from offload.engine.engine import Engine
-from offload.engine.replanning import FIRST_WAIT, MEASURED_SHARE, SEVERAL, Replanner, is_off, seen_in
+from offload.engine.replanning import FIRST_WAIT, MEASURED_SHARE, SEVERAL, Replanner, seen_in, why_off
 from offload.errors import OutOfMemoryError
+from offload.planner.again import choose_again
 from offload.planner.cost import LayerCost
 from offload.planner.fallback import Fallbacks
 from offload.planner.hardware import HardwareProfile
+from offload.planner.learned import scaled_acceptance
 from offload.planner.plan import Plan, plan_run
 from offload.planner.prediction import Offer, predict_tree
-from offload.planner.refit import (
-    BELIEVED_GREEDY_ROUNDS,
-    BELIEVED_ROUNDS,
-    Seen,
-    believed_tokens,
-    choose_again,
-    memory_of,
-    refit,
-    scaled_acceptance,
-)
+from offload.planner.refit import BELIEVED_GREEDY_ROUNDS, BELIEVED_ROUNDS, Seen, believed_tokens, memory_of, refit
 from offload.planner.workload import make_workload
 from offload.report.stats import PassStats
 from planning import CHAINS, GIB, L40, LLAMA_2_70B, PUBLISHED, SETTINGS, budgets, constant_times, draft_option
@@ -103,7 +96,8 @@ def run(loop: Loop, replanner: Replanner, num_rounds: int, slower: float) -> lis
     for number in range(num_rounds):
         if replanner.consider(loop):
             changes.append(number)
-        replanner.saw(loop.plan, replace(one_round(first, slower), num_rows=loop.plan.tree.num_nodes))
+        num_nodes = loop.plan.tree.num_nodes
+        replanner.saw(loop.plan, replace(one_round(first, slower), num_rows=num_nodes, num_nodes=num_nodes))
     return changes
 
 
@@ -170,13 +164,13 @@ def test_the_longest_round_of_the_last_is_no_rule_and_tokens_are_of_so_many(num_
     assert seen.tokens == pytest.approx(tokens)
 
 
-def test_a_quarter_is_what_makes_a_plan_wrong() -> None:
+def test_a_seventh_is_what_makes_a_plan_wrong() -> None:
     made, _ = planned()
-    assert not is_off(made, seen_as_predicted(made))
-    assert not is_off(made, seen_as_predicted(made, round_s=1.24 * made.prediction.round_s))
-    assert is_off(made, seen_as_predicted(made, round_s=1.26 * made.prediction.round_s))
-    assert is_off(made, seen_as_predicted(made, round_s=made.prediction.round_s / 1.26))
-    assert is_off(made, seen_as_predicted(made, tokens=made.prediction.expected_tokens / 1.3))
+    assert not why_off(made, seen_as_predicted(made))
+    assert not why_off(made, seen_as_predicted(made, round_s=1.14 * made.prediction.round_s))
+    assert why_off(made, seen_as_predicted(made, round_s=1.16 * made.prediction.round_s))
+    assert why_off(made, seen_as_predicted(made, round_s=made.prediction.round_s / 1.16))
+    assert why_off(made, seen_as_predicted(made, tokens=made.prediction.expected_tokens / 1.2))
 
 
 # -- what is chosen then -------------------------------------------------------------------------------------------------
@@ -191,7 +185,7 @@ def test_a_draft_that_proves_slow_gets_a_smaller_tree_in_the_same_memory() -> No
     assert again.prediction.s_per_token < predict_tree(workload, memory_of(made), made.tree, option, made.kind).s_per_token
     same = ("placement", "num_slots", "context_rows", "pass_rows", "room_nodes", "text_tokens", "device_ledger", "host_ledger")
     assert all(getattr(again, name) == getattr(made, name) for name in same)
-    assert again.replanned == 1 and again.to_json()["replanned"] == 1 and again.notes[-1].startswith("planned again after 8")
+    assert again.replanned == 1 and again.to_json()["replanned"] == 1 and again.notes[-1].startswith("planned again after 6")
 
 
 def test_another_tree_must_be_worth_it_and_what_is_expected_is_put_right_anyway() -> None:
@@ -231,7 +225,7 @@ def test_a_pair_that_is_there_to_show_trees_has_one_whatever_was_measured() -> N
 
 def test_a_plan_that_holds_is_left_alone() -> None:
     loop = Loop(*planned())
-    assert run(loop, Replanner(None, 0.0), 200, 1.2) == [] and loop.num_followed == 0
+    assert run(loop, Replanner(None, 0.0), 200, 1.1) == [] and loop.num_followed == 0
 
 
 def test_a_plan_changes_after_twice_as_many_rounds_at_the_earliest() -> None:

@@ -13,7 +13,7 @@ from . import sequence
 from .admission import Admission, Request
 from .decode import DecodeLoop, StepResult
 from .generation import Generation
-from .replanning import Replanner
+from .replanning import Counted, Replanner
 
 
 class Engine:
@@ -170,7 +170,8 @@ class Engine:
             self._live.clear()  # each goes on from the tokens that it has
             raise
         if self.replanner is not None and alone is not None and isinstance(alone.outcome, StepResult):
-            self.replanner.saw(self.plan, alone.outcome.stats)
+            result = alone.outcome
+            self.replanner.saw(self.plan, result.stats, Counted(result.shape, result.verdict.path, result.tops))
 
     def _changes_plan(self, generation: Generation) -> bool:
         """Whether another tree is taken from here on, between two rounds of the only text."""

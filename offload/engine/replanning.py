@@ -1,30 +1,52 @@
-"""A plan beside the rounds that run under it: where it proves wrong, the machine is looked at again and another tree chosen.
+"""A plan beside the rounds that run under it: where it proves wrong, another tree is chosen from what they took and accepted.
 
-Once in a while: a plan changes again after twice as many rounds at the earliest, and measuring takes a small share of the run.
-What is chosen again is the tree, within the memory that there is, which changes no greedy text; a request that must not depend
-on it says so.
+Once in a while: a plan changes again after twice as many rounds at the earliest. A plan that holds is looked at again every
+REGULAR rounds, as what a text accepts is counted all the while. Rounds are measurements that cost nothing; the machine itself
+is measured anew where that takes a small share of the run. What is chosen again is the tree, how it grows, and whether the
+draft is used, within the memory that there is, which changes no greedy text; a request that must not depend on it says so.
 """
 
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+from torch import Tensor
+
+from tree.acceptance import Acceptance, AcceptanceCounter
+from tree.shape import TreeShape
+
+from ..config import seconds_text
 from ..errors import OffloadError
+from ..planner.again import choose_again
 from ..planner.fallback import Fallbacks
 from ..planner.hardware import HardwareProfile
+from ..planner.learned import learned
 from ..planner.plan import Plan
-from ..planner.refit import Seen, believed_tokens, choose_again, measured_anew, refit
+from ..planner.refit import Point, Seen, believed_tokens, measured_anew, point_of, refit
 from ..report.stats import PassStats
 
 logger = logging.getLogger(__name__)
 
-OFF = 0.25  # of what was predicted, by which a plan has proven wrong
-SEVERAL = 8  # rounds that say so
-MANY = 4 * SEVERAL  # rounds that say how many tokens a pass has where they are drawn, which differ more than its seconds
-FIRST_WAIT, MOST_WAIT = 10, 640  # rounds until a plan may be changed: the first ones are not as all others are
+OFF = 0.15  # of what was predicted, by which a plan has proven wrong
+SEVERAL = 6  # rounds that say so
+MANY = 32  # rounds that say how many tokens a pass has where they are drawn, which differ more than its seconds
+COUNTED = 256  # of the last rounds, whose verdicts say what is accepted
+FIRST_WAIT, MOST_WAIT = 7, 640  # rounds until a plan may be changed: the first ones are not as all others are
+REGULAR = 64  # rounds after which a plan that holds is looked at again
 MEASURED_SHARE = 0.05  # of the time of all rounds, which may be spent on measuring
+KEPT_POINTS = 3  # trees that ran before, whose times are remembered
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Which nodes of a tree of this shape were accepted, and how sure the draft was at each (see DraftTree.tops)."""
+
+    shape: TreeShape
+    path: tuple[int, ...]
+    tops: Tensor | None = None
 
 
 class Loop(Protocol):
@@ -51,16 +73,21 @@ class Replanner:
         self._measure, self._measuring_s, self._clock = measure, measuring_s, clock
         self._plan: Plan | None = None
         self._rounds: deque[PassStats] = deque(maxlen=MANY)  # whole ones, of the plan that runs
-        self._num_rounds, self._due = 0, FIRST_WAIT
+        self._verdicts: deque[Counted] = deque(maxlen=COUNTED)
+        self._points: list[Point] = []
+        self._believed: Acceptance | None = None  # before anything was counted
+        self._num_rounds, self._due, self._looked = 0, FIRST_WAIT, 0
         self._run_s = self._measured_s = 0.0
 
-    def saw(self, plan: Plan, stats: PassStats) -> None:
-        """A round has run under `plan`."""
+    def saw(self, plan: Plan, stats: PassStats, counted: Counted | None = None) -> None:
+        """A round has run under `plan`, and accepted what is `counted`."""
         if plan is not self._plan:
             self._plan = plan
             self._rounds.clear()
-        if stats.num_rows == plan.tree.num_nodes:  # neither the prompt's nor one that was cut
+        if _is_whole(stats, plan):
             self._rounds.append(stats)
+        if counted is not None and counted.shape.num_nodes > 1:
+            self._verdicts.append(counted)
         self._run_s += stats.round_s
         self._num_rounds += 1
 
@@ -71,19 +98,44 @@ class Replanner:
             return False
         seen = seen_in(self._rounds, SEVERAL if fallbacks.settings.sampling == "greedy" else MANY)
         doubtful = plan.tree.num_nodes == 1 and self._may_measure()  # nothing was speculated, because of what was measured
-        if not (doubtful or is_off(plan, seen)):
+        why = why_off(plan, seen)
+        is_regular = self._num_rounds - self._looked >= REGULAR and bool(self._verdicts)
+        if not (doubtful or why or is_regular):
             return False
-        self._due = self._num_rounds + min(self._num_rounds, MOST_WAIT)
-        workload, draft = fallbacks.workload, fallbacks.draft
-        hardware = self._measured_again()
-        if hardware is not None:
-            workload, draft = measured_anew(fallbacks.settings, workload, draft, hardware)
-        tokens = believed_tokens(fallbacks.settings, seen, plan)
-        workload, draft = refit(seen, plan, workload, draft, tokens)
-        chosen = choose_again(fallbacks.settings, plan, workload, draft, tokens, self._num_rounds)
-        loop.follow(chosen, fallbacks.with_times(workload, draft))
+        self._looked = self._num_rounds
+        chosen, revised = self._chosen(plan, fallbacks, seen, why)
+        if not (doubtful or why) and (chosen.tree, chosen.kind) == (plan.tree, plan.kind):
+            return False  # it holds, and still is the best
+        if doubtful or why:
+            self._due = self._num_rounds + min(self._num_rounds, MOST_WAIT)
+        loop.follow(chosen, revised)
         logger.info("%s", chosen.notes[-1])
         return True
+
+    def _chosen(self, plan: Plan, fallbacks: Fallbacks, seen: Seen, why: str) -> tuple[Plan, Fallbacks]:
+        """What is best by all that is known now, and what later plans are made from."""
+        workload, draft = fallbacks.workload, fallbacks.draft
+        hardware = self._measured_again() if why or plan.tree.num_nodes == 1 else None
+        if hardware is not None:
+            workload, draft = measured_anew(fallbacks.settings, workload, draft, hardware)
+            self._points = []
+        tokens = believed_tokens(fallbacks.settings, seen, plan)
+        if draft is not None and self._verdicts:
+            counter, num_nodes = self._counter()
+            self._believed = self._believed or draft.acceptance
+            draft = replace(draft, acceptance=learned(self._believed, counter, num_nodes))
+        workload, draft = refit(seen, plan, workload, draft, tokens, self._points)
+        self._points = [*self._points, point_of(plan, seen, workload, draft)][-KEPT_POINTS:]
+        chosen = choose_again(fallbacks.settings, plan, workload, draft, tokens, self._num_rounds, why)
+        return chosen, fallbacks.with_times(workload, draft)
+
+    def _counter(self) -> tuple[AcceptanceCounter, int]:
+        """Of the verdicts that are remembered, and how many nodes they accepted. Each is counted once."""
+        counter, num_nodes = AcceptanceCounter(), 0
+        for one in self._verdicts:
+            counter.add(one.shape, one.path, one.tops.tolist() if one.tops is not None else None)
+            num_nodes += len(one.path)
+        return counter, num_nodes
 
     def _may_measure(self) -> bool:
         return self._measure is not None and self._measured_s + self._measuring_s <= MEASURED_SHARE * self._run_s
@@ -103,11 +155,21 @@ class Replanner:
             self._measured_s += self._measuring_s
 
 
-def is_off(plan: Plan, seen: Seen) -> bool:
-    """Whether rounds, or tokens, take otherwise than `plan` has it, by more than OFF."""
+def _is_whole(stats: PassStats, plan: Plan) -> bool:
+    """Neither the prompt's round nor one whose tree was cut. Trees that follow the text differ in size."""
+    if plan.dynamic and plan.tree.num_nodes > 1:
+        return stats.num_rows == stats.num_nodes > 1
+    return stats.num_rows == plan.tree.num_nodes
+
+
+def why_off(plan: Plan, seen: Seen) -> str:
+    """How rounds, or tokens, go otherwise than `plan` has it, by more than OFF; nothing where they do not."""
     predicted = plan.prediction
-    ratios = seen.round_s / predicted.round_s, seen.round_s / seen.tokens / predicted.s_per_token
-    return any(not 1 / (1 + OFF) <= ratio <= 1 + OFF for ratio in ratios)
+    if not 1 / (1 + OFF) <= seen.round_s / predicted.round_s <= 1 + OFF:
+        return f"a round took {seconds_text(seen.round_s)} s, expected {seconds_text(predicted.round_s)}"
+    if not 1 / (1 + OFF) <= seen.round_s / seen.tokens / predicted.s_per_token <= 1 + OFF:
+        return f"a pass brought {seen.tokens:.3g} tokens, expected {predicted.expected_tokens:.3g}"
+    return ""
 
 
 def seen_in(rounds: Sequence[PassStats], num_rounds: int) -> Seen:
@@ -119,9 +181,12 @@ def seen_in(rounds: Sequence[PassStats], num_rounds: int) -> Seen:
     def mean(part: Callable[[PassStats], float]) -> float:
         return sum(map(part, last)) / len(last)
 
+    nodes = mean(lambda one: one.num_nodes)
     return Seen(
         num_rounds=len(tokens),
         tokens=sum(tokens) / len(tokens),
+        nodes=nodes,
+        foreseen=mean(lambda one: one.foreseen_nodes) / nodes if nodes else 0.0,
         round_s=mean(lambda one: one.round_s),
         compute_s=mean(lambda one: max(one.pass_s - one.stall_s, 0.0)),
         draft_s=mean(lambda one: one.draft_s),

@@ -42,8 +42,10 @@ def least_value(workload: Workload, memory: MemoryPlan, num_nodes: int, made: Pr
 
 
 def with_bounds(made: "Plan", workload: Workload, draft: DraftOption | None, memory: MemoryPlan) -> "Plan":
-    """`made` with what dynamic trees of it have to be worth: others are as they are."""
-    if draft is None or not made.dynamic or made.tree.num_nodes == 1:
+    """`made` with what dynamic trees of a draft have to be worth: others are as they are."""
+    if draft is None:
+        return made
+    if not made.dynamic or made.tree.num_nodes == 1:
         return replace(made, least_gain=0.0, least_value=0.0)
     return replace(
         made,

@@ -232,11 +232,8 @@ def predict_tree(
 
 def drafting_of(draft: DraftOption, shape: TreeShape, vocab_size: int, kind: TreeKind) -> Drafting:
     """How `draft` grows them. Dynamic trees are as `shape`, where acceptance was not counted by context."""
-    expanded: Ints | Floats = expanded_per_level(shape)
     tokens = tokens_of(shape, draft.acceptance, vocab_size, kind.dynamic)
-    if kind.dynamic and draft.acceptance.contexts:
-        grown = dynamic_growth(draft.acceptance, MOST_LEVELS, vocab_size).within(shape.num_levels)
-        expanded = grown.expanded(np.array([shape.num_nodes]))[0]
+    expanded = expanded_of(draft, shape, vocab_size, kind)
     num_steps = np.minimum(expanded, 1).sum()
     return Drafting(
         tokens=tokens,
@@ -245,6 +242,14 @@ def drafting_of(draft: DraftOption, shape: TreeShape, vocab_size: int, kind: Tre
         ahead_steps=kind.ahead_steps,
         ahead_s=float(draft.ahead_s(shape.num_nodes)) if kind.ahead_steps else 0.0,
     )
+
+
+def expanded_of(draft: DraftOption, shape: TreeShape, vocab_size: int, kind: TreeKind) -> Ints | Floats:
+    """How many nodes of each level the draft runs; in the mean, of trees that differ."""
+    if not kind.dynamic or not draft.acceptance.contexts:
+        return expanded_per_level(shape)
+    grown = dynamic_growth(draft.acceptance, MOST_LEVELS, vocab_size).within(shape.num_levels)
+    return np.asarray(grown.expanded(np.array([shape.num_nodes]))[0])
 
 
 def tokens_of(shape: TreeShape, acceptance: Acceptance, vocab_size: int, dynamic: bool) -> float:

@@ -1,40 +1,39 @@
-"""Pure: times and acceptance corrected by what rounds of a run took, and the tree that is best by them in the memory there is.
+"""Pure: times and acceptance corrected by what rounds of a run took.
 
-Rounds are the best measurement there is, of the one tree that ran: what was measured before, of all trees, is scaled to it.
+Rounds are the best measurement there is, of the trees that ran: what was measured before, of all trees, is scaled to them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tree.acceptance import Acceptance
-from tree.optimizer import expected_tokens
-from tree.shape import TreeShape
+import numpy as np
 
-from ..config import EngineSettings, counted
-from .candidate import tree_of
-from .hardware import HardwareProfile
+from ..config import EngineSettings
+from .hardware import HardwareProfile, ModelTimes
+from .learned import scaled_acceptance
 from .memory import MemoryPlan
-from .notes import NO_TREE, why_no_tree
 from .plan import Plan
-from .prediction import DraftOption, Prediction, Workload, predict_tree
-from .search import NODES, best_choice
+from .prediction import DraftOption, Workload, drafting_of, expanded_of, predict_tree
 from .workload import context_tokens
 
 MOST_TIMES = 32.0  # by which a time is corrected at most: what is further off was not what is thought
 # What was expected of a pass's tokens counts as so many rounds. Greedy text has stretches that are alike, where the last rounds
 # tell the next ones; sampled text differs from round to round.
 BELIEVED_ROUNDS, BELIEVED_GREEDY_ROUNDS = 8, 2
-MOST_ACCEPTED = 0.99  # of an acceptance that is scaled up: some of the children are refused
-LEAST_WIN = 0.03  # of the seconds per token, for another tree
-AGAIN = "planned again"
+MOST_FORESEEN = 0.95
+APART = 1.25  # times as many rows: points that are nearer say nothing more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
     """Seconds of a round and its parts, as a Prediction has them, and tokens a round, over the last `num_rounds` rounds of one
-    plan. `copied_s`: how long the link was at its copies, 0 where nothing is streamed."""
+    plan, whose trees had `nodes` nodes, of which the share `foreseen` was grown ahead. `copied_s`: how long the link was at its
+    copies, 0 where nothing is streamed."""
 
     num_rounds: int
     tokens: float
+    nodes: float = 0.0
+    foreseen: float = 0.0
     round_s: float
     compute_s: float
     draft_s: float
@@ -60,39 +59,99 @@ def measured_anew(
     return workload, draft
 
 
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What a layer of the target took over so many rows, and a level of the draft, 0 where there was none."""
+
+    nodes: float
+    layer_s: float
+    rows: float
+    level_s: float
+
+
 def refit(
-    seen: Seen, plan: Plan, workload: Workload, draft: DraftOption | None, tokens: float
+    seen: Seen,
+    plan: Plan,
+    workload: Workload,
+    draft: DraftOption | None,
+    tokens: float,
+    earlier: Sequence[Point] = (),
 ) -> tuple[Workload, DraftOption | None]:
-    """The same, so that the tree of `plan` takes what was seen of it, and has `tokens` a pass as nearly as can be."""
+    """The same, so that the tree of `plan` takes what was seen of it, and has `tokens` a pass as nearly as can be; and other
+    trees that ran take what was seen of them `earlier`. A draft that nobody has seen draft is as much quicker or slower than
+    was measured as the target is."""
+    vocab_size, nodes = workload.target.vocab_size, seen.nodes or float(plan.tree.num_nodes)
     expected = predict_tree(workload, memory_of(plan), plan.tree, draft, plan.kind)
-    slower, later_s = _ratio(seen.compute_s, expected.compute_s), seen.after_s - expected.after_s
+    compute_s = workload.target.equivalent_layers * float(workload.times.layer(nodes)) + expected.decode_s
+    slower, later_s = _ratio(seen.compute_s, compute_s), seen.after_s - expected.after_s
     times = replace(
         workload.times,
         layer_s=tuple(slower * seconds for seconds in workload.times.layer_s),
         rest_s=tuple(max(seconds + later_s, 0.0) for seconds in workload.times.rest_s),  # Python, whatever the tree
         wake_s=slower * workload.times.wake_s,
     )
+    times = _through(times, [(point.nodes, point.layer_s) for point in earlier], nodes)
     workload = replace(workload, times=times, decode_s=tuple(slower * seconds for seconds in workload.decode_s))
     if seen.copied_s > 0:
         workload = replace(workload, link_bytes_per_s=plan.bytes_per_pass / seen.copied_s)
-    if draft is None or plan.tree.num_nodes == 1:
+    if draft is None:
         return workload, draft
+    if plan.tree.num_nodes == 1:
+        return workload, _slower(draft, slower)
+    if plan.ahead_steps:
+        drafting = drafting_of(draft, plan.tree, vocab_size, plan.kind)
+        draft = replace(draft, foreseen=min(draft.foreseen * seen.foreseen / max(drafting.hidden, 1e-6), MOST_FORESEEN))
     # Layers of the target that serve its draft take as long as has been seen of them already.
-    served_s = predict_tree(workload, memory_of(plan), plan.tree, _of_no_time(draft), plan.kind).draft_s
+    served_s = predict_tree(workload, memory_of(plan), plan.tree, _slower(draft, 0.0), plan.kind).draft_s
     own_s = predict_tree(workload, memory_of(plan), plan.tree, draft, plan.kind).draft_s - served_s
-    slower = _ratio(max(seen.draft_s - served_s, 0.0), own_s)
-    times = replace(
-        draft.times,
-        layer_s=tuple(slower * seconds for seconds in draft.times.layer_s),
-        rest_s=tuple(slower * seconds for seconds in draft.times.rest_s),
-        wake_s=slower * draft.times.wake_s,
+    draft = _slower(draft, _ratio(max(seen.draft_s - served_s, 0.0), own_s))
+    rows = _rows(plan, draft, vocab_size)
+    levels = [(point.rows, point.level_s / draft.cost.equivalent_layers) for point in earlier if point.level_s]
+    if not draft.cost.is_base:
+        draft = replace(draft, times=_through(draft.times, levels, rows))
+    fitted = scaled_acceptance(draft.acceptance, plan.tree, tokens, vocab_size=vocab_size, dynamic=plan.dynamic)
+    return workload, replace(draft, acceptance=fitted)
+
+
+def point_of(plan: Plan, seen: Seen, workload: Workload, draft: DraftOption | None) -> Point:
+    """What times that were refitted to `seen` say of its tree."""
+    nodes = seen.nodes or float(plan.tree.num_nodes)
+    layer_s = float(workload.times.layer(nodes))
+    if draft is None or plan.tree.num_nodes == 1:
+        return Point(nodes, layer_s, 1.0, 0.0)
+    rows = _rows(plan, draft, workload.target.vocab_size)
+    return Point(nodes, layer_s, rows, draft.cost.equivalent_layers * float(draft.times.layer(rows)))
+
+
+def _rows(plan: Plan, draft: DraftOption, vocab_size: int) -> float:
+    """Of a level of the draft, in the mean."""
+    expanded = expanded_of(draft, plan.tree, vocab_size, plan.kind)
+    return max(float(expanded.sum() / np.maximum(np.minimum(expanded, 1).sum(), 1)), 1.0)
+
+
+def _through(times: ModelTimes, points: Sequence[tuple[float, float]], fixed: float) -> ModelTimes:
+    """`times` of a layer corrected so that it takes what `points` (rows, seconds) say, and what it took over `fixed` rows;
+    between them the correction goes evenly with the logarithm of rows."""
+    known = {fixed: 1.0}
+    for rows, seconds in points:
+        if all(max(rows, other) / min(rows, other) > APART for other in known):
+            known[rows] = _ratio(seconds, float(times.layer(rows)))
+    if len(known) == 1:
+        return times
+    at = sorted(known)
+    factors = np.interp(np.log(times.rows), np.log(at), [known[rows] for rows in at])
+    return replace(times, layer_s=tuple(float(factor * one) for factor, one in zip(factors, times.layer_s, strict=True)))
+
+
+def _slower(draft: DraftOption, times: float) -> DraftOption:
+    measured = draft.times
+    measured = replace(
+        measured,
+        layer_s=tuple(times * seconds for seconds in measured.layer_s),
+        rest_s=tuple(times * seconds for seconds in measured.rest_s),
+        wake_s=times * measured.wake_s,
     )
-    return workload, replace(draft, times=times, acceptance=scaled_acceptance(draft.acceptance, plan.tree, tokens))
-
-
-def _of_no_time(draft: DraftOption) -> DraftOption:
-    nothing = (0.0,) * len(draft.times.rows)
-    return replace(draft, times=replace(draft.times, layer_s=nothing, rest_s=nothing, wake_s=0.0))
+    return replace(draft, times=measured)
 
 
 def believed_tokens(settings: EngineSettings, seen: Seen, plan: Plan) -> float:
@@ -100,58 +159,6 @@ def believed_tokens(settings: EngineSettings, seen: Seen, plan: Plan) -> float:
     as_much = BELIEVED_GREEDY_ROUNDS if settings.sampling == "greedy" else BELIEVED_ROUNDS
     believed = seen.num_rounds / (seen.num_rounds + as_much)
     return believed * seen.tokens + (1 - believed) * plan.prediction.expected_tokens
-
-
-def scaled_acceptance(acceptance: Acceptance, shape: TreeShape, tokens: float) -> Acceptance:
-    """`acceptance` times a factor by which a pass over `shape` has `tokens` tokens, or as near to it as there is one."""
-    least, most = 1 / MOST_TIMES, MOST_TIMES
-    for _ in range(30):
-        factor = (least * most) ** 0.5
-        if expected_tokens(shape, _times(acceptance, factor)) < tokens:
-            least = factor
-        else:
-            most = factor
-    return _times(acceptance, factor)
-
-
-def choose_again(
-    settings: EngineSettings, plan: Plan, workload: Workload, draft: DraftOption | None, tokens: float, num_rounds: int
-) -> Plan:
-    """`plan` with the tree that is best by the times of `workload` and `draft`, within `room_nodes`; or with its own, where
-    another is hardly better; in any case with what is to be expected of it. If the plan's tree has more `tokens` a pass than
-    `draft` says, which scales ranks alike and so never has nodes accepted for certain, then any tree has as many times more."""
-    memory = memory_of(plan)
-    fixed = replace(workload, memory=lambda draft, num_nodes, num_slots, coded: memory, codings=(False,))
-    plain = predict_tree(workload, memory, TreeShape.root_only(), None)
-    sizes = [size for size in NODES if 1 < size <= plan.room_nodes]
-    found = best_choice(fixed, [draft], (plan.num_slots,), max_nodes=plan.room_nodes, sizes=sizes) if draft and sizes else None
-    by_draft = predict_tree(workload, memory, plan.tree, draft, plan.kind)
-    more = max(tokens / by_draft.expected_tokens, 1.0)
-    kept = _with_tokens(by_draft, plan.tree, more)
-    shapes = {plan.tree: kept}
-    if found is not None:
-        shape = tree_of(found, workload.target.vocab_size)
-        shapes[shape] = best = _with_tokens(predict_tree(workload, memory, shape, draft), shape, more)
-    if not settings.needs_tree:
-        shapes[TreeShape.root_only()] = plain
-    shape = min(shapes, key=lambda shape: shapes[shape].s_per_token)
-    if shapes[shape].s_per_token > kept.s_per_token * (1 - LEAST_WIN):
-        shape = plan.tree
-    notes = [note for note in plan.notes if not note.startswith((NO_TREE, AGAIN))]
-    if shape.num_nodes == 1 and draft is not None:
-        notes.append(why_no_tree([draft], plain, best if found is not None else None))
-    notes.append(
-        f"{AGAIN} after {counted(num_rounds, 'round')}: {counted(shape.num_nodes, 'node')}, before {plan.tree.num_nodes}; "
-        f"{shapes[shape].s_per_token:.3g} s/token expected, before {plan.prediction.s_per_token:.3g}"
-    )
-    return replace(
-        plan,
-        tree=shape,
-        prediction=shapes[shape],
-        autoregressive_s_per_token=plain.s_per_token,
-        replanned=plan.replanned + 1,
-        notes=tuple(notes),
-    )
 
 
 def memory_of(plan: Plan) -> MemoryPlan:
@@ -169,16 +176,3 @@ def memory_of(plan: Plan) -> MemoryPlan:
 
 def _ratio(seen: float, expected: float) -> float:
     return min(max(seen / expected, 1 / MOST_TIMES), MOST_TIMES) if expected > 0 else 1.0
-
-
-def _with_tokens(prediction: Prediction, shape: TreeShape, times: float) -> Prediction:
-    """As many `times` the tokens, one for every level at most."""
-    return replace(prediction, expected_tokens=min(times * prediction.expected_tokens, float(shape.num_levels)))
-
-
-def _times(acceptance: Acceptance, factor: float) -> Acceptance:
-    def scaled(vector: tuple[float, ...]) -> tuple[float, ...]:
-        most = max(sum(vector), MOST_ACCEPTED)
-        return tuple(factor * probability * most / max(factor * sum(vector), most) for probability in vector)
-
-    return replace(acceptance, levels=tuple(map(scaled, acceptance.levels)))
