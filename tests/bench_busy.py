@@ -1,16 +1,21 @@
 """The first run of the bundled pair while other processes burn the cores: is there a tree, and is the prediction right?
 
     python tests/bench_busy.py --burners 2 --repeats 4 --markdown
+    python tests/bench_busy.py --burners 2 --repeats 6 --then-idle > docs/benchmarks/busy_cpu.json
 
 Every run is a process of its own that does what `run_70b.py` without flags does, with its quick look at a machine that is busy
 from before it begins. SETTLING rounds after the first, the prediction that then holds is compared with the rounds that
-follow. The figures are of a machine whose other load is nobody's to choose: the load average is printed beside them.
+follow. With --then-idle the others end when the model is loaded, and every such run stands beside one whose plan was made
+without them, in turn; both are compared over the same tokens of the same text, which begin where both have had SETTLING
+rounds. The figures are of a machine whose other load is nobody's to choose: the load average is printed beside them.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -25,12 +30,13 @@ from offload.cli.parser import DEMO_PROMPT, parse_arguments
 from offload.report.report import environment
 
 SETTLING = 20
-TOKENS = 300
+TOKENS = 500
 BURNER = "while True: sum(range(10000))"
 
 
-def first_run(flags: list[str]) -> dict[str, Any]:
-    """`run_70b.py FLAGS` without the text, and its rounds: seconds, tokens, and the plan that each ran under."""
+def first_run(flags: list[str], num_burners: int, then_idle: bool) -> dict[str, Any]:
+    """`run_70b.py FLAGS` without the text, and its rounds: seconds, tokens, and the plan that each ran under. Beside so many
+    burners, which end when it is loaded where it is `then_idle`."""
     import torch
 
     arguments = parse_arguments(["generate", "--max-new-tokens", str(TOKENS), "--ignore-eos", *flags])
@@ -38,8 +44,10 @@ def first_run(flags: list[str]) -> dict[str, Any]:
     rounds: list[dict[str, Any]] = []
     began_s = time.monotonic()
     settings = engine_settings(arguments, emulate_demo_link=True)
-    with open_engine(settings, seed=arguments.seed or 0, expect=asked.expect, admit=asked.admit) as engine:
+    with burning(num_burners) as burners, open_engine(settings, expect=asked.expect, admit=asked.admit) as engine:
         loaded_s = time.monotonic() - began_s
+        if then_idle:
+            end(burners)
         assert asked.request is not None
         planned = engine.plan
         generation = engine.run(asked.request)
@@ -79,14 +87,50 @@ def first_run(flags: list[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def burning(num_burners: int) -> Iterator[None]:
+def burning(num_burners: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     burners = [subprocess.Popen([sys.executable, "-c", BURNER]) for _ in range(num_burners)]
     try:
-        yield
+        yield burners
     finally:
-        for burner in burners:
-            burner.kill()
-            burner.wait()
+        end(burners)
+
+
+def end(burners: list[subprocess.Popen[bytes]]) -> None:
+    for burner in burners:
+        burner.kill()
+        burner.wait()
+
+
+def own_process(*arguments: Any) -> dict[str, Any]:
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        return process.apply(first_run, arguments)
+
+
+def settled(first: dict[str, Any], second: dict[str, Any]) -> tuple[float, float]:
+    """Seconds per token of both over the same tokens: those after which both have had SETTLING rounds."""
+    begin = max(sum(one["tokens"] for one in run["rounds"][: SETTLING + 1]) for run in (first, second))
+
+    def s_per_token(run: dict[str, Any]) -> float:
+        seconds = tokens = before = 0.0
+        for one in run["rounds"][:-1]:
+            if before >= begin:
+                seconds, tokens = seconds + one["round_s"], tokens + one["tokens"]
+            before += one["tokens"]
+        return seconds / tokens
+
+    return s_per_token(first), s_per_token(second)
+
+
+def beside_idle(flags: list[str], num_burners: int, repeats: int) -> list[dict[str, Any]]:
+    """Pairs of runs: one loaded while others burn the cores, one without; which comes first changes."""
+    pairs = []
+    for number in range(repeats):
+        kinds = [num_burners, 0] if number % 2 == 0 else [0, num_burners]
+        runs = {burners: own_process(flags, burners, True) for burners in kinds}
+        busy_s, idle_s = settled(runs[num_burners], runs[0])
+        pairs.append({"busy": runs[num_burners], "idle": runs[0], "s_per_token": [busy_s, idle_s], "ratio": busy_s / idle_s})
+        print(f"{busy_s:.4f} s/token after a busy look, {idle_s:.4f} after an idle one: {busy_s / idle_s:.3f}", file=sys.stderr)
+    return pairs
 
 
 def main() -> None:
@@ -94,11 +138,24 @@ def main() -> None:
     parser.add_argument("--burners", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--then-idle", action="store_true")
     arguments, flags = parser.parse_known_args()
+    if arguments.then_idle:
+        pairs = beside_idle(flags, arguments.burners, arguments.repeats)
+        ratios = sorted(one["ratio"] for one in pairs)
+        document = {
+            "command": " ".join(["python", *sys.argv]),
+            "burners": arguments.burners,
+            "median_ratio": statistics.median(ratios),
+            "ratios": ratios,
+            "pairs": pairs,
+            "environment": {**environment("cpu"), "cores": os.cpu_count(), "machine": platform.processor()},
+        }
+        print(json.dumps(document, indent=1))
+        return
     runs = []
     for _ in range(arguments.repeats):
-        with burning(arguments.burners), multiprocessing.get_context("spawn").Pool(1) as process:
-            runs.append(process.apply(first_run, (flags,)))
+        runs.append(own_process(flags, arguments.burners, False))
         if arguments.markdown:
             one = runs[-1]
             print(
