@@ -165,6 +165,57 @@ def base_link(document: Document) -> str:
     return table(head, rows)
 
 
+def dynamic_trees(document: Document) -> str:
+    """Trees that follow the text beside the best static ones, below the same tokens."""
+    head = ("nodes", "temperature", "static", "dynamic", "dynamic over static", "contexts")
+    rows = [
+        (
+            str(row["nodes"]),
+            f"{row['temperature']:g}",
+            f"{row['static_expected']:.2f}",
+            f"{row['dynamic_expected']:.2f}",
+            f"{row['ratio']:.3f}" + (f" +- {row['ratio_error']:.3f}" if row["ratio_error"] is not None else ""),
+            str(row["contexts"]),
+        )
+        for row in document["rows"]
+    ]
+    return table(head, rows)
+
+
+def ngrams(document: Document) -> str:
+    """Tokens per pass on edited copies and on other prompts, by what drafted."""
+    head = ("target", "prompts", "drafted by", "tokens per pass", "found in the text", "s/token of plain")
+    rows = [
+        (
+            row["target"],
+            row["prompts"],
+            row["way"],
+            f"{row['tokens_per_pass']:.2f}",
+            f"{row['ngram_share'] * 100:.0f} %",
+            f"{row['s_per_token_of_plain']:.2f}",
+        )
+        for row in document["rows"]
+    ]
+    return table(head, rows)
+
+
+def growth_ahead(document: Document) -> str:
+    """Rounds with and without growing ahead, over a link on which a pass takes twice as long as drafting."""
+    head = ("`--grow-ahead`", "round s", "drafting s", "tokens per pass", "nodes foreseen", "link busy")
+    rows = [
+        (
+            row["grow_ahead"],
+            f"{row['round_s']:.4f}",
+            f"{row['draft_s']:.4f}",
+            f"{row['tokens_per_pass']:.2f}",
+            f"{row['foreseen_nodes']:.1f} of {row['nodes_per_pass']:.1f}",
+            f"{row['link_utilisation'] * 100:.0f} %",
+        )
+        for row in document["rows"]
+    ]
+    return table(head, rows)
+
+
 RENDERERS: dict[str, Callable[[Document], str]] = {
     "demo_cpu.json": trees,
     "demo_cpu.json:predictions": predictions,
@@ -174,6 +225,9 @@ RENDERERS: dict[str, Callable[[Document], str]] = {
     "spec_cpu.json": acceptance,
     "self_draft_cpu.json": self_drafts,
     "base_link_cpu.json": base_link,
+    "dynamic_trees_cpu.json": dynamic_trees,
+    "ngram_cpu.json": ngrams,
+    "grow_ahead_cpu.json": growth_ahead,
 }
 
 

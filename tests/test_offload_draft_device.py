@@ -53,6 +53,8 @@ def test_greedy_text_is_that_of_the_target_alone(models: Models, device: Callabl
 def test_it_takes_no_memory_of_the_device_and_its_name_says_where_it_is(models: Models) -> None:
     with opened(models, RefusingLateDevice(), draft_device="cpu") as engine, opened(models, RefusingLateDevice()) as same:
         apart, there = engine.plan, same.plan
+    with opened(models, RefusingLateDevice(), "12:dynamic", draft_device="cpu") as engine:
+        assert engine.plan.ahead_rows > 0
     assert apart.draft_on_host and not there.draft_on_host and apart.draft_passes == "eager"
     for name in NAMES:
         assert apart.device_ledger[name] == 0 < there.device_ledger[name]

@@ -71,7 +71,7 @@ def plan_memory(
             where="--max-context, --tree",
             cure="raise --max-context or take a smaller tree",
         )
-    ahead_rows = _ahead_rows(settings, tree_nodes) if draft is not None else 0
+    ahead_rows = rows_ahead(settings, tree_nodes) if draft is not None else 0
     rows = {"max_sequences": settings.max_sequences, "tree_nodes": tree_nodes, "context_rows": context_rows}
     rows |= {"ahead_rows": ahead_rows}
     others = device_ledger(target, draft, **rows, pass_rows=0, replays=budgets.replays)
@@ -150,7 +150,7 @@ def ring_bytes(target: ModelCost) -> int:
     return RING_BUFFERS * target.slot_bytes
 
 
-def _ahead_rows(settings: EngineSettings, tree_nodes: int) -> int:
+def rows_ahead(settings: EngineSettings, tree_nodes: int) -> int:
     """What a draft's cache needs beside the rows of a tree: trees that follow the text run nodes that they do not submit, and
     go on growing while a pass runs. Others do neither."""
     is_dynamic = settings.tree == "auto" or settings.tree.endswith(":dynamic")

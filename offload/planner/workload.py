@@ -6,7 +6,7 @@ from ..config import EngineSettings
 from .cost import ModelCost
 from .hardware import HardwareProfile, Role
 from .host_draft import memory_beside
-from .memory import Budgets, MemoryPlan, plan_memory
+from .memory import Budgets, MemoryPlan, plan_memory, rows_ahead
 from .prediction import DraftOption, Workload
 
 # Attention costs grow with the context; predictions are for a text in its middle, and texts are seldom longer than this.
@@ -30,7 +30,9 @@ def make_workload(
         def planned(budgets: Budgets) -> MemoryPlan:
             return plan_memory(settings, target, cost, *sizes, max_positions=max_positions, budgets=budgets, coded=coded)
 
-        return memory_beside(draft.cost, budgets, planned) if draft is not None and draft.on_host else planned(budgets)
+        if draft is None or not draft.on_host:
+            return planned(budgets)
+        return memory_beside(draft.cost, rows_ahead(settings, num_nodes), budgets, planned)
 
     return Workload(
         target=target,
