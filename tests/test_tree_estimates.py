@@ -46,15 +46,25 @@ def test_a_target_that_samples_leaves_the_draft_as_sure_as_it_is() -> None:
 
 def test_what_is_drawn_goes_by_the_rank_and_by_how_sure_the_draft_is() -> None:
     estimates = Estimates(Acceptance(((0.5, 0.2),), contexts=(Context(0.5, 0.5, (0.3, 0.2)), Context(1.0, 0.5, (0.9, 0.05)))))
-    low, high = estimates.drawn(np.array([0.2, 0.95]), MAX_CHILDREN)
-    assert low[:2] == pytest.approx((0.3, 0.2)) and high[:2] == pytest.approx((0.9, 0.05), abs=0.01)
+    low, high = estimates.drawn(np.array([0.2, 0.95]), MAX_CHILDREN)  # if those before were not accepted
+    assert low[:2] == pytest.approx((0.3, 0.2 / 0.7)) and high[:2] == pytest.approx((0.9, 0.5))
     for _ in range(200):
-        estimates.count_drawn(0.2, 3, False)
-        estimates.count_drawn(0.95, 1, True)
+        estimates.count_drawn(0.2, [0.1, 0.1, 0.1], False)
+        estimates.count_drawn(0.95, [0.9], True)
         estimates.end_verdict()
     low, high = estimates.drawn(np.array([0.2, 0.95]), MAX_CHILDREN)
-    assert low[:3].sum() < 0.1 and (np.diff(low) <= 0).all()
-    assert high[:2].sum() > 0.9 and (np.diff(high) <= 0).all()
+    assert low[:3].max() < 0.1 and high[0] > 0.95
+
+
+def test_what_was_drawn_goes_by_what_it_was_drawn_with() -> None:
+    estimates = Estimates(Acceptance(((0.5, 0.2),)))
+    assert estimates.taken(0, 0.1) == estimates.taken(0, 0.9) == pytest.approx(0.5)
+    for number in range(200):
+        estimates.count_drawn(0.5, [0.1], number % 5 == 0)
+        estimates.count_drawn(0.5, [0.9], True)
+        estimates.end_verdict()
+    assert estimates.taken(0, 0.1) < 0.3 and estimates.taken(0, 0.9) > 0.9
+    assert estimates.drawn(np.array([0.5]), 1)[0, 0] == pytest.approx(0.6, abs=0.05)  # before it is known which
 
 
 def test_finds_of_a_bin_are_counted_together() -> None:

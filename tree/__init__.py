@@ -17,6 +17,7 @@ __all__ = [
     "growing",
     "logprobs",
     "ngram",
+    "nodes",
     "optimizer",
     "residual",
     "sampling",

@@ -12,7 +12,8 @@ from .aim import Aim
 from .draft import DraftTree, TextModel, grow
 from .dynamic import Asked, DynamicTree, Proposers, count_verdict
 from .estimates import Estimates
-from .growing import GrowingTree, Node
+from .growing import GrowingTree
+from .nodes import Node
 from .sampling import SamplingParams
 from .shape import TreeShape
 from .sources import TokenSource
@@ -90,9 +91,11 @@ class TreeContext:
         back; or with the root alone."""
         before, start, model = self._tree, self._start, self.model
         if start is not None and model is not None and start.tree.sampled == sampled:
-            if before is not None and model.num_nodes == before.num_run:
+            if start.num_run > 0 and before is not None and model.num_nodes == before.num_run:
                 model.follow((), (), range(start.num_run))
+            if start.num_run == 0:
+                model.begin()  # the root alone is known: nothing would tell that the model has let go of it
             if model.num_nodes == start.num_run:
                 return start.copy()
         self._start = None
-        return DynamicTree(self._proposers, GrowingTree(self._root, sampled=sampled))
+        return DynamicTree(self._proposers, GrowingTree(self._root, self._proposers.estimates, sampled=sampled))

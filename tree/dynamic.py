@@ -14,7 +14,8 @@ from .aim import Aim
 from .candidates import Candidates, candidates_of
 from .draft import DraftTree, TextModel
 from .estimates import MAX_CHILDREN, Estimates
-from .growing import Find, GrowingTree, Node
+from .growing import GrowingTree
+from .nodes import Find, Node
 from .sampling import SamplingParams
 from .shape import TreeShape
 from .sources import TokenSource
@@ -196,20 +197,20 @@ class DynamicTree:
         """What candidates are worth of their nodes [n][K], beside finds, which may be worth more now that the draft spoke."""
         estimates, sampled = self._proposers.estimates, self.tree.sampled
         for node, mass, left in zip(batch, found.taken, found.left, strict=True):
-            node.left = min(left / max(1.0 - sum(mass), 1e-6), 1.0) if mass else left
+            node.mass = 1.0 - sum(mass)
+            node.left = min(left / max(node.mass, 1e-6), 1.0) if mass else left
         if sampled:
             shares, beside = estimates.drawn(np.array([node.left for node in batch]), len(found.token_ids[0])), found.taken
         else:
             shares, beside = estimates.chosen(np.array(found.probabilities), found.taken if any(found.taken) else ())
-        scaled: list[list[float]] = shares.tolist()
-        for place, (node, own) in enumerate(zip(batch, beside, strict=False)):
+        as_lists: list[list[float]] = shares.tolist()
+        for node, own in zip(batch, beside, strict=False):
             if own and node.value > 0:
                 for child, share in zip(list(node.children), own, strict=True):
                     self.tree.raise_to(child, node.value * share)
                 rest = max(0.02, 1.0 - sum([child.value for child in node.children]) / node.value)
-                scale = rest if sampled else min(1.0, rest / max(1.0 - sum(own), 0.02))
-                scaled[place] = [scale * share for share in scaled[place]]
-        return scaled
+                node.rest = rest if sampled else min(1.0, rest / max(1.0 - sum(own), 0.02))
+        return as_lists
 
 
 def count_verdict(
@@ -228,7 +229,7 @@ def count_verdict(
             estimates.count_chosen(node.probabilities, node.token_ids.index(token_id) if token_id in node.token_ids else None)
         elif sampled and (entered is None or entered.drawn):
             offered = [child for child in node.children if child.submitted and child.drawn]
-            num_tried = 1 + offered.index(entered) if entered is not None else len(offered)
-            if num_tried:
-                estimates.count_drawn(node.left, num_tried, entered is not None)
+            tried = offered[: offered.index(entered) + 1] if entered is not None else offered
+            if tried:
+                estimates.count_drawn(node.left, [child.drawn_with for child in tried], entered is not None)
     estimates.end_verdict()

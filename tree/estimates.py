@@ -1,30 +1,38 @@
 """How probable children are to be part of the text, by what a draft knows before they are taken; learned from verdicts.
 
-A drawn child goes by how sure the draft is and by its rank: never by its value, which nobody may look at before it is in the
-tree (docs/losslessness.md, section 8). A found one goes by its bin. A chosen one goes by the draft's probabilities, made
-sharper: a small draft is far less sure than a greedy target, whose next token is certain. How much so is learned, as the
-exponent under which what came was most likely; what that leaves to be corrected is counted by bins.
+A slot whose child is to be drawn goes by how sure the draft is and by its rank: never by the child's value, which nobody may
+look at before it is in the tree (docs/losslessness.md, section 8). Then it goes by its own draft probability. A found one goes
+by its bin. A chosen one goes by the draft's probabilities, made sharper: a small draft is far less sure than a greedy target,
+whose next token is certain. How much so is learned, as the exponent under which what came was most likely; what that leaves to
+be corrected is counted by bins.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from .acceptance import Acceptance
+from .acceptance import CONTEXT_TOPS, Acceptance
 
 Floats = npt.NDArray[np.float64]
 
 MAX_CHILDREN = 16  # of one node, from a model
-# Largest probabilities of a draft that are counted together, up to each of these; and sharpened ones of chosen children.
-BANDS = (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.92, 0.97, 0.99, 1.0)
+# What is counted together, up to each of these: largest probabilities of a draft, ranks, probabilities of drawn children, and
+# sharpened ones of chosen children.
+BANDS = CONTEXT_TOPS
+RANKS = (0, 1, 3, 7, MAX_CHILDREN - 1)
+OWN = (0.003, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.5, 0.7, 0.9, 1.0)
 BINS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
 EXPONENTS = np.array([1.0, 1.25, 1.6, 2.0, 2.5, 3.0, 4.0, 5.0, 6.5, 8.0])
 ASSUMED_EXPONENT = 3.0  # a small draft and a greedy target; a handful of tokens suffice to change it
 LEAST_LIKELY = 1e-3  # one token that nobody thought of does not decide what the exponent is
-PRIOR_WEIGHT = 8.0  # cases that what is assumed counts for
+PRIOR_WEIGHT, DRAWN_PRIOR_WEIGHT = 8.0, 20.0  # cases that what is assumed counts for
 DECAY = 0.998  # of all counts, a verdict
 FIRST_WORTH = 0.1  # what nodes of trees to come are worth at least, before there was one
+
+
+_CLASS_OF_RANK = [bisect_left(RANKS, rank) for rank in range(MAX_CHILDREN)]
 
 
 class Estimates:
@@ -38,7 +46,10 @@ class Estimates:
         self._middles = np.array([0.0, *middles, 1.0])
         self._bins = _Ratios(middles)
         self._likelihood = -2.0 * np.abs(np.log(EXPONENTS / ASSUMED_EXPONENT))  # of each exponent, its logarithm
-        self._hazards = _Ratios(np.array([_hazards(acceptance, _middle(BANDS, band)) for band in range(len(BANDS))]))
+        hazards = np.array([_hazards(acceptance, top) for top in BANDS])  # [bands, rank classes]
+        self._hazards = _Ratios(hazards, DRAWN_PRIOR_WEIGHT)
+        mean = _hazards(Acceptance(acceptance.levels) if acceptance is not None else None, 1.0)
+        self._own = _Ratios(np.repeat(np.array(mean)[:, None], len(OWN), axis=1), DRAWN_PRIOR_WEIGHT)
         self._found: dict[tuple[int, int], _Ratios] = {}
         self._best = _Ratios(np.array(0.7))
         self._worth: dict[tuple[int, bool], float] = {}
@@ -54,9 +65,13 @@ class Estimates:
         return shares, [np.interp(row, self._middles, self._by_bin).tolist() if row else [] for row in beside]
 
     def drawn(self, tops: Floats, most: int) -> Floats:
-        """How probable it is that the child of each rank is the accepted one, below nodes where the largest probability of the
-        draft is `tops` [n]: [n, most], not increasing."""
+        """How probable it is that the child of each rank is accepted if those before it were not, below nodes where the largest
+        probability of the draft is `tops` [n]: [n, most]."""
         return self._by_rank[np.searchsorted(BANDS, np.minimum(tops, 1.0)), :most]
+
+    def taken(self, rank: int, probability: float) -> float:
+        """The same of a child that is in the tree: it was drawn with this probability from what its earlier siblings left."""
+        return self._by_own[_CLASS_OF_RANK[rank]][bisect_left(OWN, min(probability, 1.0))]
 
     def found(self, source: int, bin: int, prior: float) -> float:
         """How probable a find of a bin of a source is to be the next token. `prior`: what the source says itself."""
@@ -85,12 +100,16 @@ class Estimates:
         self._likelihood = DECAY * self._likelihood + np.log(np.maximum(came, LEAST_LIKELY))
         self._count_best(float(np.interp(shares[self._exponent, 0], self._middles, self._by_bin)))
 
-    def count_drawn(self, top: float, num_tried: int, entered: bool) -> None:
-        """At an accepted node, `num_tried` drawn children were offered; the last was accepted if `entered`."""
-        band = int(np.searchsorted(BANDS, min(top, 1.0)))
-        self._hazards.tried[band, :num_tried] += 1.0
-        if entered:
-            self._hazards.hits[band, num_tried - 1] += 1.0
+    def count_drawn(self, top: float, probabilities: Sequence[float], entered: bool) -> None:
+        """At an accepted node, children were offered that had been drawn with these probabilities, each from what the earlier
+        ones left; the last was accepted if `entered`."""
+        band, last = bisect_left(BANDS, min(top, 1.0)), len(probabilities) - 1
+        for rank, probability in enumerate(probabilities):
+            hit, rank_class = float(entered and rank == last), _CLASS_OF_RANK[rank]
+            for ratios, place in ((self._hazards, band), (self._own, bisect_left(OWN, min(probability, 1.0)))):
+                cell = (band, rank_class) if ratios is self._hazards else (rank_class, place)
+                ratios.tried[cell] += 1.0
+                ratios.hits[cell] += hit
         self._count_best(float(self._by_rank[band, 0]))
 
     def count_found(self, source: int, bin: int, prior: float, hit: bool) -> None:
@@ -101,7 +120,7 @@ class Estimates:
 
     def end_verdict(self) -> None:
         """All of a verdict was counted: believe it, and let what came before count a little less."""
-        for ratios in (self._bins, self._hazards, self._best, *self._found.values()):
+        for ratios in (self._bins, self._hazards, self._own, self._best, *self._found.values()):
             ratios.hits *= DECAY
             ratios.tried *= DECAY
         self._refresh()
@@ -123,20 +142,19 @@ class Estimates:
     def _refresh(self) -> None:
         self._exponent = int(self._likelihood.argmax())
         self._by_bin = np.array([0.0, *np.maximum.accumulate(self._bins.means), 1.0])  # the more, the more
-        hazards = self._hazards.means
-        reached = np.cumprod(np.hstack([np.ones((len(BANDS), 1)), 1.0 - hazards[:, :-1]]), axis=1)
-        self._by_rank = np.minimum.accumulate(hazards * reached, axis=1)
+        self._by_rank = self._hazards.means[:, _CLASS_OF_RANK]  # [bands, ranks]
+        self._by_own: list[list[float]] = self._own.means.tolist()
 
 
 class _Ratios:
     """Hits among tries, in the mean over cases that were counted and cases that are assumed."""
 
-    def __init__(self, prior: Floats) -> None:
-        self.prior, self.hits, self.tried = prior, np.zeros_like(prior), np.zeros_like(prior)
+    def __init__(self, prior: Floats, weight: float = PRIOR_WEIGHT) -> None:
+        self.prior, self.weight, self.hits, self.tried = prior, weight, np.zeros_like(prior), np.zeros_like(prior)
 
     @property
     def means(self) -> Floats:
-        return np.asarray((PRIOR_WEIGHT * self.prior + self.hits) / (PRIOR_WEIGHT + self.tried))
+        return np.asarray((self.weight * self.prior + self.hits) / (self.weight + self.tried))
 
 
 def _sharpened(probabilities: Floats, taken: Sequence[Sequence[float]], exponent: float) -> tuple[Floats, list[list[float]]]:
@@ -162,18 +180,16 @@ def _middle(edges: tuple[float, ...], place: int) -> float:
 
 
 def _hazards(acceptance: Acceptance | None, top: float) -> list[float]:
-    """How often the child of each rank is accepted when those before it were not, where the draft's largest probability is
-    about `top`."""
+    """How often a child of each class of ranks is accepted when those before it were not, where the draft's largest probability
+    is at most `top`: as was counted there, or anywhere."""
     vector: tuple[float, ...] = (0.6, 0.12, 0.06, 0.03)
-    shift = 0.5 * (top - 0.6)
     if acceptance is not None:
         contexts = [context for context in acceptance.contexts if top <= context.top]
         vector = contexts[0].acceptance if contexts else acceptance.vector(0)
-        shift = 0.0 if contexts else shift
     hazards, left = [], 1.0
     for share in vector[:MAX_CHILDREN]:
         hazards.append(min(max(share / left if left > 0 else 0.0, 0.01), 0.99))
         left -= share
     hazards += [min(hazards[-1], 0.1)] * (MAX_CHILDREN - len(hazards))
-    hazards[0] = min(max(hazards[0] + shift, 0.05), 0.98)
-    return hazards
+    firsts = (0, *(last + 1 for last in RANKS[:-1]))
+    return [sum(hazards[first : last + 1]) / (last + 1 - first) for first, last in zip(firsts, RANKS, strict=True)]

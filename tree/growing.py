@@ -4,85 +4,24 @@ Knows what nodes are worth, and neither logits nor laws: candidates come in as l
 slots, its next children in order. What a slot is worth is known before its child is in the tree.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from heapq import heappop, heappush
 
 import numpy as np
 import numpy.typing as npt
 
+from .estimates import Estimates
+from .nodes import Find, Node, breadth_first
+
 Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Find:
-    """A source, by its place, that proposed a token; in which bin, and how good the source says that such finds are."""
-
-    source: int
-    bin: int
-    prior: float
-
-
-@dataclass(slots=True, eq=False)
-class Node:
-    """A token in a growing tree.
-
-    value: the estimated probability that the text runs through it. rank: which of its parent's candidates it is, and `find` who
-    proposed it besides, or alone: then rank is -1. comes_last: whether no sibling is drawn from a row that has its token.
-    run: its place in the model, -1 of the root; None if the model has not run it. row: where its children's probabilities are.
-    top: the draft's largest probability after it; `left` that of what its found children leave of the row, renormalised.
-    ahead: whether it was there before its round began.
-
-    Of its candidates, `num_taken` have become children; the others are its slots, to be taken in order. token_ids and
-    probabilities [K], and shares [K], what each is worth of the node's own value, not increasing.
-    """
-
-    parent: "Node | None"
-    token_id: int
-    depth: int
-    value: float
-    rank: int = -1
-    drawn: bool = False
-    comes_last: bool = False
-    find: Find | None = None
-    run: int | None = None
-    row: int = -1
-    top: float = float("nan")
-    left: float = 0.0
-    submitted: bool = False
-    ahead: bool = False
-    children: list["Node"] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    probabilities: list[float] = field(default_factory=list)
-    shares: list[float] = field(default_factory=list)
-    num_taken: int = 0
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it may have one child more."""
-        return self.num_taken < len(self.shares)
-
-    @property
-    def urgency(self) -> float:
-        """What it is worth to run it; of one that was run, what its next child is worth."""
-        if self.run is None:
-            return self.value
-        return self.value * self.shares[self.num_taken] if self.is_open else 0.0
-
-    def path(self) -> list[int]:
-        """Tokens from below the root to its own."""
-        token_ids, node = list[int](), self
-        while node.parent is not None:
-            token_ids.append(node.token_id)
-            node = node.parent
-        return token_ids[::-1]
 
 
 class GrowingTree:
     """Nodes in the order in which they came, the root first; a parent comes before its children."""
 
-    def __init__(self, root_token_id: int, *, sampled: bool) -> None:
-        self.sampled = sampled
+    def __init__(self, root_token_id: int, estimates: Estimates, *, sampled: bool) -> None:
+        self.sampled, self._estimates = sampled, estimates
         self.nodes = [Node(None, root_token_id, 0, 1.0)]
         self.num_run = 0  # nodes that the model knows, the root aside
         self._heap: list[tuple[float, int, Node]] = []  # of nodes that are not run, and of run ones with open slots
@@ -97,16 +36,23 @@ class GrowingTree:
     # -- what grows ---------------------------------------------------------------------------------------------------------
 
     def open(self, node: Node, token_ids: list[int], probabilities: list[float], shares: list[float]) -> None:
-        """The model has run `node`: these are its candidates [K], and what they are worth of its value."""
+        """The model has run `node`: these are its candidates [K], and what they are worth of the rest of its value."""
         node.token_ids, node.probabilities, node.shares = token_ids, probabilities, shares
-        self._pool_up(node.value * np.array(shares))
+        self._pool_slots(node)
         self._push(node)
 
     def attach(self, node: Node) -> Node:
-        """The next candidate of `node` becomes a child of it."""
+        """The next candidate of `node` becomes a child of it. Nothing has looked at a drawn one before; from here on its value
+        is that of what it is."""
         rank = node.num_taken
         child = Node(node, node.token_ids[rank], node.depth + 1, node.urgency, rank, self.sampled, not self.sampled)
         node.num_taken += 1
+        if self.sampled:
+            probability = node.probabilities[rank]
+            child.drawn_with = min(probability / node.mass, 1.0) if node.mass > 1e-6 else 0.0
+            share = self._estimates.taken(rank, child.drawn_with)
+            child.value = node.value * node.rest * share
+            node.rest, node.mass = node.rest * (1.0 - share), node.mass - probability
         self._add(child)
         return child
 
@@ -114,9 +60,8 @@ class GrowingTree:
         """A child of `node` that was found, which is worth `share` of it, or the child that has the token already. Candidates
         that are no children yet give way: what is left of a race without a token is a race among the others."""
         child = next((child for child in node.children if child.token_id == token_id), None)
-        if child is None and token_id in node.token_ids[node.num_taken :]:
-            self._withdraw(node, node.token_ids.index(token_id))
         if child is None:
+            self._withdraw(node, token_id)
             child = Node(node, token_id, node.depth + 1, 0.0, comes_last=node.run is None or not self.sampled)
             self._add(child)
         child.find = child.find or find
@@ -137,9 +82,13 @@ class GrowingTree:
         for member in raised:
             self._push(member)
 
-    def _withdraw(self, node: Node, place: int) -> None:
-        """A candidate is none any more. Those behind it move up, to what its place is worth; what a chosen one is worth by
-        itself, the others are."""
+    def _withdraw(self, node: Node, token_id: int) -> None:
+        """A token is no candidate any more, and those behind it move up. Of a race, one slot goes whether the token was among
+        the first or not: or what is in the race would decide whether there is a last slot."""
+        slots = node.token_ids[node.num_taken :]
+        if not slots or (token_id not in slots and not self.sampled):
+            return
+        place = node.num_taken + slots.index(token_id) if token_id in slots else -1
         del node.token_ids[place], node.probabilities[place], node.shares[-1 if self.sampled else place]
         self._push(node)
 
@@ -191,7 +140,7 @@ class GrowingTree:
             nodes = sorted(nodes, key=lambda node: -node.value)
         for node in nodes[:num_nodes]:
             node.submitted = True
-        return list(_breadth_first(self.root))
+        return list(breadth_first(self.root))
 
     # -- the next tree ------------------------------------------------------------------------------------------------------
 
@@ -206,7 +155,7 @@ class GrowingTree:
                 nodes.append(node)
         kept = sorted(node.run for node in nodes[1:] if node.run is not None)
         places = {run: place for place, run in enumerate(kept)}
-        tree = GrowingTree(root.token_id, sampled=self.sampled)
+        tree = GrowingTree(root.token_id, self._estimates, sampled=self.sampled)
         depth, scale = root.depth, 1 / root.value if root.value > 0 else 0.0
         root.parent, root.run, root.rank, root.drawn, root.find = None, -1, -1, False, None
         for node in nodes:
@@ -219,7 +168,7 @@ class GrowingTree:
 
     def copy(self) -> "GrowingTree":
         """The same tree, of nodes of its own."""
-        tree = GrowingTree(self.root.token_id, sampled=self.sampled)
+        tree = GrowingTree(self.root.token_id, self._estimates, sampled=self.sampled)
         copies: dict[int, Node] = {}
         for node in self.nodes:
             parent = copies[id(node.parent)] if node.parent is not None else None
@@ -237,7 +186,7 @@ class GrowingTree:
     def _take_over(self, nodes: list[Node], num_run: int) -> None:
         self.nodes, self.num_run = nodes, num_run
         for node in nodes:
-            self._pool_up(node.value * np.array(node.shares))
+            self._pool_slots(node)
             if node.rank < 0 and node is not self.root:
                 self._pool_up(np.array([node.value]))
             self._push(node)
@@ -260,25 +209,16 @@ class GrowingTree:
                 return node
         return None
 
+    def _pool_slots(self, node: Node) -> None:
+        """What a node's slots are worth before any of their children is known, and its children were."""
+        shares = np.array(node.shares)
+        if self.sampled and len(shares):
+            shares[1:] *= np.cumprod(1.0 - shares[:-1])
+        self._pool_up(node.value * shares)
+
     def _pool_up(self, values: Floats) -> None:
         end = self._num_pooled + len(values)
         if end > len(self._pool):
             self._pool = np.concatenate([self._pool, np.empty(max(end, len(self._pool)))])
         self._pool[self._num_pooled : end] = values
         self._num_pooled = end
-
-
-def _breadth_first(root: Node) -> Iterator[Node]:
-    level = [root]
-    while level:
-        yield from level
-        level = [child for node in level for child in _offered(node.children)]
-
-
-def _offered(children: Sequence[Node]) -> list[Node]:
-    """Those that are verified, in the order in which they are offered: as they came, but for chosen ones whose tokens siblings
-    were not drawn from. Those come last, by value: there they are worth the most (docs/losslessness.md, section 6)."""
-    shown = [child for child in children if child.submitted]
-    if len(shown) > 1:
-        shown.sort(key=lambda child: -child.value if child.comes_last else -2.0)
-    return shown
