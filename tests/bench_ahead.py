@@ -3,8 +3,9 @@
     python tests/bench_ahead.py --output docs/benchmarks/grow_ahead_cpu.json
 
 The bundled target streams over an emulated link, as it is, with dynamic trees of the bundled draft or of a base of the target.
-The rate of the link is chosen once, in advance, so that a pass takes twice as long as drafting does without growing ahead. Then
-both ways decode the same prompts greedily, one after the other, in several runs; what is compared are runs of the same prompt.
+The rate of the link is chosen once, in advance, so that a pass takes twice as long as drafting does without growing ahead. One
+engine decodes the same prompts greedily, with the planner's number of steps ahead and with none, in turns, under a plan that
+is the same otherwise; what is compared are runs of the same prompt.
 Medians over runs, as other work comes and goes; the error is that of the mean of the logarithms of paired ratios.
 """
 
@@ -13,6 +14,7 @@ import math
 import statistics
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from bench_report import described, write_document
@@ -26,7 +28,7 @@ WAYS = ("off", "auto")
 SETTLING = 4  # first rounds of a text, which read the prompt and wake threads
 
 
-def engine_of(way: str, draft: str, tree: str, link: float, stack: ExitStack) -> Engine:
+def engine_of(draft: str, tree: str, link: float, stack: ExitStack) -> Engine:
     settings = EngineSettings(
         model=str(TARGET),
         draft_models=(str(DRAFT) if draft == "bundled" else draft,),
@@ -38,13 +40,16 @@ def engine_of(way: str, draft: str, tree: str, link: float, stack: ExitStack) ->
         resident_layers=0,
         fixed_plan=True,
         ngram=("off",),
-        grow_ahead=way,
         emulate_link_bytes_per_s=link,
     )
     return stack.enter_context(open_engine(settings))
 
 
-def run(engine: Engine, prompt: tuple[int, ...], tokens: int) -> dict[str, Any]:
+def run(engine: Engine, ahead_steps: int, prompt: tuple[int, ...], tokens: int) -> dict[str, Any]:
+    """Under the engine's plan but for the number of steps that drafts take ahead."""
+    fallbacks = engine.loop.fallbacks
+    assert fallbacks is not None
+    engine.loop.follow(replace(engine.plan, ahead_steps=ahead_steps), fallbacks)
     engine.forget()
     generation = engine.stream(prompt, max_new_tokens=tokens, ignore_eos=True)
     for _ in generation:
@@ -70,8 +75,8 @@ def link_for(draft: str, tree: str, prompts: tuple[tuple[int, ...], ...], tokens
     link = 100e6
     for _ in range(2):  # drafting beside copies takes longer than without
         with ExitStack() as stack:
-            engine = engine_of("off", draft, tree, link, stack)
-            found = run(engine, prompts[0], tokens)
+            engine = engine_of(draft, tree, link, stack)
+            found = run(engine, 0, prompts[0], tokens)
             link = engine.plan.bytes_per_pass / (found["draft_s"] / share)
     return link
 
@@ -82,12 +87,12 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     link = arguments.link * 1e6 if arguments.link else link_for(draft, tree, prompts, tokens, arguments.share)
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     with ExitStack() as stack:
-        engines = {way: engine_of(way, draft, tree, link, stack) for way in WAYS}
-        plan = engines["auto"].plan
+        engine = engine_of(draft, tree, link, stack)
+        plan, steps = engine.plan, {"off": 0, "auto": engine.plan.ahead_steps}
         for number in range(arguments.runs):
             for prompt in prompts:
                 for way in WAYS if number % 2 else WAYS[::-1]:
-                    runs[way].append(run(engines[way], prompt, tokens))
+                    runs[way].append(run(engine, steps[way], prompt, tokens))
             shown = {way: statistics.median(one["round_s"] for one in found) for way, found in runs.items()}
             print(
                 f"run {number + 1}: " + ", ".join(f"{way} {s:.4f} s" for way, s in shown.items()), file=sys.stderr, flush=True
@@ -105,7 +110,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "tree": tree,
         "emulated_link_bytes_per_s": link,
         "ahead_steps": plan.ahead_steps,
-        "predicted_round_s": {way: engine.plan.prediction.round_s for way, engine in engines.items()},
+        "predicted_round_s": plan.prediction.round_s,
         "identical_tokens": all(ahead["token_ids"] == off["token_ids"] for ahead, off in pairs),
         "round_ratio": math.exp(statistics.fmean(logarithms)),
         "round_ratio_error": error,
