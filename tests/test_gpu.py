@@ -5,7 +5,9 @@ import gc
 import random
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -273,6 +275,44 @@ def test_delayed_copies_and_poisoned_slots_change_no_token(models: Models, slots
         with open_tiny(folder, folder, RacingCudaDevice(), resident_layers=resident, slots=slots) as engine:
             for _ in range(3):
                 assert engine.generate(PROMPT, max_new_tokens=24, ignore_eos=True).token_ids == expected
+
+
+class BesideDevice(RacingCudaDevice):
+    """The pass and what is beside it are delayed at random, too, each against the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_beside = 0
+
+    @contextmanager
+    def beside(self, after: Ticket) -> Iterator[None]:
+        self.num_beside += 1
+        with super().beside(after):
+            self._delay()
+            yield
+            self._delay()
+
+
+@pytest.mark.parametrize("resident", [0, 2])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_drafts_that_grow_beside_a_pass_change_no_token(models: Models, resident: int, temperature: float) -> None:
+    """Recorded passes are replayed there, too. A seed repeats the text of a device without delays."""
+    folder, texts, foreseen = models(num_layers=4), [], []
+    for device in (CudaDevice(), BesideDevice()):
+        sizes = {"tree": "16:dynamic", "resident_layers": resident, "slots": 2, "fixed_plan": True}
+        with open_tiny(folder, folder, device, **sizes) as engine:
+            engine.loop._plan = replace(engine.plan, ahead_steps=6)
+            for _ in range(3):
+                engine.forget()
+                request: dict[str, Any] = {"max_new_tokens": 48, "temperature": temperature, "seed": 1, "ignore_eos": True}
+                report = engine.generate(PROMPT, **request)
+                texts.append(report.token_ids)
+                foreseen.append(sum(one.foreseen_nodes for one in report.stats.passes))
+            assert not isinstance(device, BesideDevice) or device.num_beside > 0
+    if not temperature:
+        with open_tiny(folder, None) as engine:
+            texts.append(engine.generate(PROMPT, max_new_tokens=48, ignore_eos=True).token_ids)
+    assert len(set(texts)) == 1 and len(set(foreseen)) == 1 and (foreseen[0] > 0 or temperature)
 
 
 def test_closing_gives_device_and_host_memory_back(models: Models) -> None:
