@@ -31,6 +31,7 @@ from ..report.stats import PassStats
 logger = logging.getLogger(__name__)
 
 OFF = 0.15  # of what was predicted, by which a plan has proven wrong
+LEAST_PART = 0.1  # of a round: what takes less is not looked at by itself
 SEVERAL = 6  # rounds that say so
 MANY = 32  # rounds that say how many tokens a pass has where they are drawn, which differ more than its seconds
 COUNTED = 256  # of the last rounds, whose verdicts say what is accepted
@@ -163,13 +164,24 @@ def _is_whole(stats: PassStats, plan: Plan) -> bool:
 
 
 def why_off(plan: Plan, seen: Seen) -> str:
-    """How rounds, or tokens, go otherwise than `plan` has it, by more than OFF; nothing where they do not."""
+    """How rounds, their parts, or tokens go otherwise than `plan` has it, by more than OFF; nothing where they do not. What is
+    computed hides under the stream, so that a round may take what was predicted while another tree would not."""
     predicted = plan.prediction
-    if not 1 / (1 + OFF) <= seen.round_s / predicted.round_s <= 1 + OFF:
+    if _differ(seen.round_s, predicted.round_s):
         return f"a round took {seconds_text(seen.round_s)} s, expected {seconds_text(predicted.round_s)}"
-    if not 1 / (1 + OFF) <= seen.round_s / seen.tokens / predicted.s_per_token <= 1 + OFF:
+    if _differ(seen.round_s / seen.tokens, predicted.s_per_token):
         return f"a pass brought {seen.tokens:.3g} tokens, expected {predicted.expected_tokens:.3g}"
+    parts = {"computing": (seen.compute_s, predicted.compute_s)}
+    if plan.tree.num_nodes > 1:
+        parts["drafting"] = seen.draft_s, predicted.draft_s
+    for part, (took_s, expected_s) in parts.items():
+        if _differ(took_s, expected_s) and max(took_s, expected_s) > LEAST_PART * predicted.round_s:
+            return f"{part} took {seconds_text(took_s)} s, expected {seconds_text(expected_s)}"
     return ""
+
+
+def _differ(seen: float, expected: float) -> bool:
+    return not expected / (1 + OFF) <= seen <= expected * (1 + OFF)
 
 
 def seen_in(rounds: Sequence[PassStats], num_rounds: int) -> Seen:

@@ -7,7 +7,7 @@ from .memory import MemoryPlan
 from .prediction import DraftOption, Prediction, TreeKind, Workload, predict_tree
 from .search import Choice
 
-ROOMS = (256, 128, 64, 32, 16)  # nodes
+ROOMS = (1024, 512, 256, 128, 64, 32, 16)  # nodes
 COST = 0.01  # of the seconds per token, at most: layers that are not resident for it
 
 
