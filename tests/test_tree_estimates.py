@@ -76,6 +76,18 @@ def test_finds_of_a_bin_are_counted_together() -> None:
     assert estimates.found(1, 3, 0.4) == pytest.approx(0.4)
 
 
+def test_a_find_goes_by_what_its_kind_is_worth_and_by_what_the_draft_thinks_of_it() -> None:
+    estimates = Estimates()
+    for least, most in (((0.1, 0.5), (0.9, 0.5)), ((0.5, 0.1), (0.5, 0.9))):
+        assert 0 < estimates.mixed(*least) < estimates.mixed(*most) < 1
+    for one in (0.0, 1.0):
+        assert 0 < estimates.mixed(one, one) < 1
+    for _ in range(400):  # the draft is always right, and finds of this kind half of the time
+        estimates.count_mixed(0.5, 0.95, True)
+        estimates.count_mixed(0.5, 0.05, False)
+    assert estimates.mixed(0.5, 0.95) > 0.95 and estimates.mixed(0.5, 0.05) < 0.05
+
+
 def test_what_a_tree_was_worth_is_expected_of_the_next() -> None:
     estimates = Estimates()
     for _ in range(20):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from tree.acceptance import Acceptance
 from tree.aim import Aim
 from tree.context import TreeContext
 from tree.draft import DraftTree
+from tree.estimates import Estimates
 from tree.optimizer import best_tree
 from tree.sampling import SamplingParams, to_probabilities
 from tree.sources import Found
@@ -244,3 +246,44 @@ def test_a_chain_of_finds_is_run_in_one_step() -> None:
     before = model.num_passes
     tree = context.grow(24, 8, GREEDY, torch.Generator(), sampled=False)
     assert tree.shape.num_levels >= 7 and model.num_passes - before <= 4
+
+
+class Wrong(Repeating):
+    """Finds what never follows, and says that it always does."""
+
+    priors = (0.95,)
+
+    def find(self, path: Sequence[int], most: int) -> list[Found]:
+        last = [*self.text, *path][-1]
+        return [Found(place - 1, (last + 5 + place) % 9, 0) for place in range(min(most, 20))]
+
+
+class HalfRight(Repeating):
+    """Finds what follows, or what does not, by turns."""
+
+    priors = (0.9,)
+
+    def find(self, path: Sequence[int], most: int) -> list[Found]:
+        text = [*self.text, *path]
+        step = 1 if len(text) // 3 % 2 else 4
+        return [Found(place - 1, (text[-1] + step + place) % 9, 0) for place in range(min(most, 20))]
+
+
+@pytest.mark.parametrize("source", [Wrong, HalfRight, Repeating])
+def test_a_draft_is_no_worse_for_what_is_found_besides(source: type[Repeating]) -> None:
+    """It puts what comes first, but is not sure. Finds of which it knows better give way to its own; and finds that it has on
+    top, too, are no reason to think less of it."""
+    tokens = torch.arange(9)
+    draft = 0.5 * torch.randn((9, 9, 9), generator=torch.Generator().manual_seed(1))
+    target = torch.full((9, 9, 9), -20.0)
+    draft[:, tokens, (tokens + 1) % 9] += 1.2
+    target[:, tokens, (tokens + 1) % 9] = 0.0
+    brought, sure = [], []
+    for sources in ((), (source((0, 1)),)):
+        estimates = Estimates(ACCEPTANCE)
+        context = TreeContext(TableModel(draft, (0, 1)), 1, lambda: dynamic(16), sources, estimates)
+        judged = run_rounds(context, target, (0, 1), GREEDY, 60, most=16, levels=24)
+        brought.append(sum(len(verdict.token_ids) for _, verdict in judged[20:]))
+        sure.append(estimates.chosen(np.array([[0.3, 0.09, 0.09]]))[0][0, 0])
+    assert brought[1] >= 0.95 * brought[0]
+    assert sure[1] >= sure[0] - 0.05

@@ -185,6 +185,8 @@ class DynamicTree:
         taken = [[child.token_id for child in node.children] for node in batch]
         found = candidates_of(logits, asked.params, asked.generator, MAX_CHILDREN, taken, sampled=tree.sampled)
         shares = self._shares(batch, found)
+        for node, token_ids, mass in zip(batch, taken, found.taken, strict=True):
+            node.beside = dict(zip(token_ids, mass, strict=True))
         first_row = sum(map(len, self._rows))
         for place, node in enumerate(batch):
             node.run = -1 if node is tree.root else node.run
@@ -194,7 +196,7 @@ class DynamicTree:
             self._rows.append(found.rows)
 
     def _shares(self, batch: list[Node], found: Candidates) -> list[list[float]]:
-        """What candidates are worth of their nodes [n][K], beside finds, which may be worth more now that the draft spoke."""
+        """What candidates are worth of their nodes [n][K], beside finds, which are now worth what both say."""
         estimates, sampled = self._proposers.estimates, self.tree.sampled
         for node, mass, left in zip(batch, found.taken, found.left, strict=True):
             node.mass = 1.0 - sum(mass)
@@ -206,8 +208,11 @@ class DynamicTree:
         as_lists: list[list[float]] = shares.tolist()
         for node, own in zip(batch, beside, strict=False):
             if own and node.value > 0:
-                for child, share in zip(list(node.children), own, strict=True):
-                    self.tree.raise_to(child, node.value * share)
+                for child, share in zip(node.children, own, strict=True):
+                    child.drafted = share
+                    assert child.find is not None
+                    of_kind = estimates.found(child.find.source, child.find.bin, child.find.prior)
+                    self.tree.put_right(child, node.value * estimates.mixed(of_kind, share))
                 rest = max(0.02, 1.0 - sum([child.value for child in node.children]) / node.value)
                 node.rest = rest if sampled else min(1.0, rest / max(1.0 - sum(own), 0.02))
         return as_lists
@@ -224,9 +229,14 @@ def count_verdict(
         entered = nodes[place + 1] if place + 1 < len(nodes) else None
         for child in node.children:
             if child.find is not None:
-                estimates.count_found(child.find.source, child.find.bin, child.find.prior, child.token_id == token_id)
+                find, hit = child.find, child.token_id == token_id
+                if child.drafted >= 0:
+                    estimates.count_mixed(estimates.found(find.source, find.bin, find.prior), child.drafted, hit)
+                estimates.count_found(find.source, find.bin, find.prior, hit)
         if not sampled and node.token_ids:
-            estimates.count_chosen(node.probabilities, node.token_ids.index(token_id) if token_id in node.token_ids else None)
+            known = {**dict(zip(node.token_ids, node.probabilities, strict=True)), **node.beside}
+            ranked = sorted(known, key=known.__getitem__, reverse=True)
+            estimates.count_chosen([known[it] for it in ranked], ranked.index(token_id) if token_id in known else None)
         elif sampled and (entered is None or entered.drawn):
             offered = [child for child in node.children if child.submitted and child.drawn]
             tried = offered[: offered.index(entered) + 1] if entered is not None else offered

@@ -7,6 +7,7 @@ whose next token is certain. How much so is learned, as the exponent under which
 be corrected is counted by bins.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -28,6 +29,8 @@ EXPONENTS = np.array([1.0, 1.25, 1.6, 2.0, 2.5, 3.0, 4.0, 5.0, 6.5, 8.0])
 ASSUMED_EXPONENT = 3.0  # a small draft and a greedy target; a handful of tokens suffice to change it
 LEAST_LIKELY = 1e-3  # one token that nobody thought of does not decide what the exponent is
 PRIOR_WEIGHT, DRAWN_PRIOR_WEIGHT = 8.0, 20.0  # cases that what is assumed counts for
+ASSUMED_MIX = (0.3, 0.8, 0.6)  # of a constant, of what finds of its kind are worth, and of the draft's opinion; see docs/log.md
+MIX_RATE = 0.02  # of learning that
 DECAY = 0.998  # of all counts, a verdict
 FIRST_WORTH = 0.1  # what nodes of trees to come are worth at least, before there was one
 
@@ -51,6 +54,7 @@ class Estimates:
         mean = _hazards(Acceptance(acceptance.levels) if acceptance is not None else None, 1.0)
         self._own = _Ratios(np.repeat(np.array(mean)[:, None], len(OWN), axis=1), DRAWN_PRIOR_WEIGHT)
         self._found: dict[tuple[int, int], _Ratios] = {}
+        self._mix = np.array(ASSUMED_MIX)
         self._best = _Ratios(np.array(0.7))
         self._worth: dict[tuple[int, bool], float] = {}
         self._refresh()
@@ -76,6 +80,10 @@ class Estimates:
     def found(self, source: int, bin: int, prior: float) -> float:
         """How probable a find of a bin of a source is to be the next token. `prior`: what the source says itself."""
         return float(self._found_ratios(source, bin, prior).means)
+
+    def mixed(self, found: float, drafted: float) -> float:
+        """How probable a find is to be the next token that is `found` so often, and that the draft thinks so probable."""
+        return 1.0 / (1.0 + math.exp(-float(self._mix @ _features(found, drafted))))
 
     @property
     def best(self) -> float:
@@ -118,6 +126,10 @@ class Estimates:
         ratios.tried += 1.0
         ratios.hits += float(hit)
 
+    def count_mixed(self, found: float, drafted: float, hit: bool) -> None:
+        """At a node of the text, a find that was thought so probable by both came true or not."""
+        self._mix += MIX_RATE * (float(hit) - self.mixed(found, drafted)) * _features(found, drafted)
+
     def end_verdict(self) -> None:
         """All of a verdict was counted: believe it, and let what came before count a little less."""
         for ratios in (self._bins, self._hazards, self._own, self._best, *self._found.values()):
@@ -144,6 +156,12 @@ class Estimates:
         self._by_bin = np.array([0.0, *np.maximum.accumulate(self._bins.means), 1.0])  # the more, the more
         self._by_rank = self._hazards.means[:, _CLASS_OF_RANK]  # [bands, ranks]
         self._by_own: list[list[float]] = self._own.means.tolist()
+
+
+def _features(found: float, drafted: float) -> Floats:
+    """What finds are judged by: a constant, and both opinions as logarithms of odds."""
+    odds = [math.log(share / (1.0 - share)) for share in (min(max(it, 1e-4), 1 - 1e-4) for it in (found, drafted))]
+    return np.array([1.0, *odds])
 
 
 class _Ratios:

@@ -26,7 +26,7 @@ class GrowingTree:
         self.num_run = 0  # nodes that the model knows, the root aside
         self._heap: list[tuple[float, int, Node]] = []  # of nodes that are not run, and of run ones with open slots
         self._order = 0
-        self._pool, self._num_pooled = np.empty(1024), 0  # values of all slots that there have been, and of finds
+        self._pool, self._num_pooled = np.empty(1024), 0  # values of all slots that there have been
         self._pool_up(np.ones(1))
 
     @property
@@ -65,21 +65,19 @@ class GrowingTree:
             child = Node(node, token_id, node.depth + 1, 0.0, comes_last=node.run is None or not self.sampled)
             self._add(child)
         child.find = child.find or find
-        self.raise_to(child, node.value * share)
+        if node.value * share > child.value:
+            self.put_right(child, node.value * share)
         return child
 
-    def raise_to(self, node: Node, value: float) -> None:
-        """`node` is worth no less than `value`, and what hangs below it the more."""
-        if value <= node.value:
-            return
-        factor, raised = value / node.value if node.value > 0 else 0.0, [node]
+    def put_right(self, node: Node, value: float) -> None:
+        """`node` is worth `value`, as is known by now, and what hangs below it the more, or the less."""
+        factor, members = value / node.value if node.value > 0 else 0.0, [node]
         node.value = value
-        for member in raised:
+        for member in members:
             for child in member.children:
                 child.value *= factor
-                raised.append(child)
-        self._pool_up(np.array([value]))
-        for member in raised:
+                members.append(child)
+        for member in members:
             self._push(member)
 
     def _withdraw(self, node: Node, token_id: int) -> None:
@@ -89,6 +87,8 @@ class GrowingTree:
         if not slots or (token_id not in slots and not self.sampled):
             return
         place = node.num_taken + slots.index(token_id) if token_id in slots else -1
+        if not self.sampled:
+            node.beside[token_id] = node.probabilities[place]
         del node.token_ids[place], node.probabilities[place], node.shares[-1 if self.sampled else place]
         self._push(node)
 
@@ -125,7 +125,8 @@ class GrowingTree:
 
     def nth_value(self, count: int) -> float:
         """The `count`-th largest value of all nodes and slots; 0 if there are fewer."""
-        pooled = self._pool[: self._num_pooled]
+        found = [node.value for node in self.nodes if node.rank < 0 and node is not self.root]
+        pooled = np.concatenate([self._pool[: self._num_pooled], found])
         if count > len(pooled):
             return 0.0
         return float(np.partition(pooled, len(pooled) - count)[len(pooled) - count])
@@ -172,10 +173,8 @@ class GrowingTree:
         copies: dict[int, Node] = {}
         for node in self.nodes:
             parent = copies[id(node.parent)] if node.parent is not None else None
-            lists = node.token_ids.copy(), node.probabilities.copy(), node.shares.copy()
-            copies[id(node)] = clone = replace(
-                node, parent=parent, children=[], token_ids=lists[0], probabilities=lists[1], shares=lists[2]
-            )
+            own = {name: getattr(node, name).copy() for name in ("token_ids", "probabilities", "shares", "beside")}
+            copies[id(node)] = clone = replace(node, parent=parent, children=[], **own)
             if parent is not None:
                 parent.children.append(clone)
         tree._take_over(list(copies.values()), self.num_run)
@@ -187,8 +186,6 @@ class GrowingTree:
         self.nodes, self.num_run = nodes, num_run
         for node in nodes:
             self._pool_slots(node)
-            if node.rank < 0 and node is not self.root:
-                self._pool_up(np.array([node.value]))
             self._push(node)
 
     def _add(self, child: Node) -> None:

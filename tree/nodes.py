@@ -21,11 +21,13 @@ class Node:
     proposed it besides, or alone: then rank is -1. comes_last: whether no sibling is drawn from a row that has its token.
     run: its place in the model, -1 of the root; None if the model has not run it. row: where its children's probabilities are.
     top: the draft's largest probability after it; `left` that of what its found children leave of the row, renormalised.
-    drawn_with: the probability that it had, if it was drawn. ahead: whether it was there before its round began.
+    drawn_with: the probability that it had, if it was drawn. drafted: what the draft thinks a find is worth of its parent, -1
+    if it was not asked. ahead: whether it was there before its round began.
 
     Of its candidates, `num_taken` have become children; the others are its slots, to be taken in order. token_ids and
     probabilities [K], and shares [K], what each is worth of `rest` of the node's value. Where children are drawn, the rest is
-    what those before a slot are expected to leave, and `mass` is what is left to draw from.
+    what those before a slot are expected to leave, and `mass` is what is left to draw from. `beside`: tokens that are no
+    candidates as they were found, and the draft's probabilities of those that it was asked about.
     """
 
     parent: "Node | None"
@@ -41,6 +43,7 @@ class Node:
     top: float = float("nan")
     left: float = 0.0
     drawn_with: float = 0.0
+    drafted: float = -1.0
     rest: float = 1.0
     mass: float = 1.0
     submitted: bool = False
@@ -50,6 +53,7 @@ class Node:
     probabilities: list[float] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
     num_taken: int = 0
+    beside: dict[int, float] = field(default_factory=dict)
 
     @property
     def is_open(self) -> bool:
