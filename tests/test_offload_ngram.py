@@ -17,7 +17,17 @@ from offload.demo import TARGET
 from offload.engine.engine import Engine
 from offload.errors import FitError, UsageError
 from offload.planner.fallback import Fallbacks
-from offload.planner.found import MOST_NODES, MOST_VALUE, NO_ROOM, NOTE, TOO_DEAR, FoundTrees, found_trees, with_found
+from offload.planner.found import (
+    MOST_NODES,
+    MOST_VALUE,
+    NO_ROOM,
+    NOTE,
+    TOO_DEAR,
+    TOO_QUICK,
+    FoundTrees,
+    found_trees,
+    with_found,
+)
 from offload.planner.notes import NO_TREE
 from offload.planner.plan import Plan
 from offload.planner.prediction import Workload, rounds
@@ -33,7 +43,9 @@ LIST = "First: the commerce of the States. Second: the commerce of the States. T
 
 def open_target(**changes: Any) -> Engine:
     """The bundled target without a draft, as if its layers came over a link that makes rows free."""
-    fields: dict[str, Any] = {"device": "cpu", "dtype": "float32", "resident_layers": 0, **changes}
+    fields: dict[str, Any] = {"device": "cpu", "dtype": "float32", "resident_layers": 0, "ngram": ("on",), **changes}
+    if fields.get("tree") == "none":
+        fields["ngram"] = ("off",)
     return open_engine(EngineSettings(model=str(TARGET), **fields), hardware=L40)
 
 
@@ -133,6 +145,12 @@ def workload_of(layer_s: tuple[float, ...], rows: tuple[int, ...] = (1, 2, 16, 6
 
 def found(workload: Workload, settings: EngineSettings = SETTINGS, asked: TreeRequest | None = None) -> Any:
     return found_trees(settings, asked, workload, workload.memory(None, 1, 2, False))
+
+
+def test_passes_that_are_over_in_no_time_are_not_kept_waiting() -> None:
+    quick = workload_of((0.0001, 0.0001, 0.0001, 0.0001))
+    assert found(quick) == TOO_QUICK
+    assert isinstance(found(quick, replace(SETTINGS, ngram=("on",))), FoundTrees)
 
 
 def test_rows_that_cost_as_much_as_a_pass_are_for_who_asks_for_them() -> None:

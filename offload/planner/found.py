@@ -23,10 +23,13 @@ MEMORY_COST = 0.01  # of the seconds of a round, at most: layers that are not re
 # A node is worth its row if it is more probable than what the row costs in rounds; by how much more, as times and estimates are
 # rough. Finds that must be more probable than MOST_VALUE are too few to look for.
 MARGIN, MOST_VALUE = 1.5, 0.6
+# Looking up and growing such a tree takes a processor half a millisecond before a pass: a hundredth of this.
+LEAST_ROUND_S = 0.05
 # The shape of such trees varies between a chain and nothing. This one stands for them.
 USUAL = Acceptance(levels=((0.8, 0.08, 0.03),))
 NOTE = "there is no draft model: trees are of what the text has said before, where it repeats itself"
 TOO_DEAR = "what the text has said before is not looked up: a row costs as much as it may bring"
+TOO_QUICK = "what the text has said before is not looked up: that would take more than a hundredth of a pass"
 NO_ROOM = "what the text has said before is not looked up: there is no memory for a second row"
 
 
@@ -51,6 +54,8 @@ def found_trees(
         memory = workload.memory(None, asked.num_nodes, plain.num_slots, bool(plain.placement.coded))
         return _of(settings, workload, memory, asked.num_nodes)
     root_s = predict_tree(workload, plain, ROOT, None).round_s
+    if root_s < LEAST_ROUND_S and not settings.needs_ngram:
+        return TOO_QUICK
     for num_nodes in _sizes(settings):
         try:
             memory = workload.memory(None, num_nodes, plain.num_slots, bool(plain.placement.coded))
