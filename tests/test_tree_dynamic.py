@@ -229,11 +229,12 @@ def test_text_of_trees_that_were_grown_ahead_has_the_law_of_the_target(making: C
 def test_text_of_larger_trees_has_the_law_of_the_target(
     making: Callable[..., Making], finds: bool, verifier: str, params: SamplingParams, kind: str
 ) -> None:
-    """Grown ahead and over more rounds; the quick ones are above."""
+    """Grown ahead over more rounds, or beside finds, with races that bring less than the vocabulary; quick ones are above."""
     world = random_world(5, 3 if finds else 2, kind, params)
     contexts = making(finds=finds, room=4, children=2 if kind == "zeros" else 3)
-    distance, seen = total_variation(contexts, world, verifier, rounds=2 if finds else 3, steps=2)
-    assert distance <= TOLERANCE and seen["foreseen"] > 0
+    rounds, most = (2, 3) if finds else (3, 2)
+    distance, seen = total_variation(contexts, world, verifier, rounds=rounds, most=most, steps=2)
+    assert distance <= TOLERANCE and (seen["foreseen"] > 0 or kind == "zeros")
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------------
