@@ -94,3 +94,18 @@ def test_what_a_tree_was_worth_is_expected_of_the_next() -> None:
         estimates.count_worth(64, 0.003, sampled=True)
     assert estimates.worth(64, sampled=True) == pytest.approx(0.003)
     assert estimates.worth(64, sampled=False) == estimates.worth(256, sampled=True) > 0.01
+
+
+def test_chosen_children_begin_with_what_the_acceptance_says_of_their_rank() -> None:
+    """And verdicts outweigh it: a draft that is nearly always right goes deep from its first tree on, one that is not soon
+    stops doing so."""
+    rows = np.array([[0.3, 0.2, 0.1]])
+    sure, unsure = (Estimates(Acceptance((vector,))) for vector in ((0.998, 0.001), (0.4, 0.2, 0.1)))
+    assert sure.chosen(rows)[0][0, 0] == pytest.approx(0.998, abs=1e-3) and unsure.chosen(rows)[0][0, 0] < 0.5
+    assert sure.best > 0.99
+    by_context = Acceptance(((0.4,),), contexts=(Context(0.5, 0.5, (0.2, 0.1)), Context(1.0, 0.5, (0.9, 0.05))))
+    assert Estimates(by_context).chosen(rows)[0][0, 0] < 0.3
+    for _ in range(200):
+        sure.count_chosen(rows[0].tolist(), None)
+        sure.end_verdict()
+    assert sure.chosen(rows)[0][0, 0] < 0.6

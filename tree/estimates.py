@@ -4,7 +4,7 @@ A slot whose child is to be drawn goes by how sure the draft is and by its rank:
 look at before it is in the tree (docs/losslessness.md, section 8). Then it goes by its own draft probability. A found one goes
 by its bin. A chosen one goes by the draft's probabilities, made sharper: a small draft is far less sure than a greedy target,
 whose next token is certain. How much so is learned, as the exponent under which what came was most likely; what that leaves to
-be corrected is counted by bins.
+be corrected is counted by bins. Until some nodes were counted, what is assumed of a rank speaks for it, too.
 """
 
 import math
@@ -25,12 +25,14 @@ BANDS = CONTEXT_TOPS
 RANKS = (0, 1, 3, 7, MAX_CHILDREN - 1)
 OWN = (0.003, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.5, 0.7, 0.9, 1.0)
 BINS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
-EXPONENTS = np.array([1.0, 1.25, 1.6, 2.0, 2.5, 3.0, 4.0, 5.0, 6.5, 8.0])
+EXPONENTS = np.array([1.0, 1.25, 1.6, 2.0, 2.5, 3.0, 4.0, 5.0, 6.5, 8.0, 11.0, 16.0, 24.0, 40.0])
 ASSUMED_EXPONENT = 3.0  # a small draft and a greedy target; a handful of tokens suffice to change it
+ASSUMED_BEST = 0.7  # of the best child of a node, where nothing says more
 LEAST_LIKELY = 1e-3  # one token that nobody thought of does not decide what the exponent is
 PRIOR_WEIGHT, DRAWN_PRIOR_WEIGHT = 8.0, 20.0  # cases that what is assumed counts for
 ASSUMED_MIX = (0.3, 0.8, 0.6)  # of a constant, of what finds of its kind are worth, and of the draft's opinion; see docs/log.md
 MIX_RATE = 0.02  # of learning that
+ASSUMED_NODES = 20.0  # that what is assumed of chosen children counts for, beside the nodes where they were counted
 DECAY = 0.998  # of all counts, a verdict
 FIRST_WORTH = 0.1  # what nodes of trees to come are worth at least, before there was one
 
@@ -55,7 +57,9 @@ class Estimates:
         self._own = _Ratios(np.repeat(np.array(mean)[:, None], len(OWN), axis=1), DRAWN_PRIOR_WEIGHT)
         self._found: dict[tuple[int, int], _Ratios] = {}
         self._mix = np.array(ASSUMED_MIX)
-        self._best = _Ratios(np.array(0.7))
+        self._assumed = _assumed(acceptance) if acceptance is not None else None  # [bands, MAX_CHILDREN]
+        self._num_counted = 0.0  # nodes with chosen children
+        self._best = _Ratios(np.array(max(acceptance.vector(0)[0] if acceptance is not None else 0.0, ASSUMED_BEST)))
         self._worth: dict[tuple[int, bool], float] = {}
         self._refresh()
 
@@ -65,7 +69,11 @@ class Estimates:
         """How probable tokens are to be the next one, by their draft probabilities [n, K] in descending order: [n, K], not
         increasing. The same of tokens that are `taken` [n][...], which are not among them."""
         shares, beside = _sharpened(probabilities, taken, EXPONENTS[self._exponent])
-        shares = np.minimum.accumulate(np.interp(shares, self._middles, self._by_bin), axis=1)
+        shares = np.interp(shares, self._middles, self._by_bin)
+        if self._assumed is not None and probabilities.shape[1]:
+            assumed = self._assumed[np.searchsorted(BANDS, np.minimum(probabilities[:, 0], 1.0)), : probabilities.shape[1]]
+            shares += (assumed - shares) * ASSUMED_NODES / (ASSUMED_NODES + self._num_counted)
+        shares = np.minimum.accumulate(shares, axis=1)
         return shares, [np.interp(row, self._middles, self._by_bin).tolist() if row else [] for row in beside]
 
     def drawn(self, tops: Floats, most: int) -> Floats:
@@ -98,7 +106,7 @@ class Estimates:
 
     def count_chosen(self, probabilities: Sequence[float], hit: int | None) -> None:
         """At a node of the text, the draft's candidates had these probabilities, and the one at place `hit` came."""
-        rows = np.array([probabilities])
+        rows, self._num_counted = np.array([probabilities]), self._num_counted + 1.0
         shares = np.stack([_sharpened(rows, (), exponent)[0][0] for exponent in EXPONENTS])  # [exponents, K]
         bins = np.searchsorted(BINS, np.minimum(shares[self._exponent], 1.0))
         np.add.at(self._bins.tried, bins, 1.0)
@@ -135,6 +143,7 @@ class Estimates:
         for ratios in (self._bins, self._hazards, self._own, self._best, *self._found.values()):
             ratios.hits *= DECAY
             ratios.tried *= DECAY
+        self._num_counted *= DECAY
         self._refresh()
 
     def count_worth(self, most: int, worth: float, *, sampled: bool) -> None:
@@ -195,6 +204,16 @@ def _sharpened(probabilities: Floats, taken: Sequence[Sequence[float]], exponent
 
 def _middle(edges: tuple[float, ...], place: int) -> float:
     return ((edges[place - 1] if place else 0.0) + edges[place]) / 2
+
+
+def _assumed(acceptance: Acceptance) -> Floats:
+    """How probable the child of each rank is to be the accepted one, by band: [bands, MAX_CHILDREN]."""
+    assumed = np.zeros((len(BANDS), MAX_CHILDREN))
+    for band, top in enumerate(BANDS):
+        contexts = [context.acceptance for context in acceptance.contexts if top <= context.top]
+        vector = (contexts[0] if contexts else acceptance.vector(0))[:MAX_CHILDREN]
+        assumed[band, : len(vector)] = vector
+    return assumed
 
 
 def _hazards(acceptance: Acceptance | None, top: float) -> list[float]:

@@ -17,6 +17,9 @@ from .prediction import DraftOption, Prediction, TreeKind, Workload, drafting_of
 if TYPE_CHECKING:
     from .plan import Plan
 
+# Of what the condition says: what is predicted of tokens and seconds is off at first, and a level too few loses all that would
+# have come below it, where one too many loses a part of its seconds.
+WARY = 0.5
 MORE = 0.25  # of the nodes of a tree: the step over which what a row costs is looked at
 
 
@@ -49,6 +52,6 @@ def with_bounds(made: "Plan", workload: Workload, draft: DraftOption | None, mem
         return replace(made, least_gain=0.0, least_value=0.0)
     return replace(
         made,
-        least_gain=least_gain(workload, memory, made.tree, draft, made.kind, made.prediction),
-        least_value=least_value(workload, memory, made.tree.num_nodes, made.prediction),
+        least_gain=WARY * least_gain(workload, memory, made.tree, draft, made.kind, made.prediction),
+        least_value=WARY * least_value(workload, memory, made.tree.num_nodes, made.prediction),
     )
