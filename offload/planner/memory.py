@@ -19,7 +19,7 @@ DEFAULT_TEXT_TOKENS = 4096
 # A prompt pass costs a whole stream of the weights, so chunks are as large as activations in this share of memory allow.
 ACTIVATION_SHARE = 8
 CHUNK_ROWS = (4096, 2048, 1024, 512, 256, 128, 64)
-LEAST_AHEAD_ROWS, MOST_AHEAD_ROWS = 64, 512
+LEAST_AHEAD_ROWS, MOST_AHEAD_ROWS = 256, 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +154,7 @@ def rows_ahead(settings: EngineSettings, tree_nodes: int) -> int:
     """What a draft's cache needs beside the rows of a tree: trees that follow the text run nodes that they do not submit, and
     go on growing while a pass runs. Others do neither."""
     is_dynamic = settings.tree == "auto" or settings.tree.endswith(":dynamic")
-    return min(max(tree_nodes, LEAST_AHEAD_ROWS), MOST_AHEAD_ROWS) if is_dynamic and tree_nodes > 1 else 0
+    return min(max(2 * tree_nodes, LEAST_AHEAD_ROWS), MOST_AHEAD_ROWS) if is_dynamic and tree_nodes > 1 else 0
 
 
 def _pass_rows(
