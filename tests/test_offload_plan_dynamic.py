@@ -6,6 +6,7 @@ import pytest
 
 from offload.planner.marginal import WARY
 from planning import L40, LLAMA_2_7B, SETTINGS, constant_times, draft_option, plan
+from tree.acceptance import Acceptance, Context
 from tree.spec import DynamicTree, OptimalTree
 
 
@@ -35,3 +36,16 @@ def test_a_level_and_a_row_have_to_bring_what_their_time_brings_otherwise() -> N
     assert hidden.least_value < 1e-4, "rows cost nothing while layers stream"
     static = plan(tree=OptimalTree(64, 8), device_gib=300)
     assert static.least_gain == static.least_value == 0
+
+
+def test_auto_follows_the_text_unless_what_was_counted_speaks_against_it() -> None:
+    """Ties go to trees that follow the text, but for drawn ones, which must win by a twentieth."""
+    drawn = replace(SETTINGS, sampling="sampled", grow_ahead="off")
+    assert plan(tree=None, device_gib=48).dynamic and not plan(drawn, None, device_gib=48).dynamic
+    assert plan(drawn, DynamicTree(64), device_gib=48).dynamic, "who asks for them gets them"
+    sure, unsure = (0.98,), (0.4, 0.2, 0.1, 0.05)
+    mean = tuple(0.5 * one + 0.5 * other for one, other in zip((*sure, 0.0, 0.0, 0.0), unsure, strict=True))
+    parted = Acceptance((mean,), contexts=(Context(0.7, 0.5, unsure), Context(1.0, 0.5, sure)))
+    assert plan(drawn, None, device_gib=48, drafts=(draft_option(acceptance=parted),)).dynamic
+    worse = Acceptance(((0.9, 0.05),), contexts=(Context(1.0, 1.0, (0.5, 0.05)),))
+    assert not plan(tree=None, device_gib=48, drafts=(draft_option(acceptance=worse),)).dynamic

@@ -86,9 +86,9 @@ class Workload:
     """What does not depend on the choice: the target, the rates, and what memory allows.
 
     `decode_s` are the seconds of decoding each layer in a pass, 0 for those that are stored as they compute; empty where all
-    are. `grows_ahead`: drafts may go on while layers stream. `memory(draft, nodes, slots, coded)` raises FitError where nothing
-    fits; it is tried with each of `codings`: whether resident layers stay coded. `doubts` is what has to be said about the
-    times.
+    are. `draws`: children are drawn at random. `grows_ahead`: drafts may go on while layers stream. `memory(draft, nodes,
+    slots, coded)` raises FitError where nothing fits; it is tried with each of `codings`: whether resident layers stay coded.
+    `doubts` is what has to be said about the times.
     """
 
     target: ModelCost
@@ -102,6 +102,7 @@ class Workload:
     move_bytes_per_s: float = np.inf  # of host memory; counts where some could not be pinned, which is measured then
     doubts: tuple[str, ...] = ()
     codings: tuple[bool, ...] = (False,)
+    draws: bool = False
     grows_ahead: bool = False
     memory: Callable[[DraftOption | None, int, int, bool], MemoryPlan]
 

@@ -29,6 +29,9 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 MAX_NODES, MAX_LEVELS = 4096, MOST_LEVELS
+# Dynamic trees of drawn children brought 0.8 to 1.1 of the tokens of static ones, all within two errors of 1 but one, where
+# 1.00 to 1.03 were predicted (docs/benchmarks/dynamic_trees_cpu.json): they must win by more than that.
+LEAST_DRAWN_WIN = 0.05
 NEAR = 0.03  # of the least seconds per token, by which a smaller tree may be slower: it takes less memory and less work
 # All sizes up to 16, then four per doubling, as tokens per pass grow with the logarithm of the nodes; at the end as many as
 # BETWEEN around the best.
@@ -65,7 +68,8 @@ def best_choice(
 ) -> Choice | None:
     """The point with the least predicted seconds per token, or one with fewer nodes that is NEAR it. `kinds` says which trees
     are asked for: dynamic ones, others, or both. Of both, dynamic ones are taken, unless what was counted by context says that
-    others are better. Without a draft there is only the root. None when nothing fits."""
+    others are better; drawn ones must win by LEAST_DRAWN_WIN. Without a draft there is only the root. None when nothing
+    fits."""
     grid = [size for size in sizes if size <= max_nodes]
     trees: dict[tuple[Acceptance, bool], _Trees] = {}
     found: list[Choice | None] = []
@@ -73,18 +77,23 @@ def best_choice(
         if draft is None:
             found += [_plain(workload, num_slots, coded) for num_slots, coded in product(slots, workload.codings)]
             continue
-        for dynamic in kinds if draft.acceptance.contexts else kinds[:1]:
+        for dynamic in kinds if draft.acceptance.contexts or workload.draws else kinds[:1]:
             if (key := (draft.acceptance, dynamic)) not in trees:
                 trees[key] = _Trees(draft.acceptance, grid[-1], max_levels, workload.target.vocab_size, dynamic)
             for num_slots, coded in product(slots, workload.codings):
                 found.append(_Search(workload, draft, trees[key], num_slots, coded).run(grid))
-    return min((choice for choice in found if choice is not None), key=_order, default=None)
+    return min((choice for choice in found if choice is not None), key=partial(_preference, workload), default=None)
 
 
 def quickest(choices: Sequence[Choice | None]) -> tuple[int, Choice] | None:
     """The best of some choices, and its place among them; of equals the first. None where all are."""
     found = [(place, choice) for place, choice in enumerate(choices) if choice is not None]
     return min(found, key=lambda one: _order(one[1]), default=None)
+
+
+def _preference(workload: Workload, choice: Choice) -> tuple[float, tuple[float, bool, int, int]]:
+    doubt = 1 + LEAST_DRAWN_WIN if workload.draws and choice.dynamic else 1.0
+    return choice.s_per_token * doubt, _order(choice)
 
 
 def _order(choice: Choice) -> tuple[float, bool, int, int]:

@@ -44,6 +44,7 @@ def make_workload(
         decode_s=hardware.decode_s(target),
         decode_is_assumed=not hardware.knows_decoder(target),
         doubts=hardware.doubts,
+        draws=settings.draft_sampling != "greedy",
         grows_ahead=settings.grow_ahead != "off",
         codings=(False, True) if target.is_decoded and budgets.device_bytes is not None else (False,),
         memory=memory,
