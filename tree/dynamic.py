@@ -13,7 +13,7 @@ from torch import Tensor
 from .aim import Aim
 from .candidates import Candidates, candidates_of
 from .draft import DraftTree, TextModel
-from .estimates import MAX_CHILDREN, Estimates
+from .estimates import MAX_CHILDREN, Estimates, Floats
 from .growing import GrowingTree
 from .nodes import Find, Node
 from .sampling import SamplingParams
@@ -63,7 +63,7 @@ class DynamicTree:
         """Run what is worth it, step by step, and fill up with leaves. Nodes that are worth less than the last one of earlier
         trees was are not taken before it shows that there are no better ones."""
         tree, model, estimates = self.tree, self._proposers.model, self._proposers.estimates
-        expected = estimates.worth(asked.most, sampled=tree.sampled)
+        expected, best = estimates.worth(asked.most, sampled=tree.sampled), estimates.best
         self._look_up(tree.root, asked.most, max(aim.least_value, expected / 4))
         if tree.root.run is None and model is not None:
             self._open([tree.root], model.begin(), asked)
@@ -71,7 +71,7 @@ class DynamicTree:
             bar = max(tree.nth_value(asked.most), expected, aim.least_value)
             batch = self._due(asked, bar)
             is_full = tree.sampled and len(tree.nodes) >= asked.most
-            gain = sum([max(node.value * estimates.best - bar, 0.0) for node in batch])
+            gain = sum([max(node.value * best - bar, 0.0) for node in batch])
             if batch and gain > aim.least_gain and not is_full:
                 self._run(batch, asked)
                 continue
@@ -191,12 +191,12 @@ class DynamicTree:
         for place, node in enumerate(batch):
             node.run = -1 if node is tree.root else node.run
             node.row, node.top = first_row + place, found.tops[place]
-            tree.open(node, found.token_ids[place], found.probabilities[place], shares[place])
+        tree.open(batch, found.token_ids, found.probabilities, shares)
         if found.rows is not None:
             self._rows.append(found.rows)
 
-    def _shares(self, batch: list[Node], found: Candidates) -> list[list[float]]:
-        """What candidates are worth of their nodes [n][K], beside finds, which are now worth what both say."""
+    def _shares(self, batch: list[Node], found: Candidates) -> Floats:
+        """What candidates are worth of their nodes [n, K], beside finds, which are now worth what both say."""
         estimates, sampled = self._proposers.estimates, self.tree.sampled
         for node, mass, left in zip(batch, found.taken, found.left, strict=True):
             node.mass = 1.0 - sum(mass)
@@ -205,7 +205,6 @@ class DynamicTree:
             shares, beside = estimates.drawn(np.array([node.left for node in batch]), len(found.token_ids[0])), found.taken
         else:
             shares, beside = estimates.chosen(np.array(found.probabilities), found.taken if any(found.taken) else ())
-        as_lists: list[list[float]] = shares.tolist()
         for node, own in zip(batch, beside, strict=False):
             if own and node.value > 0:
                 for child, share in zip(node.children, own, strict=True):
@@ -215,7 +214,7 @@ class DynamicTree:
                     self.tree.put_right(child, node.value * estimates.mixed(of_kind, share))
                 rest = max(0.02, 1.0 - sum([child.value for child in node.children]) / node.value)
                 node.rest = rest if sampled else min(1.0, rest / max(1.0 - sum(own), 0.02))
-        return as_lists
+        return shares
 
 
 def count_verdict(

@@ -107,7 +107,7 @@ class Estimates:
     def count_chosen(self, probabilities: Sequence[float], hit: int | None) -> None:
         """At a node of the text, the draft's candidates had these probabilities, and the one at place `hit` came."""
         rows, self._num_counted = np.array([probabilities]), self._num_counted + 1.0
-        shares = np.stack([_sharpened(rows, (), exponent)[0][0] for exponent in EXPONENTS])  # [exponents, K]
+        shares = _sharpened(rows.repeat(len(EXPONENTS), axis=0), (), EXPONENTS[:, None])[0]  # [exponents, K]
         bins = np.searchsorted(BINS, np.minimum(shares[self._exponent], 1.0))
         np.add.at(self._bins.tried, bins, 1.0)
         if hit is not None:
@@ -184,7 +184,9 @@ class _Ratios:
         return np.asarray((self.weight * self.prior + self.hits) / (self.weight + self.tried))
 
 
-def _sharpened(probabilities: Floats, taken: Sequence[Sequence[float]], exponent: float) -> tuple[Floats, list[list[float]]]:
+def _sharpened(
+    probabilities: Floats, taken: Sequence[Sequence[float]], exponent: float | Floats
+) -> tuple[Floats, list[list[float]]]:
     """Probabilities to the power of `exponent`, renormalised: [n, K] in descending order, and those of the tokens `taken`
     [n][...]. Of the other tokens nothing is known but their mass and that none is more probable than the last; they are taken
     to be all as probable as that."""
@@ -194,7 +196,7 @@ def _sharpened(probabilities: Floats, taken: Sequence[Sequence[float]], exponent
     last = np.maximum(probabilities[:, -1:], 1e-30) / tops if probabilities.shape[1] else np.ones_like(tops)
     others = np.maximum(1.0 - probabilities.sum(axis=1, keepdims=True) - mass[:, None], 0.0) / tops * last ** (exponent - 1.0)
     powers = (probabilities / tops) ** exponent
-    beside = [[(share / top) ** exponent for share in row] for row, top in zip(taken, tops[:, 0].tolist(), strict=False)]
+    beside = [[float((share / top) ** exponent) for share in row] for row, top in zip(taken, tops[:, 0].tolist(), strict=False)]
     total = powers.sum(axis=1, keepdims=True) + others
     if taken:
         total = total + np.array([[sum(row)] for row in beside])

@@ -35,11 +35,12 @@ class GrowingTree:
 
     # -- what grows ---------------------------------------------------------------------------------------------------------
 
-    def open(self, node: Node, token_ids: list[int], probabilities: list[float], shares: list[float]) -> None:
-        """The model has run `node`: these are its candidates [K], and what they are worth of the rest of its value."""
-        node.token_ids, node.probabilities, node.shares = token_ids, probabilities, shares
-        self._pool_slots(node)
-        self._push(node)
+    def open(self, nodes: Sequence[Node], token_ids: list[list[int]], probabilities: list[list[float]], shares: Floats) -> None:
+        """The model has run these nodes: their candidates [n][K], and what they are worth [n, K] of the rest of theirs."""
+        self._pool_up((np.array([node.value for node in nodes])[:, None] * self._unseen(shares)).ravel())
+        for node, ids, own, worth in zip(nodes, token_ids, probabilities, shares.tolist(), strict=True):
+            node.token_ids, node.probabilities, node.shares = ids, own, worth
+            self._push(node)
 
     def attach(self, node: Node) -> Node:
         """The next candidate of `node` becomes a child of it. Nothing has looked at a drawn one before; from here on its value
@@ -185,7 +186,7 @@ class GrowingTree:
     def _take_over(self, nodes: list[Node], num_run: int) -> None:
         self.nodes, self.num_run = nodes, num_run
         for node in nodes:
-            self._pool_slots(node)
+            self._pool_up(node.value * self._unseen(np.array([node.shares]))[0])
             self._push(node)
 
     def _add(self, child: Node) -> None:
@@ -206,12 +207,11 @@ class GrowingTree:
                 return node
         return None
 
-    def _pool_slots(self, node: Node) -> None:
-        """What a node's slots are worth before any of their children is known, and its children were."""
-        shares = np.array(node.shares)
-        if self.sampled and len(shares):
-            shares[1:] *= np.cumprod(1.0 - shares[:-1])
-        self._pool_up(node.value * shares)
+    def _unseen(self, shares: Floats) -> Floats:
+        """What slots [n, K] are worth before any of their children is known."""
+        if self.sampled and shares.shape[1]:
+            return shares * np.cumprod(np.hstack([np.ones((len(shares), 1)), 1.0 - shares[:, :-1]]), axis=1)
+        return shares
 
     def _pool_up(self, values: Floats) -> None:
         end = self._num_pooled + len(values)
