@@ -10,7 +10,7 @@ import mmap
 import sys
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -54,19 +54,21 @@ class Datastore:
     def matches(self, context: Sequence[int]) -> list[Match]:
         """Where texts ran as `context` ends, the longest matches first, MOST_MATCHES at most."""
         sought = self._bytes_of(context)
-        right, num_places = self._rank(sought), self.head.num_places
-        left, found = right - 1, list[Match]()
-        left_length, right_length = self._match_length(left, sought), self._match_length(right, sought)
-        while len(found) < MOST_MATCHES and (left_length or right_length):
-            if right_length >= left_length:
-                place, length, right = self._places[right], right_length, right + 1
-                right_length = self._match_length(right, sought) if right < num_places else 0
+        right = self._rank(sought)
+        found: list[Match] = []
+        # What is left and right of there matches ever less: the longer of the two is next.
+        before = self._by_length(range(right - 1, -1, -1), sought)
+        behind = self._by_length(range(right, self.head.num_places), sought)
+        one, other = next(before, None), next(behind, None)
+        while len(found) < MOST_MATCHES and (one or other):
+            if other is None or (one is not None and one[0] > other[0]):
+                assert one is not None
+                (length, begin), one = one, next(before, None)
             else:
-                place, length, left = self._places[left], left_length, left - 1
-                left_length = self._match_length(left, sought)
-            behind = self._continuation(place)
-            if len(behind):
-                found.append(Match(length, behind, 0, len(behind)))
+                (length, begin), other = other, next(behind, None)
+            continuation = self._continuation(begin)
+            if continuation:
+                found.append(Match(length, continuation, 0, len(continuation)))
         return found
 
     def verify(self, progress: Callable[[int], None] | None = None) -> None:
@@ -112,17 +114,25 @@ class Datastore:
         begin = self._begin + self._places[number] * self._width
         return self._map[begin : min(begin + CONTEXT_TOKENS * self._width, self._end)]
 
-    def _match_length(self, number: int, sought: bytes) -> int:
-        """How many tokens the context of that place has in common with what is sought."""
-        if not 0 <= number < self.head.num_places:
-            return 0
-        context = self._context(number)[: len(sought)]
-        differing = int.from_bytes(context, "big") ^ int.from_bytes(sought[: len(context)], "big")
-        return (len(context) - (differing.bit_length() + 7) // 8) // self._width
+    def _by_length(self, numbers: range, sought: bytes) -> Iterator[tuple[int, int]]:
+        """Of places of these numbers, the nearest to what is sought first: over how many tokens they match, until they do
+        not at all, and where in the file their contexts begin."""
+        mapped, places, begins, width, num_bytes = self._map, self._places, self._begin, self._width, len(sought)
+        as_number = int.from_bytes(sought, "big")
+        for number in numbers:
+            begin = begins + places[number] * width
+            context = mapped[begin : min(begin + num_bytes, self._end)]
+            if context == sought:
+                yield num_bytes // width, begin
+                continue
+            differing = int.from_bytes(context.ljust(num_bytes, b"\xff"), "big") ^ as_number
+            length = (num_bytes - (differing.bit_length() + 7) // 8) // width
+            if not length:
+                return
+            yield length, begin
 
-    def _continuation(self, place: int) -> "array[int]":
-        """The tokens that came next, MOST_LEVELS at most: what lies before the place, backwards, up to what is no token."""
-        begin = self._begin + place * self._width
+    def _continuation(self, begin: int) -> "array[int]":
+        """The tokens that came next, MOST_LEVELS at most: what lies before a context, backwards, up to what is no token."""
         tokens = array(self._code, self._map[max(begin - MOST_LEVELS * self._width, self._begin) : min(begin, self._end)])
         tokens.byteswap()
         tokens.reverse()
