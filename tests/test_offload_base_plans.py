@@ -181,7 +181,7 @@ def test_a_self_draft_that_does_not_fit_or_pay_is_told_of_as_any_draft_is() -> N
         limits = budgets(device_gib)
         self_draft = draft_option(base_draft(BESIDE_BASE), acceptance)
         offers = [offer(CODED, limits=limits), offer(BESIDE_BASE, self_draft, limits=limits)]
-        made = plan_run(SETTINGS, None, offers, max_positions=4096, budgets=limits)
+        made = plan_run(replace(SETTINGS, ngram=("off",)), None, offers, max_positions=4096, budgets=limits)
         assert made.tree == ROOT and said in (made.why_no_tree or "")
 
 

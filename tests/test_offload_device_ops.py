@@ -53,7 +53,7 @@ class _Now(CopyTicket):
 class MetaDevice:
     """A META device as far as the types of its tensors go. Streams and tickets are other tests' business."""
 
-    name, torch_device, host_addressable, small_uploads = "meta", META, False, None
+    name, torch_device, host_addressable, small_uploads, at_once = "meta", META, False, None, False
 
     def __init__(self, *, replays: bool) -> None:
         self.replays = replays
@@ -76,6 +76,12 @@ class MetaDevice:
 
     def mark(self) -> Ticket:
         return _Now()
+
+    def first(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def beside(self, after: Ticket) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         with Audit(staged_bytes=-1) as audit:  # memory that is not pinned has no place in a recording, however little
@@ -187,7 +193,7 @@ def open_loop(
     draft = check_source(str(folder), "--model", "bfloat16", "cuda").model
     drafter = ModelDrafter(resident(device, draft), device, VOCAB_SIZE, Aim(shape=TREE), 1024, max_nodes=TREE.num_nodes)
     drafter.prepare(Aim(shape=TREE))
-    plan: Any = SimpleNamespace(tree=TREE, aim=Aim(shape=TREE), pass_rows=1024)
+    plan: Any = SimpleNamespace(tree=TREE, aim=Aim(shape=TREE), pass_rows=1024, ahead_steps=0)
     sessions = Sessions([target.cache, drafter.cache], max_bytes=0)
     return DecodeLoop(device, target, stream, drafter, sessions, plan, method=method), waits
 

@@ -123,7 +123,7 @@ def test_layers_that_the_device_keeps_packed_are_the_same(
         memory = plan_memory(*arguments, **named)
         return replace(memory, placement=replace(memory.placement, coded=memory.placement.resident))
 
-    monkeypatch.setattr("offload.planner.plan.plan_memory", keeping)
+    monkeypatch.setattr("offload.planner.workload.plan_memory", keeping)
     assert text_of(pair.packed, resident_layers=num_resident)[0] == expected
 
 

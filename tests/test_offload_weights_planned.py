@@ -257,7 +257,7 @@ def test_coding_without_loss_is_advised_where_it_helps_and_done_where_it_is_aske
 def test_coding_is_advised_too_where_the_layer_that_is_decoded_leaves_no_room_for_the_whole_tree(capsys: Capsys) -> None:
     """The tree of the card's last bytes: half of it fits beside the scratch."""
     made = plan_json(capsys, "--draft-model", "llama-2-7b", "--profile", "rtx-4090")
-    assert isinstance(made["tree"], dict) and made["tree"]["nodes"] > 2000
+    assert isinstance(made["tree"], dict) and made["tree"]["nodes"] > 1000
     assert "`convert --codec lossless` would make a pass 3.67 s, not 5.21 s" in str(made["notes"])
 
 

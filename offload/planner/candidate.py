@@ -45,8 +45,8 @@ def candidate(offers: Sequence[Offer], place: int, choice: Choice, notes: tuple[
 
 
 def kind_of(workload: Workload, memory: MemoryPlan, shape: TreeShape, draft: DraftOption | None, *, dynamic: bool) -> TreeKind:
-    """With as many steps ahead as there is time for."""
-    if draft is None or not dynamic:
+    """With as many steps ahead as there is time for. Trees without rows to grow in have a shape that is known."""
+    if draft is None or not dynamic or not memory.ahead_rows:
         return STATIC
     return TreeKind(dynamic, most_ahead(workload, memory, shape, draft))
 

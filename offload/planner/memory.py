@@ -59,9 +59,11 @@ def plan_memory(
     max_positions: int,
     budgets: Budgets,
     coded: bool = False,
+    may_follow: bool = True,
 ) -> MemoryPlan:
     """For a tree of `tree_nodes` nodes and `num_slots` slots (None: as many as help, of MIN_SLOTS to MAX_AUTO_SLOTS).
     `coded`: resident layers stay as they are stored, as far as there is no room for all that they compute with.
+    `may_follow`: trees may be such that follow the text, if the settings have it so, which takes rows of the draft's cache.
     Raises FitError when the budgets cannot hold the slots, one ring of host buffers, or the context asked for."""
     text_tokens = min(max_positions, settings.text_tokens or DEFAULT_TEXT_TOKENS)
     context_rows = settings.max_context or text_tokens + tree_nodes - 1
@@ -71,7 +73,7 @@ def plan_memory(
             where="--max-context, --tree",
             cure="raise --max-context or take a smaller tree",
         )
-    ahead_rows = rows_ahead(settings, tree_nodes) if draft is not None else 0
+    ahead_rows = rows_ahead(settings, tree_nodes) if draft is not None and may_follow else 0
     rows = {"max_sequences": settings.max_sequences, "tree_nodes": tree_nodes, "context_rows": context_rows}
     rows |= {"ahead_rows": ahead_rows}
     others = device_ledger(target, draft, **rows, pass_rows=0, replays=budgets.replays)

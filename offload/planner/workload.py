@@ -3,6 +3,7 @@
 from tree.acceptance import Acceptance
 
 from ..config import EngineSettings
+from ..errors import FitError
 from .cost import ModelCost
 from .hardware import HardwareProfile, Role
 from .host_draft import memory_beside
@@ -28,7 +29,16 @@ def make_workload(
         cost, sizes = draft.device_cost if draft else None, (num_nodes, num_slots)
 
         def planned(budgets: Budgets) -> MemoryPlan:
-            return plan_memory(settings, target, cost, *sizes, max_positions=max_positions, budgets=budgets, coded=coded)
+            def place(*, may_follow: bool) -> MemoryPlan:
+                named = {"max_positions": max_positions, "budgets": budgets, "coded": coded, "may_follow": may_follow}
+                return plan_memory(settings, target, cost, *sizes, **named)  # type: ignore[arg-type]
+
+            try:
+                return place(may_follow=True)
+            except FitError:
+                if settings.tree != "auto":
+                    raise
+            return place(may_follow=False)  # a card's last bytes hold a tree of a shape that is known
 
         if draft is None or not draft.on_host:
             return planned(budgets)
