@@ -72,6 +72,14 @@ def test_drafts_are_compared_and_a_fault_is_one_drafts_own(
     assert document["winner"] == (quickest["name"] if pays else None)
 
 
+def test_what_the_text_has_said_before_is_compared_as_a_draft_is(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has no levels; its tokens per pass are those that were counted, one where nothing was found."""
+    assert main([*compare(questions, "n-gram", DRAFT), "--json"]) == 0
+    found, _ = json.loads(capsys.readouterr().out)["drafts"]
+    assert found["name"] == "n-gram" and found["levels"] == 0 and found["draft_s"] == 0
+    assert found["tokens_per_pass"] == 1 and found["acceptance"] is None
+
+
 def test_another_machine_is_another_verdict(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*compare(questions, DRAFT, "nowhere"), "--profile", "l40"]) == 0
     head, _, known, unknown, _, verdict = capsys.readouterr().out.splitlines()

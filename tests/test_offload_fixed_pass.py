@@ -14,7 +14,7 @@ from offload.device.cpu import CpuDevice
 from offload.errors import DeviceError, FitError, UsageError
 from offload.model.buckets import LEAST_CACHED_ROWS, MAX_ROWS, rows_bucket, widest_pass, width_bucket
 from shapes import chain, from_widths
-from tree.aim import Aim
+from tree.aim import MOST_STEP_ROWS, Aim
 from tree.sampling import SamplingParams
 from tree.shape import TreeShape
 
@@ -249,6 +249,10 @@ def test_what_an_earlier_text_left_behind_is_not_read(models: Models) -> None:
         contexts = start_all(drafters)
         run_round(contexts, TreeShape.chains(3, 3), generator)
         assert all(model_of(context).begin().isfinite().all() for context in contexts)
+
+
+def test_a_step_of_a_dynamic_tree_is_no_wider_than_what_is_recorded() -> None:
+    assert MOST_STEP_ROWS == MAX_ROWS
 
 
 def test_buckets_are_few_and_near() -> None:

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from .acceptance import Acceptance
 from .shape import TreeShape
 
+# Rows of one pass of a draft at most: wider ones are not recorded as CUDA graphs (offload/model/buckets.py, whose number is the
+# same). A step ahead has a part of the nodes of a tree, and no fewer than there are at once for nothing.
+MOST_STEP_ROWS, LEAST_STEP_ROWS, STEPS_OF_A_TREE = 256, 8, 4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Aim:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .aim import Aim
+from .aim import LEAST_STEP_ROWS, MOST_STEP_ROWS, STEPS_OF_A_TREE, Aim
 from .candidates import Candidates, candidates_of
 from .draft import DraftTree, TextModel
 from .estimates import MAX_CHILDREN, Estimates, Floats
@@ -21,7 +21,6 @@ from .shape import TreeShape
 from .sources import TokenSource
 from .transfer import index_tensor
 
-MAX_STEP_ROWS = 256  # of one pass of the draft: wider ones are not recorded
 LOOK_UPS, FINDS = 8, 16  # how many nodes of a step sources are asked about, and for how many tokens each
 NO_LIMIT = 1 << 30
 
@@ -109,7 +108,7 @@ class DynamicTree:
         """One step over the best nodes and slots, submitted or not; how many nodes were run."""
         if self._proposers.model is None or self.tree.root.run is None:
             return 0
-        rows = min(self._proposers.model.room, MAX_STEP_ROWS, max(8, asked.most // 4))
+        rows = min(self._proposers.model.room, MOST_STEP_ROWS, max(LEAST_STEP_ROWS, asked.most // STEPS_OF_A_TREE))
         batch = self.tree.due(0.0, rows, NO_LIMIT, asked.max_depth)
         if batch:
             self._run(batch, asked)
@@ -138,7 +137,7 @@ class DynamicTree:
         """What to run next. Finds below the best of them are among them: a chain of them is run at once."""
         tree, model = self.tree, self._proposers.model
         assert model is not None
-        most = min(model.room, MAX_STEP_ROWS)
+        most = min(model.room, MOST_STEP_ROWS)
         limit = asked.most if tree.sampled else 4 * asked.most
         batch = tree.due(bar, most, limit, asked.max_depth)
         if self._proposers.sources:

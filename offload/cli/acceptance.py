@@ -30,6 +30,10 @@ class AcceptanceRecorder:
         self._num_passes += 1
         self._num_tokens += len(step.verdict.token_ids)
 
+    @property
+    def tokens_per_pass(self) -> float:
+        return self._num_tokens / self._num_passes
+
     def document(self, provenance: dict[str, object], *, per_level: bool = False) -> dict[str, object]:
         """The acceptance file of docs/cli.md. UsageError when no pass had a tree."""
         source = f"measured over {counted(self._num_passes, 'pass')}"
@@ -45,7 +49,7 @@ class AcceptanceRecorder:
             **acceptance.to_json(),
             **provenance,
             "passes": self._num_passes,
-            "tokens_per_pass": self._num_tokens / self._num_passes,
+            "tokens_per_pass": self.tokens_per_pass,
             "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "commit": git_commit(),
         }

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 NGRAM = "n-gram"  # as a draft: what the text has said before, and no model
+NGRAM_TREE = "64:dynamic"  # as many nodes as the planner gives them
 RESERVE_BYTES = 2**30  # of the memory of a device that is not here, as `plan` has it
 
 
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace, drafts: list[str], settings: EngineSettin
 def _alone(settings: EngineSettings, name: str, tree: str) -> EngineSettings:
     """The same with one draft."""
     if name == NGRAM:
-        return replace(settings, tree=tree, ngram=("on",))
+        return replace(settings, tree=NGRAM_TREE, ngram=("on",))  # finds have no shape that is known beforehand
     return replace(settings, tree=tree, draft_models=(name,))
 
 
@@ -88,14 +89,14 @@ def _measured(
     if not quiet:
         say(f"{name}:")
     with measurement.opened(settings) as engine:
+        if name == NGRAM:  # its tokens are known of these texts, where finds may be none, and of no acceptance by rank
+            tokens, plan, fallbacks = measurement.decoded(engine).tokens_per_pass, engine.plan, engine.loop.fallbacks
+            assert fallbacks is not None
+            terms = replace(terms_of(name, plan), tokens_per_pass=tokens, s_per_token=plan.prediction.round_s / tokens)
+            return Verdict(name, terms, None, plan.autoregressive_s_per_token, fallbacks.workload)
         document = measurement.document(engine, settings)
-        acceptance = Acceptance.from_json(document)
-        plan, workload = _plan(engine, settings, acceptance, seen)
-    terms = terms_of(name, plan)
-    if plan.draft is None:  # n-grams: their tokens are known of this text, and of no acceptance by rank
-        tokens = float(str(document["tokens_per_pass"]))
-        terms = replace(terms, tokens_per_pass=tokens, s_per_token=plan.prediction.round_s / tokens)
-    return Verdict(name, terms, document, plan.autoregressive_s_per_token, workload)
+        plan, workload = _plan(engine, settings, Acceptance.from_json(document), seen)
+    return Verdict(name, terms_of(name, plan), document, plan.autoregressive_s_per_token, workload)
 
 
 def _plan(
@@ -109,11 +110,9 @@ def _plan(
     from ..planner.workload import make_option, make_workload
 
     made, fallbacks = engine.plan, engine.loop.fallbacks
-    assert fallbacks is not None
+    assert fallbacks is not None and fallbacks.draft is not None
     workload, draft, budgets = fallbacks.workload, fallbacks.draft, fallbacks.budgets
     wanted = replace(fallbacks.settings, tree="auto", needs_tree=True)
-    if draft is None:
-        return made, workload
     if settings.profile is not None:
         hardware = find_hardware(settings.profile)
         device_bytes = settings.gpu_memory_bytes

@@ -70,7 +70,12 @@ class Measurement:
             return open_engine(settings, seed=arguments.seed, progress=progress.update)
 
     def document(self, engine: "Engine", settings: EngineSettings) -> dict[str, object]:
-        """The acceptance file of decoding all prompts."""
+        """The acceptance file of decoding all prompts. UsageError when no pass had a tree."""
+        facts = {**provenance(self.arguments, settings, 0), "prompts": len(self.prompts)}
+        return self.decoded(engine).document(facts, per_level=self.arguments.per_level)
+
+    def decoded(self, engine: "Engine") -> AcceptanceRecorder:
+        """What was counted while decoding all prompts."""
         recorder, arguments = AcceptanceRecorder(), self.arguments
         for number, prompt in enumerate(self.prompts, start=1):
             generation = engine.stream(
@@ -85,6 +90,4 @@ class Measurement:
                 recorder.add(step)
             if not arguments.quiet:
                 say(f"prompt {number} of {len(self.prompts)}: {generation.stats.tokens_per_pass:.2f} tokens/pass")
-        draft = 0 if settings.draft_models else None
-        facts = {**provenance(arguments, settings, draft), "prompts": len(self.prompts)}
-        return recorder.document(facts, per_level=arguments.per_level)
+        return recorder

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tree.acceptance import Acceptance
+from tree.aim import LEAST_STEP_ROWS, MOST_STEP_ROWS, STEPS_OF_A_TREE
 from tree.dynamic_growth import dynamic_growth
 from tree.optimizer import expected_tokens
 from tree.shape import TreeShape
@@ -25,7 +26,6 @@ Ints = npt.NDArray[np.int64]
 # the end in 0.35 to 0.64 of all rounds).
 FORESEEN = 0.5
 MOST_LEVELS = 64  # of a tree
-LEAST_AHEAD_ROWS, MOST_AHEAD_ROWS = 8, 256  # of a step ahead, which has a quarter of a tree's nodes (tree/dynamic.py)
 CATCH_UP_ROWS = 2  # what a draft reads before its first level: the new root, and an accepted leaf it has not seen
 
 
@@ -74,7 +74,7 @@ class DraftOption:
 
     def ahead_s(self, num_nodes: npt.ArrayLike) -> Floats:
         """Seconds of a step ahead, of trees of so many nodes."""
-        return self.level_s(np.clip(np.asarray(num_nodes) // 4, LEAST_AHEAD_ROWS, MOST_AHEAD_ROWS))
+        return self.level_s(np.clip(np.asarray(num_nodes) // STEPS_OF_A_TREE, LEAST_STEP_ROWS, MOST_STEP_ROWS))
 
     def hidden(self, num_steps: Floats, ahead_steps: npt.ArrayLike) -> Floats:
         """The share of trees of so many steps that is grown already, when so many steps were taken ahead."""
