@@ -1,8 +1,11 @@
 """What growing ahead is worth where drafting takes half as long as a pass: rounds with `--grow-ahead auto` and `off`, in turns.
 
     python tests/bench_ahead.py --output docs/benchmarks/grow_ahead_cpu.json
+    python tests/bench_ahead.py --draft same --tree 16:dynamic --slots 2 --output docs/benchmarks/grow_ahead_same_cpu.json
 
 The bundled target streams over an emulated link, as it is, with dynamic trees of the bundled draft or of a base of the target.
+`same` is a random target that is its own draft, 24 layers of 77 M weights: as slow as a real draft, and always right, so that
+what a step ahead is worth where it is foreseen is seen apart from how often that is.
 The rate of the link is chosen once, in advance, so that a pass takes twice as long as drafting does without growing ahead. One
 engine decodes the same prompts greedily, with the planner's number of steps ahead and with none, in turns, under a plan that
 is the same otherwise; what is compared are runs of the same prompt.
@@ -11,11 +14,17 @@ Medians over runs, as other work comes and goes; the error is that of the mean o
 
 import argparse
 import math
+import random
 import statistics
 import sys
+import tempfile
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench_report import described, write_document
 from bench_self_draft import prompts_of
@@ -26,17 +35,53 @@ from offload.engine.engine import Engine
 
 WAYS = ("off", "auto")
 SETTLING = 4  # first rounds of a text, which read the prompt and wake threads
+WORDS = 2048  # of the random model
 
 
-def engine_of(draft: str, tree: str, link: float, stack: ExitStack) -> Engine:
+@dataclass(frozen=True)
+class Pair:
+    """What is compared, whatever the rate of the link."""
+
+    model: str
+    draft: str
+    acceptances: tuple[str, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    tree: str
+    slots: int | None
+
+
+def pair_of(arguments: argparse.Namespace, stack: ExitStack) -> Pair:
+    draft, tree, slots = arguments.draft, arguments.tree, arguments.slots
+    if draft == "same":
+        model = random_model(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        draws = random.Random(0)
+        prompts = tuple(tuple(draws.randrange(WORDS) for _ in range(16)) for _ in range(arguments.prompts))
+        return Pair(str(model), str(model), (), prompts, tree, slots)
+    acceptance = acceptance_at(0.0, None if draft == "bundled" else draft.removeprefix("self:"))
+    draft_model = str(DRAFT) if draft == "bundled" else draft
+    return Pair(str(TARGET), draft_model, (str(acceptance),), prompts_of(arguments.prompts)[1], tree, slots)
+
+
+def random_model(folder: Path) -> Path:
+    config = LlamaConfig(
+        vocab_size=WORDS, hidden_size=512, intermediate_size=1408, num_hidden_layers=24, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def engine_of(pair: Pair, link: float, stack: ExitStack) -> Engine:
     settings = EngineSettings(
-        model=str(TARGET),
-        draft_models=(str(DRAFT) if draft == "bundled" else draft,),
+        model=pair.model,
+        draft_models=(pair.draft,),
         device="cpu",
         dtype="float32",
         codec="none",
-        acceptances=(str(acceptance_at(0.0, None if draft == "bundled" else draft.removeprefix("self:"))),),
-        tree=tree,
+        acceptances=pair.acceptances,
+        tree=pair.tree,
+        slots=pair.slots,
         resident_layers=0,
         fixed_plan=True,
         ngram=("off",),
@@ -70,27 +115,27 @@ def run(engine: Engine, ahead_steps: int, prompt: tuple[int, ...], tokens: int) 
     }
 
 
-def link_for(draft: str, tree: str, prompts: tuple[tuple[int, ...], ...], tokens: int, share: float) -> float:
+def link_for(pair: Pair, tokens: int, share: float) -> float:
     """The rate at which drafting without growing ahead takes `share` of a pass."""
     link = 100e6
     for _ in range(2):  # drafting beside copies takes longer than without
         with ExitStack() as stack:
-            engine = engine_of(draft, tree, link, stack)
-            found = run(engine, 0, prompts[0], tokens)
+            engine = engine_of(pair, link, stack)
+            found = run(engine, 0, pair.prompts[0], tokens)
             link = engine.plan.bytes_per_pass / (found["draft_s"] / share)
     return link
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    _, prompts = prompts_of(arguments.prompts)
-    draft, tree, tokens = arguments.draft, arguments.tree, arguments.tokens
-    link = arguments.link * 1e6 if arguments.link else link_for(draft, tree, prompts, tokens, arguments.share)
+    tokens = arguments.tokens
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     with ExitStack() as stack:
-        engine = engine_of(draft, tree, link, stack)
+        pair = pair_of(arguments, stack)
+        link = arguments.link * 1e6 if arguments.link else link_for(pair, tokens, arguments.share)
+        engine = engine_of(pair, link, stack)
         plan, steps = engine.plan, {"off": 0, "auto": engine.plan.ahead_steps}
         for number in range(arguments.runs):
-            for prompt in prompts:
+            for prompt in pair.prompts:
                 for way in WAYS if number % 2 else WAYS[::-1]:
                     runs[way].append(run(engine, steps[way], prompt, tokens))
             shown = {way: statistics.median(one["round_s"] for one in found) for way, found in runs.items()}
@@ -106,8 +151,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         row = {name: statistics.median(one[name] for one in found) for name in names}
         rows.append({"grow_ahead": way, **row, "link_utilisation": row["link_bytes_per_s"] / link})
     return {
-        "draft": draft,
-        "tree": tree,
+        "draft": arguments.draft,
+        "tree": pair.tree,
         "emulated_link_bytes_per_s": link,
         "ahead_steps": plan.ahead_steps,
         "predicted_round_s": plan.prediction.round_s,
@@ -137,8 +182,9 @@ def table(document: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draft", default="bundled", help="bundled, or self:int8")
+    parser.add_argument("--draft", default="bundled", help="bundled, same, or self:int8")
     parser.add_argument("--tree", default="64:dynamic")
+    parser.add_argument("--slots", type=int, help="of layers on the device; the planner's own number without it")
     parser.add_argument("--share", type=float, default=0.5, help="of a pass that drafting takes")
     parser.add_argument("--link", type=float, help="MB/s, instead of looking for it")
     parser.add_argument("--prompts", type=int, default=4)

@@ -131,7 +131,7 @@ def test_rows_are_those_that_children_were_drawn_from(params: SamplingParams, st
     """Also after nodes were kept, and rows with them. What was found and stands last was struck off."""
     draft, target = tables(12, noise=2.0)
     context = TreeContext(TableModel(draft, (0, 1)), 1, dynamic, [Repeating((0, 1))] if finds else [])
-    judged = run_rounds(context, target, (0, 1), params, 25, levels=30, steps=steps)
+    judged = run_rounds(context, target, (0, 1), params, 50, levels=30, steps=steps)
     assert any(tree.foreseen for tree, _ in judged) == (steps > 0) and any(tree.found for tree, _ in judged) == finds
     text = [0, 1]
     for tree, verdict in judged:

@@ -23,6 +23,9 @@ from .transfer import index_tensor
 
 LOOK_UPS, FINDS = 8, 16  # how many nodes of a step sources are asked about, and for how many tokens each
 NO_LIMIT = 1 << 30
+# A drawn node stays in its tree. So a step takes drawn nodes and slots only if they are worth nearly as much as the best one:
+# those behind them may be worth less than what the best will have below it.
+NEARLY_BEST = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ class DynamicTree:
             self._open([tree.root], model.begin(), asked)
         while model is not None:
             bar = max(tree.nth_value(asked.most), expected, aim.least_value)
-            batch = self._due(asked, bar)
+            batch = self._due(asked, max(bar, NEARLY_BEST * tree.best_value) if tree.sampled else bar)
             is_full = tree.sampled and len(tree.nodes) >= asked.most
             gain = sum([max(node.value * best - bar, 0.0) for node in batch])
             if batch and gain > aim.least_gain and not is_full:

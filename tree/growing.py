@@ -124,6 +124,15 @@ class GrowingTree:
                 self._push(node)
         self.put_back(rest)
 
+    @property
+    def best_value(self) -> float:
+        """What the most valuable of the nodes that may be run and of the slots is worth; 0 if there is none."""
+        node = self._pop(0.0)
+        if node is None:
+            return 0.0
+        self._push(node)
+        return node.urgency
+
     def nth_value(self, count: int) -> float:
         """The `count`-th largest value of all nodes and slots; 0 if there are fewer."""
         found = [node.value for node in self.nodes if node.rank < 0 and node is not self.root]
