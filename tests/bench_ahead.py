@@ -1,11 +1,12 @@
 """What growing ahead is worth where drafting takes half as long as a pass: rounds with `--grow-ahead auto` and `off`, in turns.
 
     python tests/bench_ahead.py --output docs/benchmarks/grow_ahead_cpu.json
-    python tests/bench_ahead.py --draft same --tree 16:dynamic --slots 2 --output docs/benchmarks/grow_ahead_same_cpu.json
+    python tests/bench_ahead.py --draft same --tree 16:dynamic --steps 14 --output docs/benchmarks/grow_ahead_same_cpu.json
 
 The bundled target streams over an emulated link, as it is, with dynamic trees of the bundled draft or of a base of the target.
-`same` is a random target that is its own draft, 24 layers of 77 M weights: as slow as a real draft, and always right, so that
-what a step ahead is worth where it is foreseen is seen apart from how often that is.
+`same` is a small random target of 24 layers that is its own draft, each of whose passes waits until PASS_S are over: as slow as
+a real draft on a GPU, whatever its rows, and always right. It shows what a step ahead is worth where it is foreseen. The
+planner knows nothing of the wait, so --steps says how many steps there are.
 The rate of the link is chosen once, in advance, so that a pass takes twice as long as drafting does without growing ahead. One
 engine decodes the same prompts greedily, with the planner's number of steps ahead and with none, in turns, under a plan that
 is the same otherwise; what is compared are runs of the same prompt.
@@ -18,24 +19,32 @@ import random
 import statistics
 import sys
 import tempfile
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench_report import described, write_document
 from bench_self_draft import prompts_of
+from offload import assemble
 from offload.assemble import open_engine
 from offload.config import EngineSettings
 from offload.demo import DRAFT, TARGET, acceptance_at
 from offload.engine.engine import Engine
+from offload.model.drafter import ModelContext
+from offload.planner.plan import plan_run
 
 WAYS = ("off", "auto")
 SETTLING = 4  # first rounds of a text, which read the prompt and wake threads
-WORDS = 2048  # of the random model
+WORDS = 256  # of the random model
+AHEAD_ROWS = 256  # of the draft's cache, for steps that were asked for
+PASS_S = 0.08  # of a pass of a draft that is the target itself
 
 
 @dataclass(frozen=True)
@@ -52,8 +61,13 @@ class Pair:
 
 def pair_of(arguments: argparse.Namespace, stack: ExitStack) -> Pair:
     draft, tree, slots = arguments.draft, arguments.tree, arguments.slots
+    if arguments.steps is not None:
+        asked = {"ahead_steps": arguments.steps, "ahead_rows": AHEAD_ROWS}
+        planned = patch.object(assemble, "plan_run", lambda *given, **named: replace(plan_run(*given, **named), **asked))
+        stack.enter_context(planned)
     if draft == "same":
         model = random_model(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        stack.enter_context(slow_passes())
         draws = random.Random(0)
         prompts = tuple(tuple(draws.randrange(WORDS) for _ in range(16)) for _ in range(arguments.prompts))
         return Pair(str(model), str(model), (), prompts, tree, slots)
@@ -62,13 +76,31 @@ def pair_of(arguments: argparse.Namespace, stack: ExitStack) -> Pair:
     return Pair(str(TARGET), draft_model, (str(acceptance),), prompts_of(arguments.prompts)[1], tree, slots)
 
 
+@contextmanager
+def slow_passes() -> Iterator[None]:
+    """Passes of drafts over a tree take PASS_S."""
+    expand = ModelContext.expand
+
+    def slow(text: ModelContext, parents: Sequence[int], token_ids: torch.Tensor) -> torch.Tensor:
+        end_s = time.perf_counter() + PASS_S
+        found = expand(text, parents, token_ids)
+        time.sleep(max(end_s - time.perf_counter(), 0.0))
+        return found
+
+    with patch.object(ModelContext, "expand", slow):
+        yield
+
+
 def random_model(folder: Path) -> Path:
     config = LlamaConfig(
-        vocab_size=WORDS, hidden_size=512, intermediate_size=1408, num_hidden_layers=24, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=4096,
+        vocab_size=WORDS, hidden_size=64, intermediate_size=176, num_hidden_layers=24, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096,
     )  # fmt: skip
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight *= 50.0  # it is sure of what it says, as it would else learn in every text anew that it may be
+    model.save_pretrained(folder)
     return folder
 
 
@@ -185,6 +217,7 @@ def main() -> None:
     parser.add_argument("--draft", default="bundled", help="bundled, same, or self:int8")
     parser.add_argument("--tree", default="64:dynamic")
     parser.add_argument("--slots", type=int, help="of layers on the device; the planner's own number without it")
+    parser.add_argument("--steps", type=int, help="ahead; the planner's own number without it")
     parser.add_argument("--share", type=float, default=0.5, help="of a pass that drafting takes")
     parser.add_argument("--link", type=float, help="MB/s, instead of looking for it")
     parser.add_argument("--prompts", type=int, default=4)

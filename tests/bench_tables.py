@@ -228,6 +228,7 @@ RENDERERS: dict[str, Callable[[Document], str]] = {
     "dynamic_trees_cpu.json": dynamic_trees,
     "ngram_cpu.json": ngrams,
     "grow_ahead_cpu.json": growth_ahead,
+    "grow_ahead_same_cpu.json": growth_ahead,
 }
 
 

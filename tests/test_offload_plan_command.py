@@ -4,12 +4,16 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from command_line import DOES_NOT_FIT, INVALID, assert_error, assert_usage_error, run_command
 from conftest import save_tiny_model
+from offload.cli.parser import parse_arguments
+from offload.cli.plan_question import read_question
+from offload.planner.hardware import MeasuredModel, ModelTimes, shape_of
 
 ROOT = Path(__file__).resolve().parents[1]
 Capsys = pytest.CaptureFixture[str]
@@ -128,6 +132,19 @@ def test_drafts_are_compared_by_the_law(capsys: Capsys) -> None:
     assert "by the law" in table.stdout and "none" in table.stdout
 
 
+def test_a_draft_that_was_measured_on_the_cpu_is_planned_there() -> None:
+    """And takes nothing of the device's memory."""
+    asked = parse_arguments(["plan", *BIG, "--profile", "l40", "--draft-device", "cpu"])
+    question = read_question(asked)
+    cost = question.drafts[0].cost(question.dtype_bytes)
+    times = ModelTimes(context_rows=512, rows=(1, 1024), layer_s=(0.001, 0.01), rest_s=(0.001, 0.01))
+    there = MeasuredModel(role="host draft", shape=shape_of(cost), times=(times,))
+    hardware = replace(question.hardware, models=(*question.hardware.models, there))
+    made = replace(question, hardware=hardware).answer(question.tree)
+    assert made.draft_on_host and made.draft is not None
+    assert not any(name.startswith("draft") and num_bytes for name, num_bytes in made.device_ledger.items())
+
+
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
@@ -139,6 +156,7 @@ def test_drafts_are_compared_by_the_law(capsys: Capsys) -> None:
         (("--link", "fast"), "--link"),
         (("--flops", "-3TFLOP/s"), "--flops"),
         (("--gpu-memory", "lots"), "--gpu-memory"),
+        (("--profile", "l40", "--draft-device", "cpu"), "--draft-device"),
         (("--draft-model", "none", "--model", "llama-2-70b", "--compare-drafts"), "names"),
     ],
 )

@@ -6,11 +6,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..config import EngineSettings, base_of_draft, check_draft_passes, sampling_kind
-from ..errors import ModelError
+from ..errors import ModelError, UsageError
 from ..planner.tree_flag import read_acceptances, read_tree
 from .flags_to_settings import plan_flags
 
 if TYPE_CHECKING:
+    from tree.acceptance import Acceptance
     from tree.spec import TreeRequest
 
     from ..planner.hardware import HardwareProfile
@@ -66,13 +67,26 @@ class Question:
             if (kind := base_of_draft(name)) is None:
                 draft = next(drafts)
                 if with_drafts:
-                    option = make_option(self.settings, self.hardware, draft.name, draft.cost(self.dtype_bytes), acceptance)
-                    found.append(option)
+                    found.append(self._option(draft, acceptance))
             elif cost.base_bytes:
                 own = base_draft(cost)
                 found.append(make_option(self.settings, self.hardware, f"self:{kind}", own, acceptance))
         workload = make_workload(self.settings, cost, self.hardware, self.budgets, max_positions=self.targets[0].max_positions)
         return Offer(workload=workload, drafts=tuple(found))
+
+    def _option(self, draft: "ModelShape", acceptance: "Acceptance") -> "DraftOption":
+        """`draft` where --draft-device has it. UsageError on the CPU of a machine of which nobody has measured it there."""
+        from ..planner.workload import make_option
+
+        cost = draft.cost(self.dtype_bytes)
+        on_host = self.settings.draft_device == "cpu" and self.hardware.device_type != "cpu"
+        if on_host and not self.hardware.knows(cost, "host draft"):
+            raise UsageError(
+                f"nobody has measured {draft.name} on the CPU of {self.hardware.device_name}",
+                where="--draft-device cpu",
+                cure="leave it out: generate measures such a draft when it loads it",
+            )
+        return make_option(self.settings, self.hardware, draft.name, cost, acceptance, on_host=on_host)
 
     def chosen_draft(self, made: "Plan") -> "DraftOption | None":
         """What `made` drafts with."""

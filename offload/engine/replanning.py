@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tree.acceptance import Acceptance, AcceptanceCounter
 from tree.shape import TreeShape
+from tree.transfer import to_host
 
 from ..config import seconds_text
 from ..errors import OffloadError
@@ -133,8 +134,8 @@ class Replanner:
     def _counter(self) -> tuple[AcceptanceCounter, int]:
         """Of the verdicts that are remembered, and how many nodes they accepted. Each is counted once."""
         counter, num_nodes = AcceptanceCounter(), 0
-        for one in self._verdicts:
-            counter.add(one.shape, one.path, one.tops.tolist() if one.tops is not None else None)
+        for one, tops in zip(self._verdicts, _on_host([one.tops for one in self._verdicts]), strict=True):
+            counter.add(one.shape, one.path, tops)
             num_nodes += len(one.path)
         return counter, num_nodes
 
@@ -154,6 +155,16 @@ class Replanner:
         finally:
             self._measuring_s = self._clock() - start_s
             self._measured_s += self._measuring_s
+
+
+def _on_host(columns: Sequence[Tensor | None]) -> list[list[float] | None]:
+    """The same as lists, with one wait for each device that has any, not one for each column."""
+    lists: list[list[float] | None] = [None] * len(columns)
+    for device in {column.device for column in columns if column is not None}:
+        there = {place: column for place, column in enumerate(columns) if column is not None and column.device == device}
+        for place, values in zip(there, to_host(*there.values()), strict=True):
+            lists[place] = values
+    return lists
 
 
 def _is_whole(stats: PassStats, plan: Plan) -> bool:
