@@ -30,7 +30,7 @@ from offload.cli.parser import DEMO_PROMPT, parse_arguments
 from offload.report.report import environment
 
 SETTLING = 20
-TOKENS = 500
+TOKENS = 900
 BURNER = "while True: sum(range(10000))"
 
 
