@@ -1,6 +1,8 @@
 """Trees that grow where the draft believes that the text will go."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from tree.aim import Aim
 from tree.context import TreeContext
 from tree.draft import DraftTree
 from tree.estimates import Estimates
+from tree.growing import GrowingTree
 from tree.optimizer import best_tree
 from tree.sampling import SamplingParams, to_probabilities
 from tree.sources import Found
@@ -105,6 +108,30 @@ def test_a_sure_draft_grows_a_chain_and_an_unsure_one_a_bush() -> None:
         shapes.append(context.grow(8, 8, GREEDY, torch.Generator(), sampled=False).shape)
     assert shapes[0] == chain(8)
     assert shapes[1].num_levels < 5
+
+
+@pytest.mark.parametrize("params", [UNIT, COLD], ids=str)
+def test_a_step_that_only_many_nodes_pay_for_is_taken(params: SamplingParams) -> None:
+    """The best of them alone would not: drawn trees look at what is nearly as good first."""
+    draft, target = tables(40)
+    levels = []
+    for least_gain in (0.0, 0.3):
+        context = TreeContext(TableModel(draft, (0, 1)), 1, lambda gain=least_gain: replace(dynamic(), least_gain=gain))
+        judged = run_rounds(context, target, (0, 1), params, 60)
+        levels.append(fmean(tree.shape.num_levels for tree, _ in judged))
+    assert 4 < levels[1] < levels[0]
+
+
+def test_what_may_have_no_children_is_not_the_best_to_run() -> None:
+    estimates = Estimates(ACCEPTANCE)
+    tree = GrowingTree(0, estimates, sampled=True)
+    tree.root.run = -1
+    tree.open([tree.root], [[1, 2]], [[0.6, 0.3]], np.array([[0.9, 0.5]]))
+    child = tree.attach(tree.root)
+    tree.put_back([child, tree.root])
+    slot = tree.root.urgency
+    assert slot < child.urgency == tree.best_value(2) and tree.best_value(1) == slot and tree.best_value(0) == 0
+    assert tree.due(0.0, 2, 2, 2) == [child]
 
 
 class Repeating:

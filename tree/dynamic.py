@@ -69,16 +69,25 @@ class DynamicTree:
         self._look_up(tree.root, asked.most, max(aim.least_value, expected / 4))
         if tree.root.run is None and model is not None:
             self._open([tree.root], model.begin(), asked)
+        near = NEARLY_BEST if tree.sampled else 0.0
         while model is not None:
-            bar = max(tree.nth_value(asked.most), expected, aim.least_value)
-            batch = self._due(asked, max(bar, NEARLY_BEST * tree.best_value) if tree.sampled else bar)
+            bar, before = max(tree.nth_value(asked.most), expected, aim.least_value), len(tree.nodes)
+            batch = self._due(asked, max(bar, near * tree.best_value(asked.max_depth)))
             is_full = tree.sampled and len(tree.nodes) >= asked.most
             gain = sum([max(node.value * best - bar, 0.0) for node in batch])
             if batch and gain > aim.least_gain and not is_full:
                 self._run(batch, asked)
+                near = NEARLY_BEST if tree.sampled else 0.0
                 continue
             tree.put_back(batch)
-            if is_full or expected <= max(tree.nth_value(asked.most), aim.least_value) or not model.room:
+            if is_full or not model.room:
+                break
+            if (
+                near
+            ):  # what is nearly as good as the best is not enough for a step: unless it has just changed, take what else is
+                near = near if len(tree.nodes) > before else 0.0
+                continue
+            if expected <= max(tree.nth_value(asked.most), aim.least_value):
                 break
             expected /= 2
         worth = tree.nth_value(asked.most)

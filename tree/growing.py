@@ -124,14 +124,15 @@ class GrowingTree:
                 self._push(node)
         self.put_back(rest)
 
-    @property
-    def best_value(self) -> float:
-        """What the most valuable of the nodes that may be run and of the slots is worth; 0 if there is none."""
-        node = self._pop(0.0)
-        if node is None:
-            return 0.0
-        self._push(node)
-        return node.urgency
+    def best_value(self, max_depth: int) -> float:
+        """What the most valuable node or slot is worth that may have children above `max_depth`; 0 if there is none."""
+        seen = list[Node]()
+        while (node := self._pop(0.0)) is not None:
+            seen.append(node)
+            if node.depth < max_depth:
+                break
+        self.put_back(seen)
+        return node.urgency if node is not None else 0.0
 
     def nth_value(self, count: int) -> float:
         """The `count`-th largest value of all nodes and slots; 0 if there are fewer."""
