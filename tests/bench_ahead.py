@@ -150,7 +150,7 @@ def run(engine: Engine, ahead_steps: int, prompt: tuple[int, ...], tokens: int) 
 def link_for(pair: Pair, tokens: int, share: float) -> float:
     """The rate at which drafting without growing ahead takes `share` of a pass."""
     link = 100e6
-    for _ in range(2):  # drafting beside copies takes longer than without
+    for _ in range(4):  # the slower the link, the more is drafted, and the longer beside copies
         with ExitStack() as stack:
             engine = engine_of(pair, link, stack)
             found = run(engine, 0, pair.prompts[0], tokens)

@@ -92,15 +92,15 @@ def first_layers(path: Path, num_layers: int, folder: Path) -> Path:
     return folder
 
 
-def ways(target: str, folder: Path) -> dict[str, dict[str, Any]]:
-    """What decodes the prompts, by name. `folder` takes a draft that has to be made."""
+def ways(target: str, path: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """What decodes the prompts of the model at `path`, by name. `folder` takes a draft that has to be made."""
     alone = {"tree": "64:dynamic", "ngram": ("on",)}
     found: dict[str, dict[str, Any]] = {"plain": {"tree": "none", "ngram": ("off",)}, "n-grams alone": alone}
-    draft: dict[str, Any] = {"draft_models": (str(DRAFT),), "acceptances": (str(acceptance_at(0.0)),), "tree": "64:dynamic"}
-    if target == "smollm2":
-        path = model_of(target)
-        assert path is not None
-        draft = {"draft_models": (str(first_layers(path, 24, folder)),), "tree": "64:dynamic"}
+    draft: dict[str, Any] = {"tree": "64:dynamic"}
+    if target == "bundled":
+        draft |= {"draft_models": (str(DRAFT),), "acceptances": (str(acceptance_at(0.0)),)}
+    else:
+        draft |= {"draft_models": (str(first_layers(path, 24, folder)),)}
     return found | {"draft": {**draft, "ngram": ("off",)}, "draft and n-grams": {**draft, "ngram": ("on",)}}
 
 
@@ -136,7 +136,7 @@ def measure(target: str, path: Path, tokens: int, runs: int) -> list[dict[str, A
     with ExitStack() as stack:
         engines = {}
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for way, options in ways(target, folder).items():
+        for way, options in ways(target, path, folder).items():
             settings = EngineSettings(model=str(path), device="cpu", resident_layers=0, fixed_plan=True, **options)
             engines[way] = stack.enter_context(open_engine(settings, hardware=hardware))
         tokenizer = engines["plain"].tokenizer
@@ -149,12 +149,8 @@ def measure(target: str, path: Path, tokens: int, runs: int) -> list[dict[str, A
                     ids = tokenizer.encode_chat(text, None) if is_chat else tokenizer.encode(text)
                     for way, engine in engines.items():
                         results[way].append(run(engine, ids, tokens))
-                        one = results[way][-1]
-                        print(
-                            f"{text[:20]!r}, {way}: {one['tokens'] / one['passes']:.2f} tokens a pass",
-                            file=sys.stderr,
-                            flush=True,
-                        )
+                        rate = results[way][-1]["tokens"] / results[way][-1]["passes"]
+                        print(f"{text[:20]!r}, {way}: {rate:.2f} tokens a pass", file=sys.stderr, flush=True)
             rows += [_row(target, kind, way, found, results["plain"]) for way, found in results.items()]
             print(f"{target}, {kind}: done", file=sys.stderr, flush=True)
     return rows
