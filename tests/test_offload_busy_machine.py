@@ -134,15 +134,24 @@ def test_contexts_are_believed_when_there_are_enough_verdicts() -> None:
 
 
 def test_a_plan_that_holds_is_looked_at_again_for_what_the_text_accepts() -> None:
-    """Verdicts that know but one child make its tree a chain, as soon as they are looked at."""
+    """Verdicts that know but first children make its tree smaller, as soon as they are looked at."""
     run, quiet, replanner = Run(SLOW, 2), Replanner(None, 0.0), Replanner(None, 0.0)
     run.follow(*run.planned(run.workload, run.draft))
     for _ in range(REGULAR + 6):
         assert not quiet.consider(run)
         quiet.saw(run.plan, run.one_round())
-    changes = list[int]()
+    num_nodes, changes = run.plan.tree.num_nodes, list[int]()
     for number in range(REGULAR + 1):
         if replanner.consider(run):
             changes.append(number)
-        replanner.saw(run.plan, run.one_round(), Counted(run.plan.tree, run.plan.tree.path(1)))
-    assert changes == [REGULAR]
+        taken = run.one_round()
+        replanner.saw(run.plan, taken, Counted(run.plan.tree, first_children(run.plan.tree, taken.emitted_tokens)))
+    assert changes == [REGULAR] and run.plan.tree.num_nodes < num_nodes
+
+
+def first_children(shape: TreeShape, num_nodes: int) -> tuple[int, ...]:
+    """So many nodes from the root on, each the first child of the one before, or as many as there are."""
+    path = [0]
+    while len(path) < num_nodes and shape.children(path[-1]):
+        path.append(shape.children(path[-1])[0])
+    return tuple(path)

@@ -143,7 +143,7 @@ def test_an_acceptance_that_is_scaled_stays_one(tokens: float) -> None:
     assert all(math.fsum(vector) <= 1 + 1e-9 for vector in found.levels)
 
 
-def test_a_tree_that_is_accepted_whole_is_expected_to_be_again_and_another_as_much_more() -> None:
+def test_a_tree_that_is_accepted_whole_is_expected_to_be_again() -> None:
     """Scaled ranks alone say less: their sum is 1 at most, and the second takes its share of it."""
     made, base = planned()
     seen = seen_as_predicted(made, num_rounds=10**9, tokens=0.98 * made.tree.num_levels)
@@ -153,6 +153,19 @@ def test_a_tree_that_is_accepted_whole_is_expected_to_be_again_and_another_as_mu
     again = choose_again(SETTINGS, made, workload, option, tokens, SEVERAL)
     assert again.prediction.expected_tokens == pytest.approx(tokens, rel=0.05)
     assert again.prediction.expected_tokens <= again.tree.num_levels
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.99])
+def test_no_tree_is_expected_to_bring_more_tokens_than_it_has_nodes(share: float) -> None:
+    """A text that repeats itself accepts more of what is found in it than any acceptance by rank says, in trees that follow it:
+    those of a few nodes looked as good as those that such a text fills."""
+    made, base = planned()
+    following = replace(made, dynamic=True)
+    tokens = share * made.tree.num_nodes
+    seen = seen_as_predicted(made, num_rounds=10**9, tokens=tokens)
+    workload, option = refit(seen, following, base.workload, base.draft, tokens)
+    again = choose_again(SETTINGS, following, workload, option, tokens, SEVERAL)
+    assert tokens * 0.9 <= again.prediction.expected_tokens <= again.tree.num_nodes
 
 
 @pytest.mark.parametrize(("num_rounds", "tokens"), [(100, (10 * 2 + 8 * 4) / 18), (SEVERAL, 4)])

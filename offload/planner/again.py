@@ -9,7 +9,7 @@ from .candidate import kind_of, tree_of
 from .marginal import with_bounds
 from .notes import NO_TREE, why_no_tree
 from .plan import Plan
-from .prediction import MOST_LEVELS, STATIC, DraftOption, Prediction, TreeKind, Workload, predict_tree
+from .prediction import STATIC, DraftOption, Prediction, TreeKind, Workload, predict_tree
 from .refit import memory_of
 from .search import NODES, best_choice
 
@@ -30,9 +30,9 @@ def choose_again(
     why: str = "",
 ) -> Plan:
     """`plan` with the trees that are best by the times of `workload` and `draft`, within `room_nodes`; or with its own, where
-    others are hardly better; in any case with what is to be expected of them. If the plan's trees have more `tokens` a pass
-    than `draft` says, which scales ranks alike and so never has nodes accepted for certain, then any tree has as many times
-    more. `why` is added to the note that says what changed."""
+    others are hardly better; in any case with what is to be expected of them. The plan's trees may have more `tokens` a pass
+    than `draft` says, which scales ranks alike and so never has nodes accepted for certain (see `_with_whole`). `why` is added
+    to the note that says what changed."""
     memory = memory_of(plan)
     fixed = replace(workload, memory=lambda draft, num_nodes, num_slots, coded: memory, codings=(False,))
     plain = predict_tree(workload, memory, ROOT, None)
@@ -41,13 +41,14 @@ def choose_again(
     vocab_size = workload.target.vocab_size
     own = plan.tree, kind_of(fixed, memory, plan.tree, draft, dynamic=plan.dynamic) if plan.tree.num_nodes > 1 else STATIC
     expected = predict_tree(workload, memory, plan.tree, draft, own[1])
-    more = max(tokens / expected.expected_tokens, 1.0)
-    trees: dict[Trees, Prediction] = {own: _with_tokens(expected, *own, more)}
+    more = max(tokens - expected.expected_tokens, 0.0)
+    share = min(more / max(_most_tokens(*own) - expected.expected_tokens, 1e-6), 1.0)  # of rounds
+    trees: dict[Trees, Prediction] = {own: _with_whole(expected, share, own, own)}
     best = None
     if found is not None:
         shape = tree_of(found, vocab_size)
         other = shape, kind_of(fixed, memory, shape, draft, dynamic=found.dynamic)
-        trees[other] = best = _with_tokens(predict_tree(workload, memory, shape, draft, other[1]), *other, more)
+        trees[other] = best = _with_whole(predict_tree(workload, memory, shape, draft, other[1]), share, own, other)
     if not settings.needs_tree:
         trees[ROOT, STATIC] = plain
     chosen = min(trees, key=lambda one: trees[one].s_per_token)
@@ -88,7 +89,14 @@ def _kinds(plan: Plan, shape: TreeShape, kind: TreeKind) -> list[tuple[bool, int
     return [(kind.dynamic, shape.num_nodes), (plan.dynamic, plan.tree.num_nodes)]
 
 
-def _with_tokens(prediction: Prediction, shape: TreeShape, kind: TreeKind, times: float) -> Prediction:
-    """As many `times` the tokens, one for every level at most."""
-    most = float(MOST_LEVELS if kind.dynamic else shape.num_levels)
-    return replace(prediction, expected_tokens=min(times * prediction.expected_tokens, most))
+def _with_whole(prediction: Prediction, share: float, own: Trees, other: Trees) -> Prediction:
+    """`prediction` of trees like `other`, where such a `share` of rounds accepted a whole tree like `own`. Such rounds accept a
+    whole smaller tree, and as much less of a tree with fewer levels; what a larger one would bring, nobody has seen."""
+    levels = min(other[0].num_levels / own[0].num_levels, 1.0)
+    whole = max(min(_most_tokens(*other), levels * _most_tokens(*own)), prediction.expected_tokens)
+    return replace(prediction, expected_tokens=share * whole + (1 - share) * prediction.expected_tokens)
+
+
+def _most_tokens(shape: TreeShape, kind: TreeKind) -> int:
+    """Tokens of a pass that accepts a tree whole: one that follows the text may be a chain."""
+    return shape.num_nodes if kind.dynamic else shape.num_levels
