@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +35,7 @@ torch.set_num_threads(1)
 settings.register_profile("treestream", deadline=None)
 settings.load_profile("treestream")
 
+MATRIX_SHARE = 4  # one case of so many runs in the fast suite
 VOCAB_SIZE = 97
 EOS = 96
 TINY_SIZES: dict[str, Any] = {
@@ -157,9 +160,23 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, which is not installed: ignored")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _thin_matrices(items)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _thin_matrices(items: list[pytest.Item]) -> None:
+    """Cases of a `matrix` are slow but for a part of them, which follows no pattern and is the same wherever it is chosen."""
+    matrices = defaultdict[str, list[pytest.Item]](list)
+    for item in items:
+        if item.get_closest_marker("matrix") is not None:
+            matrices[item.nodeid.partition("[")[0]].append(item)
+    for cases in matrices.values():
+        cases.sort(key=lambda item: zlib.crc32(item.name.encode()))
+        for item in cases[-(-len(cases) // MATRIX_SHARE) :]:
+            item.add_marker(pytest.mark.slow)

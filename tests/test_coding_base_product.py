@@ -21,6 +21,7 @@ def error_of(product: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor) -> fl
     return float(((product.double() - exact).abs() / sizes).max())
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_triton)], ids=["pieces", "kernel"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.name}-{kind.group}")
 def test_products_are_those_of_the_matrix(kind: BaseKind, kernels: bool) -> None:

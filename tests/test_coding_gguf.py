@@ -159,6 +159,7 @@ def test_a_bias_of_heads_is_put_in_order_too() -> None:
     assert torch.equal(parameter, bias.bfloat16())
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_heads", [None, 3])
 @pytest.mark.parametrize("type_name", sorted(KERNELS))

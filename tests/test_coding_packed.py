@@ -129,6 +129,7 @@ def test_blocks_may_be_of_any_size_and_cut_short(block: tuple[int, int], rows: i
         assert_same_bits(found, weight)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("form", EVERY_FORM)
 def test_decoders_keep_within_their_workspace(form: str) -> None:
     """Which the values of the whole matrix, in float32, would fill three times."""

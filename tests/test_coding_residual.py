@@ -52,6 +52,7 @@ def demo_layers() -> list[torch.Tensor]:
     return [tensor for name, tensor in tensors.items() if ".layers." in name and tensor.dim() == 2]
 
 
+@pytest.mark.matrix
 @kinds
 @halves
 def test_layers_of_the_bundled_target_survive_and_take_half_of_their_bytes(dtype: torch.dtype, kind: BaseKind) -> None:
@@ -108,6 +109,7 @@ def test_matrices_of_any_shape_survive(shape: tuple[int, int], dtype: torch.dtyp
     assert_survives(normal_matrix(*shape, dtype), kind)
 
 
+@pytest.mark.matrix
 @kinds
 def test_matrices_that_threads_share_survive(kind: BaseKind) -> None:
     tensor = normal_matrix(3 * RUN // 1000, 1001)
@@ -194,6 +196,7 @@ def by_kernel(code: ResidualTensor, like: torch.Tensor) -> torch.Tensor:
     return found.cpu()
 
 
+@pytest.mark.matrix
 @kinds
 @halves
 @pytest.mark.parametrize("computed", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -206,6 +209,7 @@ def test_the_kernel_makes_the_bits_of_its_twin(
     assert same_bits(by_kernel(code, like), decoded(code, decode_anywhere, like))
 
 
+@pytest.mark.matrix
 @kinds
 @halves
 def test_the_kernel_keeps_every_bit_pattern(dtype: torch.dtype, kind: BaseKind) -> None:
@@ -213,6 +217,7 @@ def test_the_kernel_keeps_every_bit_pattern(dtype: torch.dtype, kind: BaseKind) 
         assert same_bits(by_kernel(take_apart(tensor, kind), tensor), tensor)
 
 
+@pytest.mark.matrix
 @kinds
 @halves
 @pytest.mark.parametrize("width", range(MAX_WIDTH + 1))
@@ -229,6 +234,7 @@ def test_decoders_agree_at_every_width(width: int, dtype: torch.dtype, kind: Bas
     assert same_bits(*found) and same_bits(by_kernel(code, tensor), found[0])
 
 
+@pytest.mark.matrix
 @kinds
 @pytest.mark.parametrize(
     "part", ["offsets", "widths", "positions", "remainder", "base_codes", "base_zero", "base_scale", "every part"]

@@ -451,6 +451,7 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
         one.close()
 
 
+@pytest.mark.slow
 def test_on_a_terminal_ctrl_c_stops_the_answer_and_a_second_one_leaves(
     terminal: Callable[..., Terminal], model: Path, tmp_path: Path
 ) -> None:

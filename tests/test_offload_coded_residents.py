@@ -47,6 +47,7 @@ def needed_bytes(folder: Path, num_resident: int) -> int:
         return sum(ledger.values()) + num_resident * slot_bytes
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "device_of", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in (CpuDevice, EagerDevice)), LateDevice]
 )
@@ -74,6 +75,7 @@ def test_a_packed_model_of_which_all_layers_fit_packed_streams_nothing(folder: P
         assert engine.generate(PROMPT, **GREEDY).token_ids == expected
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("device_of", [EagerDevice, LateDevice])
 @pytest.mark.parametrize("num_resident", [3, NUM_LAYERS - 2])
 def test_packed_layers_leave_a_device_that_runs_out_of_memory(

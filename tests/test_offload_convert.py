@@ -426,6 +426,7 @@ def test_memory_is_for_two_matrices_and_two_codes(scheme: Scheme, tmp_path: Path
     assert working_bytes(lambda: convert(converting)) <= 2 * largest + 2 * matrix
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("tree", ["none", "3x4:kary"])
 def test_texts_are_those_of_the_model_whichever_way_its_weights_travel(
     converted: tuple[Path, Converted], tree: str, capsys: pytest.CaptureFixture[str]

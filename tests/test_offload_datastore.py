@@ -96,6 +96,7 @@ def repeating(request: pytest.FixtureRequest, rng: np.random.Generator) -> tuple
     return texts, num_tokens
 
 
+@pytest.mark.matrix
 def test_matches_beyond_the_first_sample_are_right(tmp_path: Path, repeating: tuple[list[list[int]], int]) -> None:
     texts, vocab_size = repeating
     store = opened(built(tmp_path / "store", texts, vocab_size), vocab_size)

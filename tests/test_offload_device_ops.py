@@ -252,6 +252,7 @@ def assert_a_later_pass_only_waits(loop: DecodeLoop, waits: list[int], text: Tex
     assert audit.found == [] and len(waits) == times
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("params", "method"),
     [
@@ -280,6 +281,7 @@ def test_a_round_of_every_family_waits_once(
     assert_a_later_pass_only_waits(loop, waits, begin(loop, PROMPT, SamplingParams(0.6)), times=1)
 
 
+@pytest.mark.slow
 def test_trees_that_are_cut_at_the_end_of_an_answer_bring_no_masks_of_their_own(
     monkeypatch: pytest.MonkeyPatch, models: Models
 ) -> None:

@@ -55,6 +55,7 @@ def compare(questions: Path, *drafts: Path | str) -> list[str]:
     return ["profile", "acceptance", "--compare", *flags, "--dataset", str(questions), *FLAGS]
 
 
+@pytest.mark.slow
 def test_drafts_are_compared_and_a_fault_is_one_drafts_own(
     questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,6 +53,7 @@ def open_with(
         yield engine
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", sorted(DEVICES))
 @pytest.mark.parametrize("verifier", ["traversal", "rejection", "sample"])
 def test_trees_of_any_shape_give_the_greedy_text(models: Models, kind: str, verifier: str) -> None:

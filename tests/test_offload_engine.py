@@ -72,6 +72,7 @@ def test_greedy_text_is_that_of_transformers(models: Models, family: str, draft:
             assert len(report.stats.passes) == -(-len(expected) // tokens_when_all_right)
 
 
+@pytest.mark.slow
 def test_greedy_text_of_optimal_trees_is_that_of_plain_decoding() -> None:
     """The trained pair, in float32: a tree takes several tokens a pass, and not one that plain decoding does not."""
     prompt = "The state of our finances is"
@@ -86,6 +87,7 @@ def test_greedy_text_of_optimal_trees_is_that_of_plain_decoding() -> None:
         assert len(report.stats.passes) < 16
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("num_layers", [1, 2, 5])
 def test_any_number_of_layers_streams(models: Models, num_layers: int) -> None:
     folder = models(num_layers=num_layers)
@@ -242,6 +244,7 @@ def test_context_is_used_to_its_last_row(models: Models) -> None:
         assert len(report.token_ids) == room
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("verifier", ["sample", "traversal", "rejection"])
 def test_same_seed_gives_the_same_tokens_and_another_seed_others(models: Models, verifier: str) -> None:
     folder = models()
@@ -278,6 +281,7 @@ def test_what_is_closed_holds_no_memory_and_needs_no_garbage_collector(models: M
         assert device.held_bytes == 0, answer
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("role", ["target", "draft"])
 def test_what_measuring_takes_is_gone_before_the_run(models: Models, role: Role) -> None:
     device, model = CountingDevice(), check_source(str(models()), "--model", "float32", "cpu").model

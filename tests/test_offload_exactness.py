@@ -17,6 +17,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return save_pair(tmp_path_factory.mktemp("pair"))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("verifier", "temperature", "top_p"),
     [

@@ -89,6 +89,7 @@ def num_ring_threads() -> int:
 # -- the device, in a pass ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 def test_a_tensor_that_finds_no_room_anywhere_in_a_round_changes_no_token(
     models: Models, adversary: Callable[[], CpuDevice]
 ) -> None:
@@ -164,6 +165,7 @@ def test_what_a_failed_pass_has_computed_is_gone_before_the_next_try(models: Mod
     assert len(computed) == 4
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("resident", [1, NUM_LAYERS])
 def test_a_layer_that_leaves_the_device_leaves_its_memory(
     models: Models, adversary: Callable[[], CpuDevice], resident: int
@@ -213,6 +215,7 @@ def test_a_layer_goes_back_to_disk_where_the_host_has_no_room(models: Models, ad
         assert engine.plan.placement.resident and sum(engine.plan.host_ledger.values()) == 3 * layer_bytes
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("request_", [GREEDY, pytest.param(SAMPLED, marks=pytest.mark.slow)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(("pass_rows", "failing_rows", "smaller"), [(160, 119 + 13, 66), (128, 119, 64)])
 def test_a_long_prompt_is_read_in_smaller_pieces_before_the_tree_shrinks(
@@ -230,6 +233,7 @@ def test_a_long_prompt_is_read_in_smaller_pieces_before_the_tree_shrinks(
         assert engine.generate(LONG_PROMPT, **request_).token_ids == expected
 
 
+@pytest.mark.slow
 def test_text_of_passes_that_failed_and_ran_again_with_a_smaller_tree_has_the_law_of_the_target(tmp_path: Path) -> None:
     """The first pass of every text fails once in its last layer, when the tree has been drawn. False-alarm probability 1e-5;
     the seeds are fixed."""
@@ -356,6 +360,7 @@ def open_refusing(
     assert device.pinned == [] and num_ring_threads() == 0
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", [kind if kind == "late" else pytest.param(kind, marks=pytest.mark.slow) for kind in REFUSING])
 @pytest.mark.parametrize("disk", [0, 2])
 def test_memory_that_cannot_be_pinned_changes_no_token(models: Models, kind: str, disk: int) -> None:
@@ -402,6 +407,7 @@ def test_memory_that_cannot_be_pinned_slows_the_prediction_as_its_timeline_has_i
         assert f" of host memory could be pinned: {plan.notes[0]}" in caplog.text
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", sorted(REFUSING))
 def test_a_layer_that_leaves_the_device_and_is_not_pinned_is_told_in_the_plan(models: Models, kind: str) -> None:
     changes: dict[str, Any] = {"draft_models": (), "tree": "none", "resident_layers": 2}

@@ -60,6 +60,7 @@ class BrokenDevice(RecordingDevice):
 DEVICES = (CpuDevice, FixedDevice, RecordingDevice)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("family", FAMILIES)
 def test_levels_of_every_width_have_the_logits_of_plain_passes(models: Models, family: str) -> None:
     """Widths at, below and above every edge of a bucket; several rounds and commits, the cache longer each time."""
@@ -129,6 +130,7 @@ def test_trees_are_identical_over_rounds_and_commits(models: Models, sampled: bo
                 context.follow(path, (*(int(drafts[0].token_ids[node]) for node in path[1:]), seed), None)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_an_engine_that_replays_writes_the_same_text(models: Models, temperature: float) -> None:
     texts = []

@@ -40,6 +40,7 @@ def greedy(model: Any) -> list[int]:
     return [int(token_id) for token_id in text[0, len(PROMPT) :]]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("type_name", [it if it in COMMON else pytest.param(it, marks=pytest.mark.slow) for it in BLOCKS])
 def test_a_file_writes_the_text_of_its_unpacked_weights_in_transformers(type_name: str, tmp_path: Path) -> None:
     """Streamed, resident, and with trees, which a draft in the same file grows."""

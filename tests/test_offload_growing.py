@@ -74,6 +74,7 @@ def foreseen(report: Report) -> int:
     return sum(one.foreseen_nodes for one in report.stats.passes)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", sorted(KINDS_OF_DEVICES))
 @pytest.mark.parametrize("draft", ["perfect", pytest.param("random", marks=pytest.mark.slow)])
 def test_greedy_text_is_that_of_plain_decoding(models: Models, kind: str, draft: str) -> None:
@@ -135,6 +136,7 @@ def test_layers_may_be_given_up_while_drafts_grow_ahead(models: Models, fail_at:
         assert report.token_ids == expected and foreseen(report) > 0
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["cpu", "away", "recording"])
 @pytest.mark.parametrize("fail_at", [1, 7, 20])
 def test_an_error_of_memory_ends_growing_ahead_and_nothing_else(
@@ -189,6 +191,7 @@ def test_a_text_goes_on_to_the_last_row(models: Models) -> None:
         assert report.token_ids == plain(target, num_tokens) and foreseen(report) > 0
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("family", sorted(KINDS))
 def test_where_frequencies_change_nothing_is_kept(models: Models, family: str) -> None:
     target, prompt = models(**KINDS[family]), [3 + 7 * position % 89 for position in range(SHORT)]

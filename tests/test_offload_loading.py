@@ -130,6 +130,7 @@ def check_coded(name: str, flag: str, dtype: str, device_type: str, **_flags: ob
     return replace(source, model=model, tensors=XorSource(source.tensors, source.architecture.prefix, model.codecs))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("resident", [0, 2, 6])
 @pytest.mark.parametrize("make_device", [pytest.param(EagerDevice, marks=pytest.mark.slow), WatchedDevice])
 def test_a_pair_whose_layers_are_stored_in_code_writes_the_same_text(

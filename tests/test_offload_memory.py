@@ -29,6 +29,7 @@ HEAVY = {"num_layers": 8, "hidden_size": 256, "intermediate_size": 688, "num_att
 GREEDY, SAMPLED = {"temperature": 0.0}, {"temperature": 1.0}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("tree", "budget_mib", "params", "changes"),
     [

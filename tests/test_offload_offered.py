@@ -174,6 +174,7 @@ def test_what_nobody_named_is_assumed_by_kind_and_said() -> None:
     assert read_acceptances(given) == (default, default)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", BASE_KINDS)
 def test_sizes_of_a_folder_coded_beside_a_base_are_those_of_the_model_that_runs(kind: str, tmp_path: Path) -> None:
     """From its headers; and what a config alone lets one believe is near."""

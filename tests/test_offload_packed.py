@@ -97,6 +97,7 @@ def text_of(folder: Path, device: str = "cpu", **changes: Any) -> tuple[list[int
         return list(result.token_ids), result.to_json()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("device", sorted(DEVICES))
 def test_streamed_resident_and_read_from_disk_it_writes_the_text_of_the_unpacked_model(
     pack: Callable[..., Pair], device: str

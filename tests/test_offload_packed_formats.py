@@ -14,6 +14,7 @@ from packed_models import EVERY_FORM, write_packed
 from planning import L40
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("form", EVERY_FORM)
 def test_a_model_is_read_as_its_unpacked_weights(form: str, tmp_path: Path) -> None:
     model = write_packed(form, tmp_path, num_hidden_layers=1)

@@ -34,6 +34,7 @@ def theirs(folder: Path) -> list[int]:
     return tokens
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "form", [form if form in QUICK_FORMS else pytest.param(form, marks=pytest.mark.slow) for form in EVERY_FORM]
 )

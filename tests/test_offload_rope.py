@@ -75,6 +75,7 @@ def folder(request: pytest.FixtureRequest, models: Models) -> Path:
     return models(**KINDS[request.param])
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("tree", ["none", "4x4:kary"])
 @pytest.mark.parametrize("num_prompt", [SHORT, NATIVE, LONG])
 def test_a_text_beyond_the_native_length_is_that_of_transformers(folder: Path, tree: str, num_prompt: int) -> None:
@@ -176,6 +177,7 @@ def test_a_layout_of_its_own_is_refused_before_it_writes_other_tokens() -> None:
             architecture_of(config, "test")
 
 
+@pytest.mark.matrix
 def test_texts_that_take_turns_across_the_native_length_are_each_that_of_transformers(folder: Path) -> None:
     """Each is put aside after every pass and taken up again, with the frequencies of its own prompt."""
     prompts = [prompt_of(SHORT), prompt_of(SHORT - 4), prompt_of(LONG)]

@@ -88,6 +88,7 @@ def reference(folder: Path, num_layers: int, dtype: torch.dtype) -> torch.nn.Mod
     return model
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("case", WIDE)
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_are_those_of_the_small_model(tmp_path: Path, exact_norm: None, case: str, tied: bool) -> None:
@@ -137,6 +138,7 @@ def demo_tokens(num_layers: int, num_tokens: int) -> list[int]:
     return output[0, len(PROMPT) :].tolist()
 
 
+@pytest.mark.slow
 def test_text_acceptance_and_layers_are_those_of_the_demo_pair(preset: None) -> None:
     """The whole demo target, in 8 layers twice as wide, streamed; the text is the demo's, and so is every pass."""
     with engine_of(str(TARGET), "4x6:kary") as engine:
@@ -148,6 +150,7 @@ def test_text_acceptance_and_layers_are_those_of_the_demo_pair(preset: None) -> 
     assert len(report.plan.placement.streamed) == 7
 
 
+@pytest.mark.slow
 def test_identity_layers_share_memory_when_it_is_short_and_say_so(preset: None) -> None:
     with engine_of("scale:small:12", "none", resident_layers=2, slots=2) as engine:
         expected = engine.generate(PROMPT, max_new_tokens=12, ignore_eos=True)

@@ -125,6 +125,7 @@ def brute_force(workload: Workload, drafts: list[DraftOption], max_nodes: int, m
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     st.floats(16.5, 60),

@@ -39,6 +39,7 @@ def plain_text(folder: Path) -> tuple[int, ...]:
         return text(engine)
 
 
+@pytest.mark.slow
 def test_the_base_drafts_and_every_residency_has_the_text_of_plain_decoding(folder: Path, plain_text: tuple[int, ...]) -> None:
     """The quick twin of the next."""
     others = itertools.product(("some of each",), CODECS[:2])
@@ -137,6 +138,7 @@ def test_sampled_text_has_the_law_of_the_16_bit_target(
 # -- where layers lie, and when they leave -------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("make_device", [EagerDevice, LateDevice, RefusingEagerDevice, RefusingLateDevice])
 @pytest.mark.parametrize("codec", ["residual", pytest.param("none", marks=pytest.mark.slow)])
 def test_layers_on_disk_have_their_base_on_the_device(
@@ -149,6 +151,7 @@ def test_layers_on_disk_have_their_base_on_the_device(
         assert text(engine) == plain_text == text(engine)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("make_device", [EagerDevice, LateDevice, RefusingLateDevice])
 @pytest.mark.parametrize(
     ("codec", "residency"),
@@ -238,6 +241,7 @@ def accepted(chances: tuple[float, float]) -> tuple[Any, ...]:
     return tuple(Acceptance(levels=((chance,),), source="a test's") for chance in chances)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("draft", [None, "self:int8"])
 @pytest.mark.parametrize("codec", ["auto", "none"])
 def test_a_folder_that_was_coded_beside_a_base_has_the_text_of_the_one_that_it_is_of(

@@ -102,6 +102,7 @@ def test_a_base_has_nothing_of_its_own_for_the_doctor(capsys: pytest.CaptureFixt
 # -- reading ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("make_device", [LateDevice, RefusingLateDevice])
 @pytest.mark.parametrize("codec", ["none", "lossless", "residual"])
 def test_as_much_is_read_as_was_announced(folder: Path, codec: str, make_device: Callable[[], LateDevice]) -> None:
@@ -126,6 +127,7 @@ def test_as_much_is_read_as_was_announced(folder: Path, codec: str, make_device:
             assert done == total > 0
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("residency", ["none", "some of each"])
 def test_an_interruption_at_ten_points_of_loading_leaves_nothing(folder: Path, residency: str) -> None:
     whole = WatchedDevice()

@@ -59,6 +59,7 @@ def converse(engine: Engine, first: list[int], num_turns: int, **request: Any) -
     return reports
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("kind", "draft"), [*((kind, "random") for kind in sorted(DEVICES)), ("cpu", "perfect"), ("late", "none")]
 )
@@ -129,6 +130,7 @@ def test_a_prompt_that_parts_in_the_middle_is_reused_up_to_there(models: Models)
             assert report.token_ids == cold(engine, other, max_new_tokens=ANSWER).token_ids
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", sorted(DEVICES))
 def test_conversations_go_to_the_host_and_come_back(models: Models, kind: str) -> None:
     """What the caches held is overwritten with NaN while a conversation is away, so its rows can only come from the copy."""

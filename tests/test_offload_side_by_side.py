@@ -106,6 +106,7 @@ def together(loop: DecodeLoop, asked: Sequence[dict[str, Any]]) -> tuple[list[tu
     return [tuple(text.token_ids[len(prompt) :]) for text, prompt in zip(texts, prompts, strict=True)], num_served
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("num_texts", "kind", "draft"),
     [
@@ -124,6 +125,7 @@ def test_greedy_texts_of_one_pass_are_those_of_each_alone(models: Models, num_te
         assert len(num_served) == longest
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("num_texts", [2, 5])
 @pytest.mark.parametrize("tree", ["4x3:kary", "2x5:kary"])
 def test_drawn_texts_of_one_pass_have_the_tokens_of_each_alone(models: Models, num_texts: int, tree: str) -> None:
@@ -196,6 +198,7 @@ def test_a_prompt_in_many_pieces_holds_nobody_up(models: Models) -> None:
 # -- through the engine -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("max_sequences", [pytest.param(1, marks=pytest.mark.slow), 2, 5])
 def test_streams_share_passes_as_far_as_there_are_places(models: Models, max_sequences: int) -> None:
     asked = requests(5, greedy=False)

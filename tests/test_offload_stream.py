@@ -63,6 +63,7 @@ def test_layers_that_the_device_keeps_as_they_are_stored_are_decoded_in_every_pa
             check_pass(stream)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("num_layers", [1, 2, 5])
 def test_every_residency_and_slot_count_yields_every_layer_unharmed(
     device: Device, make_layers: MakeLayers, num_layers: int
@@ -75,6 +76,7 @@ def test_every_residency_and_slot_count_yields_every_layer_unharmed(
                     check_pass(stream)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("disk", [1, 2, 4])
 def test_layers_from_disk_are_the_same_as_from_memory(device: Device, make_layers: MakeLayers, disk: int) -> None:
     layers = make_layers(6)
@@ -94,6 +96,7 @@ def refusing(request: pytest.FixtureRequest) -> Iterator[RefusingDevice]:
     device.close()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("disk", [0, 2])
 @pytest.mark.parametrize("room", [0, 2, 3, 5, 8])
 def test_layers_that_could_not_be_pinned_are_the_same_and_copied_from_what_could(
@@ -135,6 +138,7 @@ def test_pageable_layers_lie_far_from_each_other(make_layers: MakeLayers) -> Non
         assert len(pageable) > 3 and sum(after - before == 1 for before, after in pairwise(pageable)) <= RING_BUFFERS
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("room", [0, 2, 4])
 def test_a_ring_that_the_host_has_no_room_for_takes_that_of_layers_which_stay_on_disk(
     refusing: RefusingDevice, make_layers: MakeLayers, room: int
@@ -150,6 +154,7 @@ def test_a_ring_that_the_host_has_no_room_for_takes_that_of_layers_which_stay_on
                 check_pass(stream)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("resident", [3, 6])
 @pytest.mark.parametrize("room", [0, 2, 3, 4])
 def test_a_layer_that_leaves_the_device_for_memory_that_is_not_pinned_goes_through_a_ring(
@@ -324,6 +329,7 @@ def test_a_pass_given_up_half_way_does_not_disturb_the_next(device: Device, make
                 check_pass(stream)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("disk", [0, 2])
 def test_a_layer_that_leaves_the_device_is_streamed_from_then_on(device: Device, make_layers: MakeLayers, disk: int) -> None:
     """Between passes and after one given up half-way, one by one, until nothing is resident."""

@@ -73,6 +73,7 @@ def test_without_room_to_put_texts_aside_they_do_not_mix_either(engine: Engine, 
     engine.loop.sessions._max_bytes = kept
 
 
+@pytest.mark.matrix
 def test_calls_of_several_threads_are_all_right(engine: Engine, alone: list[tuple[int, ...]]) -> None:
     def ask(number: int) -> tuple[int, ...]:
         if number % 2:
@@ -93,6 +94,7 @@ def test_any_thread_may_ask_for_the_next_step(engine: Engine, alone: list[tuple[
     assert [tuple(stream.token_ids) for stream in streams] == alone
 
 
+@pytest.mark.matrix
 def test_a_call_within_the_loop_over_a_stream_is_answered(engine: Engine, alone: list[tuple[int, ...]]) -> None:
     stream = engine.stream(**REQUESTS[2])
     for _ in stream:

@@ -57,6 +57,7 @@ def test_layers_of_two_widths_have_two_codecs_and_costs_of_their_own(two_widths:
     assert model.cost.stored_bytes == 3 * (wide.stored.num_bytes + narrow.stored.num_bytes)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("make_device", [EagerDevice, LateDevice, RefusingLateDevice])
 def test_a_model_of_two_widths_writes_the_text_of_transformers(two_widths: Path, make_device: Callable[[], CpuDevice]) -> None:
     """With every number of resident layers and slots, and from disk."""

@@ -312,6 +312,7 @@ def test_a_plan_for_a_packed_folder_imports_no_torch(tmp_path: Path) -> None:
     assert ran.stdout.splitlines()[-1] == "0 []" and ran.stderr == ""
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("form", FORMS)
 def test_sizes_and_names_of_packed_models_are_those_of_the_models_that_run(form: str, tmp_path: Path) -> None:
     folder = write_packed(form, tmp_path).folder

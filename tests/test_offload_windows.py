@@ -64,6 +64,7 @@ def test_windows_are_those_of_the_layers(models: Models, family: str) -> None:
         assert model.architecture.windows == (None, None, None)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("first_piece", [0, 3, 9])
 def test_every_node_sees_the_window_of_its_path(folder: Path, first_piece: int) -> None:
     """Prompts that are read at once and in two pieces; trees longer than the window; siblings, whose rows lie apart."""
@@ -82,6 +83,7 @@ def test_every_node_sees_the_window_of_its_path(folder: Path, first_piece: int) 
             context += [tokens[node] for node in path]
 
 
+@pytest.mark.matrix
 def test_texts_of_several_lengths_share_a_pass(folder: Path) -> None:
     reference, generator, shape = reference_model(folder), torch.Generator().manual_seed(2), SHAPES[0]
     with open_model(folder, num_segments=3) as model:
@@ -116,6 +118,7 @@ def test_greedy_text_is_that_of_transformers(folder: Path) -> None:
         assert greedy(model, PROMPT, 24) == expected[0, len(PROMPT) :].tolist()
 
 
+@pytest.mark.matrix
 def test_a_draft_grows_within_its_windows_recorded_or_not(folder: Path) -> None:
     """Against a draft without graphs, level by level; and that one against transformers."""
     generator, reference = torch.Generator().manual_seed(3), reference_model(folder)
@@ -136,6 +139,7 @@ def test_a_draft_grows_within_its_windows_recorded_or_not(folder: Path) -> None:
         run_round(contexts, shape, generator)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("tree", ["none", "4x4:kary"])
 def test_an_engine_writes_the_text_of_transformers(folder: Path, tree: str) -> None:
     """Target and draft have the window."""

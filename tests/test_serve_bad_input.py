@@ -226,6 +226,7 @@ def test_a_template_that_loops_or_refuses_is_an_error_and_the_server_goes_on(tmp
 FUZZED = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/models/{name}", "/health", "/metrics")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # schemathesis' own
 @pytest.mark.parametrize("path", FUZZED)
 def test_nothing_that_the_schema_describes_is_a_server_error(quick_server: Server, path: str) -> None:

@@ -131,6 +131,7 @@ def test_ctrl_c_ends_a_server_that_is_still_loading() -> None:
         assert process.wait(100) == 130  # when it has loaded: 7 s of CPU time, which take long on a busy machine
 
 
+@pytest.mark.slow
 def test_a_grace_that_is_over_cuts_the_answer() -> None:
     with running(lambda _: slow_engine(), grace_s=1.0) as server, client(server) as http:
         with http.stream("POST", "/v1/completions", json=completion(max_tokens=400, stream=True)) as response:

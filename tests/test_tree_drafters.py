@@ -91,6 +91,7 @@ def of_features(vocab_size: int, choices: Choices) -> FeatureDrafter:
     return FeatureDrafter(vocab_size)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["dense", "zeros"])
 @pytest.mark.parametrize("verifier", VERIFIERS)
 @pytest.mark.parametrize("drafter_for", [mixing, of_features])

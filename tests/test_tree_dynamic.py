@@ -198,6 +198,7 @@ WARM = SamplingParams(0.8, None, 0.95)
 LAWS = [(UNIT, "dense"), (UNIT, "zeros"), (WARM, "dense")]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("params", "kind"), LAWS, ids=str)
 @pytest.mark.parametrize("verifier", VERIFIERS)
 def test_text_of_drawn_trees_has_the_law_of_the_target(

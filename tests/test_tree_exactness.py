@@ -175,6 +175,7 @@ def total_variation(world: World, shape: TreeShape, grow_all: Callable[..., Tree
 KINDS = ("dense", "zeros", "ties", "disjoint", "one-hot", "equal")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", KINDS[:3] + tuple(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[3:]))
 @pytest.mark.parametrize("verifier", VERIFIERS)
 @pytest.mark.parametrize("policy", POLICIES)
@@ -197,6 +198,7 @@ def test_a_drawn_child_may_be_called_chosen(verifier: str) -> None:
         assert total_variation(random_world(seed, 3, kind), PAIR, call_first_chosen, VERIFIERS[verifier]) <= TOLERANCE, kind
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("verifier", VERIFIERS)
 @pytest.mark.parametrize(
     "params",

@@ -151,6 +151,7 @@ class Repeating:
         self.text += token_ids
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("finds", [False, True])
 @pytest.mark.parametrize("steps", [0, 5])
 @pytest.mark.parametrize("params", [UNIT, COLD], ids=str)
@@ -296,6 +297,7 @@ class HalfRight(Repeating):
         return [Found(place - 1, (text[-1] + step + place) % 9, 0) for place in range(min(most, 20))]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("source", [Wrong, HalfRight, Repeating])
 def test_a_draft_is_no_worse_for_what_is_found_besides(source: type[Repeating]) -> None:
     """It puts what comes first, but is not sure. Finds of which it knows better give way to its own; and finds that it has on

@@ -207,6 +207,7 @@ def test_tokens_rise_with_nodes_and_levels_and_are_concave_in_nodes() -> None:
     assert table[:32, 1] == pytest.approx(1 + np.cumsum([0.0, *APPENDIX_E]), abs=2e-4)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("bounds", [{}, {"max_level_width": 3}, {"max_branching": 2, "max_level_width": 7}])
 @pytest.mark.parametrize("num_levels", [1, 2, 7, 40])
 def test_growth_describes_the_best_tree_of_every_size(num_levels: int, bounds: dict[str, int]) -> None:

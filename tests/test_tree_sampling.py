@@ -130,6 +130,7 @@ def rows_of_every_kind(vocab_size: int, rng: torch.Generator) -> torch.Tensor:
     return torch.cat([probabilities, probabilities[:1] * 0.5, torch.eye(vocab_size)[-1:]])
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("vocab_size", [1, 2, 255, 256, 257, 4096, 4100, 9000])
 @pytest.mark.parametrize("top_p", [1e-6, 0.5, 0.9, 1 - 1e-6])
 def test_a_nucleus_without_a_full_sort_is_the_sorted_one_bit_for_bit(

@@ -196,6 +196,7 @@ def test_chosen_trees_are_accepted_equally_by_all_methods(shape: TreeShape, para
         assert verdict.expected_tokens == pytest.approx(sum(reach), abs=1e-9)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sampled", [False, True])
 def test_expected_tokens_is_the_mean_of_what_is_emitted(method: Method, sampled: bool) -> None:
@@ -417,6 +418,7 @@ def pair_excess(target: Markov, pairs: list[tuple[int, int]]) -> float:
     return (float(((counts - expected) ** 2 / expected).sum()) - freedom) / math.sqrt(2 * freedom)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", METHODS)
 def test_sampled_text_has_the_law_of_the_target_across_rounds(method: Method) -> None:
     """Chi-square of 500 texts of two tokens, nine cells. Above 7 standard deviations with probability below 1e-5."""
@@ -448,6 +450,7 @@ def stale() -> Iterator[torch.Generator]:
         yield torch.Generator().manual_seed(1)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", METHODS)
 def test_rounds_are_independent(method: Method) -> None:
     """Equal neighbours among 500 uniform tokens of four: 1/4 within 6 sigma (0.116). False alarm: 2e-9. Stale noise: 1."""
