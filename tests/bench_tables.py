@@ -18,8 +18,9 @@ MARKED = re.compile(r"(<!-- table (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 Document = dict[str, Any]
 TREES = {
-    "auto": "the planner's own choice, {nodes} nodes (no flags)",
+    "auto": "the planner's own choice, {nodes} nodes{kind} (no flags)",
     "none": "plain streaming (`--tree none`)",
+    "64:dynamic": "64 nodes that follow the text (`--tree 64:dynamic`)",
     "4x6:kary": "four chains of six (`--tree 4x6:kary`)",
 }
 ENGINES = {
@@ -32,12 +33,14 @@ ENGINES = {
 
 
 def trees(document: Document) -> str:
-    """One row per tree: what a pass yields and what a token takes. The first page has no room for all of them."""
+    """One row per tree: what a pass yields and what a token takes."""
     rows = []
     for row in document["rows"]:
-        if row["tree"] == "16x8" or (row["tree"] == "none" and row["temperature"]):
+        if row["tree"] == "none" and row["temperature"]:
             continue
-        name = TREES.get(row["tree"], "tree of {nodes} nodes (`--tree {tree}`)").format(**row)
+        name = TREES.get(row["tree"], "tree of {nodes} nodes (`--tree {tree}`)").format(
+            kind=" that follow the text" if row.get("dynamic") else "", **row
+        )
         rows.append(
             (
                 name + (f", temperature {row['temperature']:g}" if row["temperature"] else ""),

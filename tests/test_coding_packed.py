@@ -78,6 +78,7 @@ def test_pieces_of_any_size_make_the_same_weights(form: str, monkeypatch: pytest
     assert_same_bits(decoded(codec, parts, (336, 192), torch.float32), weight)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "form",
     [

@@ -304,6 +304,7 @@ def test_views_keep_the_system_message_and_begin_with_a_question() -> None:
 # -- what can go wrong --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_template_that_loops_ends_the_chat_before_the_weights_are_read(
     chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,6 +101,7 @@ def test_files_are_those_that_safetensors_reads(converted: tuple[Path, Converted
             assert names and all(file.get_slice(name).get_shape() is not None for name in names)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", BASE_KINDS.values(), ids=BASE_KINDS)
 def test_a_base_of_every_kind_is_what_the_folder_says(kind: BaseKind, tmp_path: Path) -> None:
     summary = convert(conversion_of(str(DEMO), str(tmp_path / "new"), Scheme("residual", kind)))

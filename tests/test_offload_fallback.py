@@ -89,6 +89,7 @@ def num_ring_threads() -> int:
 # -- the device, in a pass ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.matrix
 def test_a_tensor_that_finds_no_room_anywhere_in_a_round_changes_no_token(
     models: Models, adversary: Callable[[], CpuDevice]
@@ -195,6 +196,7 @@ def test_a_layer_that_leaves_the_device_leaves_its_memory(
         assert engine.generate(PROMPT, **SAMPLED).token_ids == expected
 
 
+@pytest.mark.matrix
 def test_a_layer_goes_back_to_disk_where_the_host_has_no_room(models: Models, adversary: Callable[[], CpuDevice]) -> None:
     changes: dict[str, Any] = {"draft_models": (), "tree": "none", "resident_layers": 2}
     expected = text(models, PROMPT, SAMPLED, **changes)

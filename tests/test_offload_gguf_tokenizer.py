@@ -187,17 +187,24 @@ def test_a_file_that_does_not_say_how_words_are_cut_is_read_with_a_warning(caplo
     assert "does not say how its tokenizer cuts text into words" in caplog.text
 
 
-def test_a_vocabulary_of_262144_tokens_is_ready_in_two_seconds() -> None:
-    """Of processor time; pieces as long as words, so that there are merges enough."""
+def test_a_tokenizer_takes_time_in_proportion_to_its_vocabulary() -> None:
+    """Each against the other, as what a second is worth differs; pieces as long as words, so that there are merges enough."""
+    small_s = min(seconds_of_building(2**15) for _ in range(3))
+    assert any(seconds_of_building(2**18) < 3 * 8 * small_s for _ in range(3))
+
+
+def seconds_of_building(num_tokens: int) -> float:
+    """Of processor time, for a tokenizer of so many."""
     letters = [chr(0x61 + number) for number in range(26)]
     names = [*letters, *(one + two for one in letters for two in letters)]
     names += [one + two + three for one in letters for two in letters for three in letters]
-    names += [name + two for name in names[702:] for two in letters[:14]][: 262_144 - 259 - len(names)]
+    names += [name + two for name in names[702:] for two in letters[:14]]
+    names = names[: num_tokens - 259]
     metadata = pieces({name: -float(number) for number, name in enumerate(names)})
-    assert len(metadata["tokenizer.ggml.tokens"]) > 260_000
+    assert len(metadata["tokenizer.ggml.tokens"]) > 0.99 * num_tokens
     start_s = time.process_time()
     build_tokenizer(metadata)
-    assert time.process_time() - start_s < 4  # two, on a machine that is not shared
+    return time.process_time() - start_s
 
 
 def write_with_tokenizer(path: Path, template: str = CHAT_TEMPLATE, **changes: Any) -> Path:
@@ -218,6 +225,7 @@ def test_a_file_gives_tokenizer_template_and_ends_and_chats(tmp_path: Path, caps
     assert main(["--model", str(path), "--prompt", "hi", "--chat", "--max-new-tokens", "3", "--device", "cpu", "--quiet"]) == 0
 
 
+@pytest.mark.slow
 def test_a_template_that_loops_ends_with_three_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     path = write_with_tokenizer(tmp_path / "model.gguf", template=loop)

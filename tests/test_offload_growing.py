@@ -88,6 +88,7 @@ def test_greedy_text_is_that_of_plain_decoding(models: Models, kind: str, draft:
             assert foreseen(report) > 0 or draft == "random"
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_a_text_wherever_layers_lie_and_whatever_the_device(models: Models) -> None:
     target, texts, numbers = models(num_layers=3), set(), set()
     for kind, resident_layers in [("cpu", 0), ("recording", 2), ("late", 1), ("eager", 1), ("away", 3)]:

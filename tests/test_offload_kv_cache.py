@@ -51,6 +51,7 @@ def held(cache: KVCache, segment: Segment) -> list[float]:
     return found[0]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("shapes", [ALIKE, UNLIKE])
 @given(data=st.data())
 def test_commits_keep_the_chosen_rows_in_order_and_nothing_else(shapes: list[tuple[int, int]], data: st.DataObject) -> None:

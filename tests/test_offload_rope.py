@@ -84,6 +84,7 @@ def test_a_text_beyond_the_native_length_is_that_of_transformers(folder: Path, t
         assert list(engine.generate(prompt, max_new_tokens=24, ignore_eos=True).token_ids) == greedy(folder, prompt, 24)
 
 
+@pytest.mark.matrix
 def test_what_earlier_texts_left_in_the_cache_is_taken_over_only_where_it_would_be_computed_again(folder: Path) -> None:
     """A conversation: prompts that begin with the text before them, on either side of the native length and across it."""
     with open_pair(folder, "4x4:kary") as engine:

@@ -183,7 +183,8 @@ def test_equal_layers_on_a_device_are_made_once(preset: None) -> None:
     assert read[-1][0] == read[-1][1]
 
 
-@pytest.mark.parametrize("make_device", [CpuDevice, pytest.param(RefusingDevice, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make_device", [CpuDevice, RefusingDevice])
 def test_a_base_of_equal_layers_is_made_once_and_drafts(preset: None, make_device: Callable[[], CpuDevice]) -> None:
     """From layers in host memory that some borrow; what travels is the same as of other models."""
     request: dict[str, Any] = {"max_new_tokens": 16, "ignore_eos": True}

@@ -105,6 +105,7 @@ def test_a_draft_of_raw_layers_alone_is_always_right(folder: Path) -> None:
         assert report.stats.tokens_per_pass is not None and report.stats.tokens_per_pass > 3
 
 
+@pytest.mark.slow
 def test_sampled_text_does_not_depend_on_how_layers_travel(folder: Path) -> None:
     """The same base, the same seed, the same tree: the same tokens. Another seed has others."""
     texts = set[tuple[int, ...]]()
@@ -178,6 +179,7 @@ def test_layers_that_leave_a_full_device_leave_their_base_behind_and_change_no_t
         assert text(engine) == plain_text
 
 
+@pytest.mark.slow
 def test_recorded_passes_of_a_base_have_its_text_and_are_dropped_when_layers_leave(
     folder: Path, plain_text: tuple[int, ...]
 ) -> None:
@@ -219,6 +221,7 @@ def test_texts_that_share_a_pass_have_a_base_to_draft_with_each(folder: Path) ->
         assert [tuple(tokens) for tokens in found] == expected
 
 
+@pytest.mark.slow
 def test_a_base_beside_a_draft_is_made_only_where_it_drafts() -> None:
     """The planner has both; the base is not on the device when the draft was taken, and layers travel as they would without."""
     prompt, request = "The Congress of the United States should", {"max_new_tokens": 24, "ignore_eos": True}

@@ -83,6 +83,7 @@ def test_a_run_says_what_travels_and_what_stays(capsys: pytest.CaptureFixture[st
     assert json.loads(recorded.read_text(encoding="utf-8"))["draft"] == "self:int8"
 
 
+@pytest.mark.slow
 def test_acceptance_of_a_base_is_measured_as_that_of_any_draft(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--model", TARGET, "--draft-model", "self:int8", "--device", "cpu", "--max-new-tokens", 6, "--quiet")
     profile = json.loads(run_command(capsys, "profile", "acceptance", "--tree", "1x4:kary", *flags).stdout)
@@ -177,6 +178,7 @@ def test_other_dtypes_have_a_base_too(models: Models, dtype: str) -> None:
         assert text(engine) == expected and (engine.memory().device_base_bytes > 0) == (dtype == "float16")
 
 
+@pytest.mark.slow
 def test_weights_that_were_coded_without_loss_get_a_base(folder: Path, tmp_path: Path) -> None:
     convert(conversion_of(str(folder), str(tmp_path / "coded"), scheme_of("lossless", None)))
     with open_self(folder, None, codec="none") as engine:

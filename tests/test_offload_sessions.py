@@ -81,6 +81,7 @@ def test_a_conversation_has_the_text_of_fresh_runs(models: Models, kind: str, re
             assert fresh.token_ids == turn.token_ids
 
 
+@pytest.mark.slow
 def test_the_demo_pair_gives_the_text_of_a_fresh_run() -> None:
     with offload.load(str(TARGET), draft_model=str(DRAFT), tree="16x6", device="cpu", resident_layers=1, slots=2) as engine:
         for request in REQUESTS.values():
@@ -208,6 +209,7 @@ class InterruptAtLine:
         return self._line
 
 
+@pytest.mark.slow
 def test_an_interruption_anywhere_leaves_a_state_to_go_on_from(models: Models) -> None:
     """Rows must never be those of other tokens than the ones they are filed under, whenever Ctrl-C comes: in an answer that
     comes back from the host, in its passes, and in one that takes over a part of it."""

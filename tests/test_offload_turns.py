@@ -63,6 +63,7 @@ def in_turns(streams: Sequence[Generation]) -> list[tuple[int, ...]]:
     raise AssertionError("no streams")
 
 
+@pytest.mark.matrix
 def test_streams_that_take_turns_do_not_mix(engine: Engine, alone: list[tuple[int, ...]]) -> None:
     assert in_turns([engine.stream(**request) for request in REQUESTS]) == alone
 
@@ -85,6 +86,7 @@ def test_calls_of_several_threads_are_all_right(engine: Engine, alone: list[tupl
         assert list(pool.map(ask, numbers)) == [alone[number] for number in numbers]
 
 
+@pytest.mark.matrix
 def test_any_thread_may_ask_for_the_next_step(engine: Engine, alone: list[tuple[int, ...]]) -> None:
     """As a web framework does that hands every step of a response to another worker."""
     streams = [engine.stream(**request) for request in REQUESTS]
@@ -94,6 +96,7 @@ def test_any_thread_may_ask_for_the_next_step(engine: Engine, alone: list[tuple[
     assert [tuple(stream.token_ids) for stream in streams] == alone
 
 
+@pytest.mark.slow
 @pytest.mark.matrix
 def test_a_call_within_the_loop_over_a_stream_is_answered(engine: Engine, alone: list[tuple[int, ...]]) -> None:
     stream = engine.stream(**REQUESTS[2])
@@ -102,6 +105,7 @@ def test_a_call_within_the_loop_over_a_stream_is_answered(engine: Engine, alone:
     assert tuple(stream.token_ids) == alone[2]
 
 
+@pytest.mark.matrix
 def test_a_stream_that_is_left_half_read_keeps_nobody_waiting(engine: Engine, alone: list[tuple[int, ...]]) -> None:
     left = engine.stream(**REQUESTS[2])
     next(left)

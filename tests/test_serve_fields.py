@@ -291,6 +291,7 @@ def test_top_logprobs_alone_are_refused(server: Server) -> None:
 # -- usage in streams -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("body", [completion(n=2), chat(n=2)])
 def test_usage_is_null_in_every_chunk_but_the_last_where_it_is_asked_for(server: Server, body: dict[str, Any]) -> None:
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"

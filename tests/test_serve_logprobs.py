@@ -57,6 +57,7 @@ def test_tokens_that_differ_have_a_value_each(server: Server) -> None:
     assert any(token.startswith("bytes:\\x") for token in found["tokens"])
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("echo", [False, True])
 def test_offsets_count_characters_of_the_text_also_in_streams(server: Server, echo: bool) -> None:
     choice = complete(server, echo=echo).json()["choices"][0]

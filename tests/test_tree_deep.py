@@ -69,6 +69,7 @@ def test_specifications_plans_and_pictures_go_as_deep() -> None:
     assert draw_svg(chain(100)).count("<circle") == 100
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("make", "tree"), [(CpuDevice, "1x100:kary"), (RecordingDevice, "2x60:kary")])
 def test_an_engine_runs_trees_of_a_hundred_levels(models: Models, make: Callable[[], CpuDevice], tree: str) -> None:
     """A model that is its own draft: nearly every level is accepted, and the text is that of plain decoding."""

@@ -90,6 +90,7 @@ def test_symmetric_trees_are_drawn_symmetric() -> None:
         assert row == pytest.approx([-x for x in reversed(row)], abs=0.2)  # rounded to tenths
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
 def test_four_thousand_nodes_stay_small_quick_and_apart(shape: TreeShape) -> None:
     """The bar is a second and 2 MB; 0.1 to 0.3 s on an idle core when measured. The best of three, for a busy one."""
