@@ -31,12 +31,11 @@ def opened(models: Models, device: Device, tree: str = "3x3:kary", **changes: st
     settings = EngineSettings(
         model=str(models()),
         draft_models=(str(models(num_layers=1, seed=1)),),
-        dtype="float32",
         tree=tree,
         max_context=128,
         resident_layers=1,
         ngram=("off",),
-        **changes,  # type: ignore[arg-type]
+        **{"dtype": "float32", **changes},  # type: ignore[arg-type]
     )
     return open_engine(settings, device=device, hardware=L40)
 
@@ -69,6 +68,18 @@ def test_a_seed_repeats_a_text_and_others_do_not(models: Models) -> None:
             return engine.generate(PROMPT, max_new_tokens=24, temperature=1.0, seed=seed, ignore_eos=True).token_ids
 
         assert text(1) == text(1) != text(2)
+
+
+@pytest.mark.parametrize("tree", ["3x3:kary", "12:dynamic"])
+def test_a_seed_repeats_a_text_that_gives_its_place_up_and_comes_back(models: Models, tree: str) -> None:
+    requests = [{"prompt": [*PROMPT, seed], "max_new_tokens": 12, "temperature": 1.0, "seed": seed} for seed in (1, 2)]
+    with opened(models, RefusingLateDevice(), tree, draft_device="cpu", dtype="float64") as engine:
+        alone = [engine.generate(**request, ignore_eos=True).token_ids for request in requests]  # type: ignore[arg-type]
+        engine.forget()
+        streams = [engine.stream(**request, ignore_eos=True) for request in requests]  # type: ignore[arg-type]
+        while any([next(stream, None) is not None for stream in streams]):
+            pass
+    assert [tuple(stream.token_ids) for stream in streams] == alone
 
 
 class Elsewhere(CpuDevice):

@@ -101,6 +101,22 @@ def test_a_seed_repeats_a_text_wherever_layers_lie_and_whatever_the_device(model
     assert len(texts) == len(numbers) == 1 and foreseen(report) > 0
 
 
+def test_a_text_that_comes_back_to_a_place_goes_on_with_what_it_has_grown_ahead(models: Models) -> None:
+    """A seed repeats a text, whoever else was answered in the meantime."""
+    asked: list[dict[str, Any]] = [
+        {"prompt": [*PROMPT, number], "max_new_tokens": 20, "temperature": 0.4, "seed": number, "ignore_eos": True}
+        for number in range(3)
+    ]
+    with open_growing(models(num_layers=3), dtype="float64", max_sequences=1) as engine:
+        expected = alone(engine, asked)
+        engine.forget()
+        streams = [engine.stream(**request) for request in asked]
+        while any([next(stream, None) is not None for stream in streams]):
+            pass
+        assert [stream.result().token_ids for stream in streams] == expected
+        assert all(foreseen(stream.result()) > 0 for stream in streams)
+
+
 def test_texts_of_one_pass_are_those_of_each_alone(models: Models) -> None:
     target = models(num_layers=3)
     for greedy in (True, False):

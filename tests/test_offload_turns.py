@@ -27,7 +27,7 @@ REQUESTS: tuple[dict[str, Any], ...] = tuple(
 )
 
 
-@pytest.fixture(params=["4x3:kary", "none"], scope="module")
+@pytest.fixture(params=["4x3:kary", "none", "12:dynamic"], scope="module")
 def engine(request: pytest.FixtureRequest, models: Models) -> Iterator[Engine]:
     with open_pair(models, request.param) as engine:
         yield engine

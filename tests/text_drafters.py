@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tree.aim import Aim
-from tree.draft import DraftTree
+from tree.draft import DraftContext, DraftTree
 from tree.sampling import SamplingParams, sample_without_replacement, to_probabilities
 from tree.shape import TreeShape
 
@@ -48,7 +48,15 @@ class TextDrafter:
     def aim(self, aim: Aim, max_rows: int) -> None:
         self.aimed.append((aim.shape, max_rows))
 
-    def start(self, place: int, token_ids: Sequence[int], prompt_tokens: int, *, repeatable: bool = False) -> "TextContext":
+    def start(
+        self,
+        place: int,
+        token_ids: Sequence[int],
+        prompt_tokens: int,
+        *,
+        repeatable: bool = False,
+        before: DraftContext | None = None,
+    ) -> "TextContext":
         assert 0 < prompt_tokens <= len(token_ids)
         self.contexts[place] = TextContext(self, list(token_ids))
         return self.contexts[place]
@@ -102,6 +110,9 @@ class TextContext:
         assert list(token_ids[:-1]) == self.trees[-1].token_ids[list(path[1:])].tolist()
         self.text.extend(token_ids)
 
+    def leave(self) -> None:
+        pass
+
     def _followed(self, token_id: int) -> int | None:
         """What came after `token_id` the last time, if it did."""
         pairs = zip(reversed(self.text[:-1]), reversed(self.text[1:]), strict=True)
@@ -128,7 +139,15 @@ class FeatureDrafter:
     def aim(self, aim: Aim, max_rows: int) -> None:
         self.most_nodes = aim.shape.num_nodes
 
-    def start(self, place: int, token_ids: Sequence[int], prompt_tokens: int, *, repeatable: bool = False) -> "FeatureContext":
+    def start(
+        self,
+        place: int,
+        token_ids: Sequence[int],
+        prompt_tokens: int,
+        *,
+        repeatable: bool = False,
+        before: DraftContext | None = None,
+    ) -> "FeatureContext":
         self.contexts[place] = FeatureContext(self, list(token_ids))
         return self.contexts[place]
 
@@ -161,3 +180,6 @@ class FeatureContext:
         assert len(features) == len(path) == len(token_ids) and features.shape[1] % len(self._drafter.feature_layers) == 0
         self.features.append(features)
         self.text.extend(token_ids)
+
+    def leave(self) -> None:
+        pass

@@ -24,6 +24,7 @@ class TreeContext:
 
     model: None if only `sources` propose; all of one text. aim: what trees are to be like; it may change between rounds.
     estimates: what children are worth, which verdicts teach; None for some of its own.
+    before: of the same text, in the place that it has left. Its estimates, and what it has grown ahead, are taken over.
     """
 
     def __init__(
@@ -33,11 +34,16 @@ class TreeContext:
         aim: Callable[[], Aim],
         sources: Sequence[TokenSource] = (),
         estimates: Estimates | None = None,
+        before: "TreeContext | None" = None,
     ) -> None:
         self.model, self._root, self._aim = model, root, aim
-        self._proposers = Proposers(model, tuple(sources), estimates or Estimates(aim().acceptance))
+        if before is not None:
+            estimates = before._proposers.estimates
+        self._proposers: Proposers = Proposers(model, tuple(sources), estimates or Estimates(aim().acceptance))
         self._runs: dict[int, int] = {}  # of the nodes of the last planned tree that were run: their places in the model
-        self._start: DynamicTree | None = None  # what the last verdict left of what was grown ahead
+        # What the last verdict left of what was grown ahead, and whether that was in another place.
+        self._start: DynamicTree | None = before._start if before is not None else None
+        self._was_elsewhere = self._start is not None
         # The tree of this round if it is dynamic, what it was asked for, and its nodes as they were submitted.
         self._tree: DynamicTree | None = None
         self._asked: Asked | None = None
@@ -86,12 +92,19 @@ class TreeContext:
             source.follow(token_ids)
         self._root, self._runs, self._tree, self._nodes = token_ids[-1], {}, None, ()
 
+    def leave(self) -> None:
+        if self._start is not None:
+            self._start.to_host()
+
     def _started(self, asked: Asked, sampled: bool) -> DynamicTree:
         """Where a round begins: with what was grown ahead, if the model still knows it, also where the last round was taken
         back; or with the root alone."""
         before, start, model = self._tree, self._start, self.model
         if start is not None and model is not None and start.tree.sampled == sampled:
-            if start.num_run > 0 and before is not None and model.num_nodes == before.num_run:
+            if self._was_elsewhere and model.room >= start.num_run:
+                self._start = start = start.run_again(self._proposers, asked.generator.device)
+                self._was_elsewhere = False
+            elif start.num_run > 0 and before is not None and model.num_nodes == before.num_run:
                 model.follow((), (), range(start.num_run))
             if start.num_run == 0:
                 model.begin()  # the root alone is known: nothing would tell that the model has let go of it

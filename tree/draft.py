@@ -132,6 +132,11 @@ class DraftContext(Protocol):
         """
         ...
 
+    def leave(self) -> None:
+        """The text gives its place up, between rounds, and may go on in another one: see `Drafter.start`. What is kept for that
+        lies in host memory."""
+        ...
+
 
 class Drafter(Protocol):
     """Proposes trees for any number of texts at once.
@@ -149,10 +154,19 @@ class Drafter(Protocol):
         rounds. A drafter with a mind of its own takes the number of nodes of the shape as the most that it may grow."""
         ...
 
-    def start(self, place: int, token_ids: Sequence[int], prompt_tokens: int, *, repeatable: bool = False) -> DraftContext:
+    def start(
+        self,
+        place: int,
+        token_ids: Sequence[int],
+        prompt_tokens: int,
+        *,
+        repeatable: bool = False,
+        before: DraftContext | None = None,
+    ) -> DraftContext:
         """A text begins in `place`, or is taken up again. `token_ids` are committed, the first `prompt_tokens` of them a
         prompt; the last is the root of the first tree. repeatable: its trees depend on nothing but this text, its seed and
-        what `aim` was told, so that a seed repeats it; others may build on what was counted of earlier texts."""
+        what `aim` was told, so that a seed repeats it; others may build on what was counted of earlier texts.
+        before: this drafter's own, of the place that the text has left; its trees go on as if it had never left."""
         ...
 
 

@@ -143,6 +143,23 @@ class DynamicTree:
         """The same, with nodes of its own."""
         return DynamicTree(self._proposers, self.tree.copy(), self._rows)
 
+    # -- from place to place ----------------------------------------------------------------------------------------------
+
+    def to_host(self) -> None:
+        """Its rows lie in host memory from here on. It does not grow there."""
+        self._rows = [rows.cpu() for rows in self._rows]
+
+    def run_again(self, proposers: Proposers, device: torch.device) -> "DynamicTree":
+        """The same tree, where another model knows the text alone: it runs what this one's knew. Nothing is drawn."""
+        tree, model = self.tree.copy(), proposers.model
+        assert model is not None
+        model.begin()
+        nodes = sorted((node for node in tree.nodes if node.parent is not None and node.run is not None), key=_run)
+        if nodes:
+            parents = [_run(node.parent) for node in nodes if node.parent is not None]
+            model.expand(parents, index_tensor([node.token_id for node in nodes], device))
+        return DynamicTree(proposers, tree, [rows.to(device) for rows in self._rows])
+
     # -- one step ---------------------------------------------------------------------------------------------------------
 
     def _due(self, asked: Asked, bar: float) -> list[Node]:
@@ -226,6 +243,11 @@ class DynamicTree:
                 rest = max(0.02, 1.0 - sum([child.value for child in node.children]) / node.value)
                 node.rest = rest if sampled else min(1.0, rest / max(1.0 - sum(own), 0.02))
         return shares
+
+
+def _run(node: Node) -> int:
+    assert node.run is not None
+    return node.run
 
 
 def count_verdict(

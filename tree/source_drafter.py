@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from .aim import Aim
 from .context import TreeContext
+from .draft import DraftContext
 from .estimates import Estimates
 from .sources import TokenSources
 
@@ -20,7 +21,16 @@ class SourceDrafter:
     def aim(self, aim: Aim, max_rows: int) -> None:
         self._aim = aim
 
-    def start(self, place: int, token_ids: Sequence[int], prompt_tokens: int, *, repeatable: bool = False) -> TreeContext:
+    def start(
+        self,
+        place: int,
+        token_ids: Sequence[int],
+        prompt_tokens: int,
+        *,
+        repeatable: bool = False,
+        before: DraftContext | None = None,
+    ) -> TreeContext:
         estimates = Estimates(self._aim.acceptance) if repeatable else self._estimates
         sources = [source.start(token_ids) for source in self._sources]
-        return TreeContext(None, token_ids[-1], lambda: self._aim, sources, estimates)
+        assert before is None or isinstance(before, TreeContext)
+        return TreeContext(None, token_ids[-1], lambda: self._aim, sources, estimates, before)

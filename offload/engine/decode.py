@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tree.draft import Drafter, DraftTree
+from tree.draft import DraftContext, Drafter, DraftTree
 from tree.logprobs import ScoredToken, Scoring
 from tree.sampling import SamplingParams
 from tree.shape import TreeShape
@@ -101,19 +101,20 @@ class DecodeLoop:
         *,
         tokens_left: int,
         repeatable: bool = False,
+        before: DraftContext | None = None,
         beside: Iterable[Sequence] = (),
     ) -> Sequence:
         """Begin with `text`, or go on from it, to at most `tokens_left` tokens more; its first `prompt_tokens` are a prompt.
         The sequences `beside` it keep their places, any other is lost. What its segment holds needs no pass, as an earlier
-        sequence began with it; a prompt that is to be scored needs them all. `scoring` changes no token; `repeatable` as in
-        `tree.draft.Drafter.start`."""
+        sequence began with it; a prompt that is to be scored needs them all. `scoring` changes no token; `repeatable` and
+        `before` as in `tree.draft.Drafter.start`."""
         with self._device.translated():
             place = self.sessions.take(text, prompt_tokens, [sequence.place for sequence in beside])
             if scoring is not None and scoring.prompt:
                 place.segments[0].truncate(0)
             draft = None
             if self._drafter is not None:
-                draft = self._drafter.start(place.number, text, prompt_tokens, repeatable=repeatable)
+                draft = self._drafter.start(place.number, text, prompt_tokens, repeatable=repeatable, before=before)
         return Sequence(
             place,
             draft,

@@ -67,6 +67,7 @@ class Engine:
         """Give back what the engine holds, after the pass under way. Texts that are not finished end with a UsageError."""
         self._closed = True
         with self.turn:
+            self._live.clear()
             self.forget()
             self._close()
 
@@ -78,7 +79,8 @@ class Engine:
     def forget(self) -> None:
         """Drop the keys and values of all earlier requests: the next starts cold, which is what a benchmark measures."""
         with self.turn:
-            self._live.clear()
+            while self._live:
+                self._give_up_place()
             self.loop.sessions.forget()
 
     def progress(self) -> PassProgress:
@@ -140,7 +142,7 @@ class Engine:
             self._live[generation] = self._live.pop(generation)
             return
         while len(self._live) >= self.plan.max_sequences:
-            self.leave(next(iter(self._live)))
+            self._give_up_place()
         request = generation.request
         joined = self.loop.join(
             generation.text_ids,
@@ -150,11 +152,18 @@ class Engine:
             generation.scoring,
             tokens_left=generation.tokens_left,
             repeatable=request.keeps_plan,
+            before=generation.draft_before,
             beside=self._live.values(),
         )
+        generation.draft_before = None
         if not generation.has_joined:
             generation.has_joined, generation.stats.reused_tokens = True, joined.segment.length
         self._live[generation] = joined
+
+    def _give_up_place(self) -> None:
+        """Of the text whose step was not asked for longest."""
+        generation = next(iter(self._live))
+        generation.draft_before = self._live.pop(generation).leave()
 
     def _run_pass(self) -> None:
         """One pass for all who have a place and wait for an outcome."""

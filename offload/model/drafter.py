@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from tree.aim import Aim
 from tree.context import TreeContext
+from tree.draft import DraftContext
 from tree.estimates import Estimates
 from tree.sources import TokenSources
 
@@ -80,7 +81,15 @@ class ModelDrafter:
         except (RuntimeError, FitError):
             self.record_nothing()
 
-    def start(self, place: int, token_ids: Sequence[int], prompt_tokens: int, *, repeatable: bool = False) -> TreeContext:
+    def start(
+        self,
+        place: int,
+        token_ids: Sequence[int],
+        prompt_tokens: int,
+        *,
+        repeatable: bool = False,
+        before: DraftContext | None = None,
+    ) -> TreeContext:
         """A text in segment `place` of the cache. The segment is the caller's to cut: it holds rows of a beginning of the text,
         not of all."""
         segment = self.cache.segments[place]
@@ -89,7 +98,8 @@ class ModelDrafter:
             self._fixed.restart(segment)
         estimates = Estimates(self._aim.acceptance) if repeatable else self._estimates
         model, sources = ModelContext(self, segment, token_ids), [each.start(token_ids) for each in self._sources]
-        return TreeContext(model, token_ids[-1], lambda: self._aim, sources, estimates)
+        assert before is None or isinstance(before, TreeContext)
+        return TreeContext(model, token_ids[-1], lambda: self._aim, sources, estimates, before)
 
     def forward(self, part: Part) -> torch.Tensor:
         """Logits [n, V] float32 of the rows of `part` that have some; V is the target's."""
