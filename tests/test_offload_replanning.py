@@ -252,6 +252,26 @@ def test_a_plan_changes_after_twice_as_many_rounds_at_the_earliest() -> None:
     assert changes == [FIRST_WAIT, 2 * FIRST_WAIT, 4 * FIRST_WAIT, 8 * FIRST_WAIT, 16 * FIRST_WAIT]
 
 
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_trees_go_on_following_a_text_in_which_much_is_found(share: float) -> None:
+    """A smaller tree is wanted, and a drawn one follows a text only where that is predicted to be worth it, which knows nothing
+    of finds."""
+    settings = replace(SETTINGS, sampling=sampling_kind(0.6))
+    made, base = planned(settings)
+    following = replace(made, dynamic=True, ngram=True)
+    workload = replace(base.workload, grows_ahead=False)  # what dynamic trees alone can do
+    loop, replanner = Loop(following, replace(base, workload=workload)), Replanner(None, 0.0)
+    tokens = round(made.prediction.expected_tokens)
+    taken = one_round(following, tokens=tokens)
+    pass_s = 4 * (taken.pass_s - taken.stall_s)  # no link is waited for any more
+    round_s = pass_s + taken.draft_s + taken.verify_s
+    taken = replace(taken, pass_s=pass_s, stall_s=0.0, round_s=round_s, ngram_tokens=round(share * tokens))
+    assert not made.dynamic
+    while not replanner.consider(loop):
+        replanner.saw(loop.plan, taken)
+    assert loop.plan.dynamic is (share > 0) and loop.plan.tree.num_nodes < made.tree.num_nodes
+
+
 def test_rounds_that_are_not_whole_say_nothing() -> None:
     made, base = planned()
     loop, replanner = Loop(made, base), Replanner(None, 0.0)

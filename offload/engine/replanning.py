@@ -37,6 +37,7 @@ SEVERAL = 6  # rounds that say so
 MANY = 32  # rounds that say how many tokens a pass has where they are drawn, which differ more than its seconds
 COUNTED = 256  # of the last rounds, whose verdicts say what is accepted
 FIRST_WAIT, MOST_WAIT = 7, 640  # rounds until a plan may be changed: the first ones are not as all others are
+LEAST_FOUND = 0.05  # of the tokens of a pass, for which a tree has to follow the text
 REGULAR = 64  # rounds after which a plan that holds is looked at again
 MEASURED_SHARE = 0.05  # of the time of all rounds, which may be spent on measuring
 KEPT_POINTS = 3  # trees that ran before, whose times are remembered
@@ -128,7 +129,9 @@ class Replanner:
             draft = replace(draft, acceptance=learned(self._believed, counter, num_nodes))
         workload, draft = refit(seen, plan, workload, draft, tokens, self._points)
         self._points = [*self._points, point_of(plan, seen, workload, draft)][-KEPT_POINTS:]
-        chosen = choose_again(fallbacks.settings, plan, workload, draft, tokens, self._num_rounds, why)
+        # Trees of one shape hold no finds, which is more than any acceptance says of them.
+        kinds = (True,) if plan.dynamic and seen.found > LEAST_FOUND * seen.tokens else (True, False)
+        chosen = choose_again(fallbacks.settings, plan, workload, draft, tokens, self._num_rounds, why, kinds=kinds)
         return chosen, fallbacks.with_times(workload, draft)
 
     def _counter(self) -> tuple[AcceptanceCounter, int]:
@@ -208,6 +211,7 @@ def seen_in(rounds: Sequence[PassStats], num_rounds: int) -> Seen:
     return Seen(
         num_rounds=len(tokens),
         tokens=sum(tokens) / len(tokens),
+        found=sum([one.ngram_tokens for one in rounds][-num_rounds:]) / len(tokens),
         nodes=nodes,
         foreseen=mean(lambda one: one.foreseen_nodes) / nodes if nodes else 0.0,
         round_s=mean(lambda one: one.round_s),

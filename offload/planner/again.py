@@ -1,5 +1,6 @@
 """Pure: what is chosen again while a run goes on, by times and acceptance as they have proven to be, in the memory there is."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from tree.shape import TreeShape
@@ -28,16 +29,20 @@ def choose_again(
     tokens: float,
     num_rounds: int,
     why: str = "",
+    *,
+    kinds: Sequence[bool] = (True, False),
 ) -> Plan:
     """`plan` with the trees that are best by the times of `workload` and `draft`, within `room_nodes`; or with its own, where
     others are hardly better; in any case with what is to be expected of them. The plan's trees may have more `tokens` a pass
     than `draft` says, which scales ranks alike and so never has nodes accepted for certain (see `_with_whole`). `why` is added
-    to the note that says what changed."""
+    to the note that says what changed; `kinds` as in `best_choice`."""
     memory = memory_of(plan)
     fixed = replace(workload, memory=lambda draft, num_nodes, num_slots, coded: memory, codings=(False,))
     plain = predict_tree(workload, memory, ROOT, None)
     sizes = [size for size in NODES if 1 < size <= plan.room_nodes]
-    found = best_choice(fixed, [draft], (plan.num_slots,), max_nodes=plan.room_nodes, sizes=sizes) if draft and sizes else None
+    found = None
+    if draft is not None and sizes:
+        found = best_choice(fixed, [draft], (plan.num_slots,), max_nodes=plan.room_nodes, sizes=sizes, kinds=kinds)
     vocab_size = workload.target.vocab_size
     own = plan.tree, kind_of(fixed, memory, plan.tree, draft, dynamic=plan.dynamic) if plan.tree.num_nodes > 1 else STATIC
     expected = predict_tree(workload, memory, plan.tree, draft, own[1])

@@ -27,11 +27,12 @@ APART = 1.25  # times as many rows: points that are nearer say nothing more
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
     """Seconds of a round and its parts, as a Prediction has them, and tokens a round, over the last `num_rounds` rounds of one
-    plan, whose trees had `nodes` nodes, of which the share `foreseen` was grown ahead. `copied_s`: how long the link was at its
-    copies, 0 where nothing is streamed."""
+    plan, whose trees had `nodes` nodes, of which the share `foreseen` was grown ahead. `found`: how many of the tokens
+    were found in a text. `copied_s`: how long the link was at its copies, 0 where nothing is streamed."""
 
     num_rounds: int
     tokens: float
+    found: float = 0.0
     nodes: float = 0.0
     foreseen: float = 0.0
     round_s: float
