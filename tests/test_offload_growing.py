@@ -85,6 +85,10 @@ def test_greedy_text_is_that_of_plain_decoding(models: Models, kind: str, draft:
             report = engine.generate(PROMPT, max_new_tokens=40, ignore_eos=True)
             assert report.token_ids == expected
             assert sum(one.ahead_nodes for one in report.stats.passes) > 0
+            assert any(one.ahead_s > 0 for one in report.stats.passes) is (
+                resident_layers == 0 and kind != "away"
+            )  # between layers that are waited for
+            assert all(one.compute_s + one.ahead_s <= one.pass_s for one in report.stats.passes)
             assert foreseen(report) > 0 or draft == "random"
 
 

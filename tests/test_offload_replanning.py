@@ -125,6 +125,20 @@ def test_a_plan_predicts_what_was_seen_of_it(compute: float, draft: float, link:
     assert predicted.expected_tokens == pytest.approx(seen.tokens, rel=0.02)
 
 
+@pytest.mark.parametrize("times", [0.5, 3.0])
+def test_what_steps_ahead_take_is_theirs_and_not_that_of_computing(times: float) -> None:
+    """Layers looked slow, and the next tree was a small one."""
+    made, base = planned()
+    steps_s = made.ahead_steps * float(DRAFT.ahead_s(made.tree.num_nodes))
+    tokens, predicted = made.prediction.expected_tokens, made.prediction
+    seen = seen_as_predicted(made, ahead_s=times * steps_s, foreseen=predicted.hidden_draft_s / predicted.draft_s)
+    workload, option = refit(seen, made, base.workload, base.draft, tokens)
+    assert option is not None and float(option.ahead_s(64)) == pytest.approx(times * float(DRAFT.ahead_s(64)), rel=1e-3)
+    assert workload.times.layer(64) == pytest.approx(base.workload.times.layer(64), rel=1e-3)
+    again = choose_again(SETTINGS, made, workload, option, tokens, SEVERAL)
+    assert made.ahead_steps > 0 and (again.ahead_steps < made.ahead_steps) is (times > 1)
+
+
 @pytest.mark.parametrize(("temperature", "num_rounds"), [(0.0, BELIEVED_GREEDY_ROUNDS), (0.6, BELIEVED_ROUNDS)])
 def test_a_few_rounds_are_believed_half_of_what_they_say_of_the_acceptance(temperature: float, num_rounds: int) -> None:
     wanted = replace(SETTINGS, sampling=sampling_kind(temperature))

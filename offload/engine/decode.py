@@ -205,7 +205,7 @@ class DecodeLoop:
             )
         ahead.finish()
         for sequence, num_nodes in zip(growing, ahead.nodes, strict=True):
-            sequence.ahead_nodes = num_nodes
+            sequence.ahead_nodes, sequence.ahead_s = num_nodes, ahead.kept_s
         if ahead.failed is not None:
             self._grow_no_more_ahead(ahead.failed.what)
         if self._trace is not None:

@@ -32,6 +32,7 @@ class PassTimes:
             ngram_tokens=sum(node in draft.found for node in verdict.path[1:]) if draft is not None else 0,
             foreseen_nodes=draft.foreseen if draft is not None else 0,
             ahead_nodes=turn.sequence.ahead_nodes,
+            ahead_s=turn.sequence.ahead_s,
             bytes_streamed=bytes_streamed,
             draft_s=self.drafted_s - start_s,
             pass_s=self.computed_s - self.drafted_s,

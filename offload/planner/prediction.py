@@ -32,14 +32,15 @@ CATCH_UP_ROWS = 2  # what a draft reads before its first level: the new root, an
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftOption:
     """A draft that may be used, how often the target accepts it, and how long its levels take. `foreseen` is the share of its
-    work that growing ahead does, in as many steps as a tree takes. `on_host`: it computes there, and takes nothing from the
-    device."""
+    work that growing ahead does, in as many steps as a tree takes; a step takes `ahead_times` as long as a level of as many
+    nodes. `on_host`: it computes there, and takes nothing from the device."""
 
     name: str
     cost: ModelCost
     times: ModelTimes
     acceptance: Acceptance
     foreseen: float = FORESEEN
+    ahead_times: float = 1.0
     on_host: bool = False
 
     @property
@@ -74,7 +75,8 @@ class DraftOption:
 
     def ahead_s(self, num_nodes: npt.ArrayLike) -> Floats:
         """Seconds of a step ahead, of trees of so many nodes."""
-        return self.level_s(np.clip(np.asarray(num_nodes) // STEPS_OF_A_TREE, LEAST_STEP_ROWS, MOST_STEP_ROWS))
+        rows = np.clip(np.asarray(num_nodes) // STEPS_OF_A_TREE, LEAST_STEP_ROWS, MOST_STEP_ROWS)
+        return np.asarray(self.ahead_times * self.level_s(rows))
 
     def hidden(self, num_steps: Floats, ahead_steps: npt.ArrayLike) -> Floats:
         """The share of trees of so many steps that is grown already, when so many steps were taken ahead."""

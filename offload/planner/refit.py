@@ -27,8 +27,9 @@ APART = 1.25  # times as many rows: points that are nearer say nothing more
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
     """Seconds of a round and its parts, as a Prediction has them, and tokens a round, over the last `num_rounds` rounds of one
-    plan, whose trees had `nodes` nodes, of which the share `foreseen` was grown ahead. `found`: how many of the tokens
-    were found in a text. `copied_s`: how long the link was at its copies, 0 where nothing is streamed."""
+    plan, whose trees had `nodes` nodes, of which the share `foreseen` was grown ahead. `found`: how many of the tokens were
+    found in a text. `ahead_s`: steps ahead that kept the pass, no part of computing. `copied_s`: how long the link was at its
+    copies, 0 where nothing is streamed."""
 
     num_rounds: int
     tokens: float
@@ -39,6 +40,7 @@ class Seen:
     compute_s: float
     draft_s: float
     after_s: float
+    ahead_s: float = 0.0
     copied_s: float
 
 
@@ -110,6 +112,9 @@ def refit(
     levels = [(point.rows, point.level_s / draft.cost.equivalent_layers) for point in earlier if point.level_s]
     if not draft.cost.is_base:
         draft = replace(draft, times=_through(draft.times, levels, rows))
+    if plan.ahead_steps and seen.ahead_s > 0:
+        steps_s = plan.ahead_steps * float(replace(draft, ahead_times=1.0).ahead_s(plan.tree.num_nodes))
+        draft = replace(draft, ahead_times=_ratio(seen.ahead_s, steps_s))
     fitted = scaled_acceptance(draft.acceptance, plan.tree, tokens, vocab_size=vocab_size, dynamic=plan.dynamic)
     return workload, replace(draft, acceptance=fitted)
 

@@ -64,7 +64,7 @@ def deviation(
     if abs(share) <= TOLERANCE:
         return None
     expected = prediction.expected_tokens
-    compute_s = _mean([max(one.pass_s - one.stall_s, 0.0) for one in rounds])
+    compute_s = _mean([one.compute_s for one in rounds])
     draft_s = _mean([one.draft_s for one in rounds])
     terms = {
         ACCEPTANCE: (expected, tokens, round_s / tokens - round_s / expected),
