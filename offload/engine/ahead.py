@@ -27,7 +27,7 @@ class GrowthAhead:
         self._begun: Ticket | None = None
         self.nodes = [0] * len(drafts)
         self.spans: list[tuple[float, float]] = []
-        self.kept_s = 0.0  # seconds by which they kept the pass
+        self.until_s: dict[int, float] = {}  # when layers could begin for the steps before them, which keep the host
         self.failed: OutOfMemoryError | None = None
 
     def begin(self) -> None:
@@ -39,8 +39,8 @@ class GrowthAhead:
         for _ in range(self._before.get(layer, 0)):
             if self._due:
                 self._step()
-                start_s, end_s = self.spans[-1]
-                self.kept_s += end_s - start_s if self._device.at_once else 0.0
+                if self._device.at_once:
+                    self.until_s[layer] = self.spans[-1][1]
 
     def finish(self) -> None:
         """The pass has been issued: what is left comes now."""

@@ -75,6 +75,7 @@ class DecodeLoop:
         self._device, self._target, self._stream, self._drafter = device, target, stream, drafter
         self.sessions, self._plan, self._method, self._trace, self.fallbacks = sessions, plan, method, trace, fallbacks
         self._may_grow_ahead = True
+        self._ahead: GrowthAhead | None = None  # of the last pass
 
     @property
     def plan(self) -> Plan:
@@ -195,7 +196,7 @@ class DecodeLoop:
 
     def _run_target(self, turns: Tokens[Turn]) -> tuple[PartOutput, ...]:
         growing = [turn.sequence for turn in turns if turn.draft is not None and turn.sequence.draft is not None]
-        ahead = self._growth_ahead(growing)
+        ahead = self._ahead = self._growth_ahead(growing)
         ahead.begin()
         with self._device.first() if self._plan.ahead_steps else nullcontext():
             outputs = self._target.forward(
@@ -205,7 +206,7 @@ class DecodeLoop:
             )
         ahead.finish()
         for sequence, num_nodes in zip(growing, ahead.nodes, strict=True):
-            sequence.ahead_nodes, sequence.ahead_s = num_nodes, ahead.kept_s
+            sequence.ahead_nodes = num_nodes
         if ahead.failed is not None:
             self._grow_no_more_ahead(ahead.failed.what)
         if self._trace is not None:
@@ -237,7 +238,7 @@ class DecodeLoop:
             if turn.draft is None or judged.verdict is None:
                 sequence.start_s, sequence.bytes_read = since_s, num_bytes
                 continue
-            times = times or pass_times(self._device, self._stream, self._trace, start_s, verified_s)
+            times = times or pass_times(self._device, self._stream, self._ahead, self._trace, start_s, verified_s)
             results[sequence] = StepResult(
                 shape=turn.draft.shape,
                 token_ids=judged.verdict.token_ids,

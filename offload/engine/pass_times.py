@@ -10,16 +10,20 @@ from ..report.stats import PassStats
 from ..report.trace import Trace
 from ..streaming.pass_log import LayerTiming, layer_timings
 from ..streaming.stream import LayerStream
+from .ahead import GrowthAhead
 from .turn import Turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassTimes:
-    """When drafting and computing ended, and the pass with all that follows it; layer by layer."""
+    """When drafting and computing ended, and the pass with all that follows it; layer by layer. `ahead_s` and
+    `late_s` as in PassStats."""
 
     drafted_s: float
     computed_s: float
     end_s: float
+    ahead_s: float
+    late_s: float
     layers: tuple[LayerTiming, ...]
 
     def stats(self, start_s: float, turn: Turn, verdict: Verdict, bytes_streamed: int) -> PassStats:
@@ -32,7 +36,8 @@ class PassTimes:
             ngram_tokens=sum(node in draft.found for node in verdict.path[1:]) if draft is not None else 0,
             foreseen_nodes=draft.foreseen if draft is not None else 0,
             ahead_nodes=turn.sequence.ahead_nodes,
-            ahead_s=turn.sequence.ahead_s,
+            ahead_s=self.ahead_s,
+            late_s=self.late_s,
             bytes_streamed=bytes_streamed,
             draft_s=self.drafted_s - start_s,
             pass_s=self.computed_s - self.drafted_s,
@@ -44,15 +49,20 @@ class PassTimes:
         )
 
 
-def pass_times(device: Device, stream: LayerStream, trace: Trace | None, start_s: float, verified_s: float) -> PassTimes:
+def pass_times(
+    device: Device, stream: LayerStream, ahead: GrowthAhead | None, trace: Trace | None, start_s: float, verified_s: float
+) -> PassTimes:
     """Of the pass that has just ended. It was begun with its drafts at `start_s` and had its verdicts at `verified_s`."""
     log = stream.log
     assert log is not None
     timings = tuple(layer_timings(device, log))
+    until_s = ahead.until_s if ahead is not None else {}
     times = PassTimes(
         drafted_s=device.interval(log.start).end_s,
         computed_s=timings[-1].compute.end_s,
         end_s=time.monotonic(),
+        ahead_s=sum([end_s - begin_s for begin_s, end_s in ahead.spans]) if ahead is not None and until_s else 0.0,
+        late_s=sum([max(until_s[timing.layer] - timing.compute.start_s, 0.0) for timing in timings if timing.layer in until_s]),
         layers=timings,
     )
     if trace is not None:

@@ -40,7 +40,6 @@ class Sequence:
         self.start_s: float | None = None
         self.bytes_read = 0
         self.ahead_nodes = 0  # that were grown in its last pass
-        self.ahead_s = 0.0  # that this kept the pass
 
     @property
     def token_ids(self) -> list[int]:

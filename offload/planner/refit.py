@@ -28,7 +28,7 @@ APART = 1.25  # times as many rows: points that are nearer say nothing more
 class Seen:
     """Seconds of a round and its parts, as a Prediction has them, and tokens a round, over the last `num_rounds` rounds of one
     plan, whose trees had `nodes` nodes, of which the share `foreseen` was grown ahead. `found`: how many of the tokens were
-    found in a text. `ahead_s`: steps ahead that kept the pass, no part of computing. `copied_s`: how long the link was at its
+    found in a text. `ahead_s`: what all steps ahead took, where they keep the host. `copied_s`: how long the link was at its
     copies, 0 where nothing is streamed."""
 
     num_rounds: int

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 class PassStats:
     """One round: draft_s until the first layer is asked for, pass_s until the last one is computed, verify_s the rest, the head
     included. `stall_s` is compute waiting for copies, summed over layers; `copied_s` is the time copies were under way.
-    `ahead_s`: drafts that grew ahead between layers, where they keep the pass.
+    `ahead_s` are steps of drafts between layers, where these keep the host; by `late_s` layers were late for them.
 
     Of `num_rows` rows `num_nodes` were a tree's, of which `foreseen_nodes` had been grown while the pass before ran;
     `ahead_nodes` were grown while this one did. Of the tokens emitted, `ngram_tokens` were found in a text."""
@@ -19,6 +19,7 @@ class PassStats:
     foreseen_nodes: int = 0
     ahead_nodes: int = 0
     ahead_s: float = 0.0
+    late_s: float = 0.0
     bytes_streamed: int
     draft_s: float
     pass_s: float
@@ -30,8 +31,8 @@ class PassStats:
 
     @property
     def compute_s(self) -> float:
-        """Of the pass, what neither waited nor grew."""
-        return max(self.pass_s - self.stall_s - self.ahead_s, 0.0)
+        """Of the pass, what neither waited for copies nor for drafts."""
+        return max(self.pass_s - self.stall_s - self.late_s, 0.0)
 
 
 @dataclass(slots=True)
