@@ -88,7 +88,7 @@ def test_greedy_text_is_that_of_plain_decoding(models: Models, kind: str, draft:
             assert any(one.ahead_s > 0 for one in report.stats.passes) is (
                 resident_layers == 0 and kind != "away"
             )  # between layers that are waited for
-            assert all(0 < one.compute_s <= one.pass_s and one.late_s <= one.ahead_s for one in report.stats.passes)
+            assert all(0 < one.compute_s <= one.pass_s and (one.ahead_s > 0 or not one.late_s) for one in report.stats.passes)
             assert foreseen(report) > 0 or draft == "random"
 
 
