@@ -39,7 +39,7 @@ def trees(document: Document) -> str:
         if row["tree"] == "none" and row["temperature"]:
             continue
         name = TREES.get(row["tree"], "tree of {nodes} nodes (`--tree {tree}`)").format(
-            kind=" that follow the text" if row.get("dynamic") else "", **row
+            kind=" that follow the text" if row["dynamic"] else "", **row
         )
         rows.append(
             (
