@@ -7,6 +7,7 @@ come when the pass has been issued, beside it.
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from tree.draft import DraftContext
 
@@ -15,9 +16,17 @@ from ..errors import OutOfMemoryError
 from ..weights.placement import Placement, shared_out
 
 
+@dataclass(slots=True)
+class AheadTimes:
+    """When the steps of one pass were taken, in `spans`; and when those before a layer ended, where they keep the host."""
+
+    spans: list[tuple[float, float]] = field(default_factory=list)
+    until_s: dict[int, float] = field(default_factory=dict)
+
+
 class GrowthAhead:
-    """Of one pass: `steps[k]` steps of `drafts[k]`, each in turn. `nodes[k]` is how many nodes that brought; `spans` are the
-    times of steps. An error of memory ends it, and is `failed`: the pass itself goes on."""
+    """Of one pass: `steps[k]` steps of `drafts[k]`, each in turn. `nodes[k]` is how many nodes that brought; `times` says when.
+    An error of memory ends it, and is `failed`: the pass itself goes on."""
 
     def __init__(self, device: Device, drafts: Sequence[DraftContext], steps: Sequence[int], placement: Placement) -> None:
         self._device, self._drafts = device, drafts
@@ -26,8 +35,7 @@ class GrowthAhead:
         self._before = shared_out(len(self._due), placement.streamed) if waits else {}
         self._begun: Ticket | None = None
         self.nodes = [0] * len(drafts)
-        self.spans: list[tuple[float, float]] = []
-        self.until_s: dict[int, float] = {}  # when layers could begin for the steps before them, which keep the host
+        self.times = AheadTimes()
         self.failed: OutOfMemoryError | None = None
 
     def begin(self) -> None:
@@ -40,7 +48,7 @@ class GrowthAhead:
             if self._due:
                 self._step()
                 if self._device.at_once:
-                    self.until_s[layer] = self.spans[-1][1]
+                    self.times.until_s[layer] = self.times.spans[-1][1]
 
     def finish(self) -> None:
         """The pass has been issued: what is left comes now."""
@@ -56,4 +64,4 @@ class GrowthAhead:
         except OutOfMemoryError as error:
             self.failed = error.with_traceback(None)  # which holds all that was computed
             self._due.clear()
-        self.spans.append((start_s, time.monotonic()))
+        self.times.spans.append((start_s, time.monotonic()))

@@ -26,7 +26,7 @@ from ..planner.plan import Plan
 from ..report.stats import PassStats
 from ..report.trace import Trace
 from ..streaming.stream import LayerStream, PassProgress
-from .ahead import GrowthAhead
+from .ahead import AheadTimes, GrowthAhead
 from .pass_times import pass_times
 from .sequence import Sequence, share_rows
 from .sessions import Sessions, host_limit_bytes
@@ -75,7 +75,7 @@ class DecodeLoop:
         self._device, self._target, self._stream, self._drafter = device, target, stream, drafter
         self.sessions, self._plan, self._method, self._trace, self.fallbacks = sessions, plan, method, trace, fallbacks
         self._may_grow_ahead = True
-        self._ahead: GrowthAhead | None = None  # of the last pass
+        self._ahead_times = AheadTimes()  # of the last pass
 
     @property
     def plan(self) -> Plan:
@@ -196,7 +196,8 @@ class DecodeLoop:
 
     def _run_target(self, turns: Tokens[Turn]) -> tuple[PartOutput, ...]:
         growing = [turn.sequence for turn in turns if turn.draft is not None and turn.sequence.draft is not None]
-        ahead = self._ahead = self._growth_ahead(growing)
+        ahead = self._growth_ahead(growing)
+        self._ahead_times = ahead.times
         ahead.begin()
         with self._device.first() if self._plan.ahead_steps else nullcontext():
             outputs = self._target.forward(
@@ -210,7 +211,7 @@ class DecodeLoop:
         if ahead.failed is not None:
             self._grow_no_more_ahead(ahead.failed.what)
         if self._trace is not None:
-            for start_s, end_s in ahead.spans:
+            for start_s, end_s in ahead.times.spans:
                 self._trace.add("draft ahead", "step", start_s, end_s)
         return outputs
 
@@ -238,7 +239,7 @@ class DecodeLoop:
             if turn.draft is None or judged.verdict is None:
                 sequence.start_s, sequence.bytes_read = since_s, num_bytes
                 continue
-            times = times or pass_times(self._device, self._stream, self._ahead, self._trace, start_s, verified_s)
+            times = times or pass_times(self._device, self._stream, self._ahead_times, self._trace, start_s, verified_s)
             results[sequence] = StepResult(
                 shape=turn.draft.shape,
                 token_ids=judged.verdict.token_ids,

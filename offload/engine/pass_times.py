@@ -10,7 +10,7 @@ from ..report.stats import PassStats
 from ..report.trace import Trace
 from ..streaming.pass_log import LayerTiming, layer_timings
 from ..streaming.stream import LayerStream
-from .ahead import GrowthAhead
+from .ahead import AheadTimes
 from .turn import Turn
 
 
@@ -50,19 +50,18 @@ class PassTimes:
 
 
 def pass_times(
-    device: Device, stream: LayerStream, ahead: GrowthAhead | None, trace: Trace | None, start_s: float, verified_s: float
+    device: Device, stream: LayerStream, ahead: AheadTimes, trace: Trace | None, start_s: float, verified_s: float
 ) -> PassTimes:
     """Of the pass that has just ended. It was begun with its drafts at `start_s` and had its verdicts at `verified_s`."""
     log = stream.log
     assert log is not None
     timings = tuple(layer_timings(device, log))
-    until_s = ahead.until_s if ahead is not None else {}
     times = PassTimes(
         drafted_s=device.interval(log.start).end_s,
         computed_s=timings[-1].compute.end_s,
         end_s=time.monotonic(),
-        ahead_s=sum([end_s - begin_s for begin_s, end_s in ahead.spans]) if ahead is not None and until_s else 0.0,
-        late_s=sum([max(until_s[timing.layer] - timing.compute.start_s, 0.0) for timing in timings if timing.layer in until_s]),
+        ahead_s=sum([end_s - begin_s for begin_s, end_s in ahead.spans]) if ahead.until_s else 0.0,
+        late_s=sum([max(ahead.until_s.get(one.layer, 0.0) - one.compute.start_s, 0.0) for one in timings]),
         layers=timings,
     )
     if trace is not None:
