@@ -77,6 +77,7 @@ class TreeContext:
         """Accepted leaves were not run: the model reads their tokens with the next tree. If the next root was grown ahead, what
         hangs below it is the start of that tree: the verifier has not looked at it (docs/losslessness.md, section 9)."""
         accepted, kept, self._start = [self._runs[node] for node in path[1:] if node in self._runs], list[int](), None
+        self._was_elsewhere = False
         if self._tree is not None and self._asked is not None:
             nodes = [self._nodes[place] for place in path]
             count_verdict(self._proposers.estimates, self._tree, self._asked, nodes, token_ids)
