@@ -12,7 +12,7 @@ from enumeration import TOLERANCE, UNIT, VERIFIERS, Choices, Law, World, continu
 from exactness import chi_square
 from text_drafters import Draw, FeatureDrafter, TextContext, TextDrafter
 from tree.aim import Aim
-from tree.draft import DraftContext, Drafter, DraftTree
+from tree.draft import Drafter, DraftTree
 from tree.sampling import SamplingParams
 from tree.shape import TreeShape
 from tree.verify import METHODS, Method, verify
@@ -148,7 +148,7 @@ def test_what_was_grown_ahead_may_be_the_next_tree(verifier: str) -> None:
             prompt_tokens: int,
             *,
             repeatable: bool = False,
-            before: DraftContext | None = None,
+            before: object | None = None,
         ) -> AheadContext:
             contexts.append(AheadContext(self, list(token_ids)))
             return contexts[-1]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tree.aim import Aim
-from tree.draft import DraftContext, DraftTree
+from tree.draft import DraftTree
 from tree.sampling import SamplingParams, sample_without_replacement, to_probabilities
 from tree.shape import TreeShape
 
@@ -55,7 +55,7 @@ class TextDrafter:
         prompt_tokens: int,
         *,
         repeatable: bool = False,
-        before: DraftContext | None = None,
+        before: object | None = None,
     ) -> "TextContext":
         assert 0 < prompt_tokens <= len(token_ids)
         self.contexts[place] = TextContext(self, list(token_ids))
@@ -146,7 +146,7 @@ class FeatureDrafter:
         prompt_tokens: int,
         *,
         repeatable: bool = False,
-        before: DraftContext | None = None,
+        before: object | None = None,
     ) -> "FeatureContext":
         self.contexts[place] = FeatureContext(self, list(token_ids))
         return self.contexts[place]

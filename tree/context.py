@@ -4,13 +4,14 @@ Knows tokens and rounds, not caches: those are the model's. Trees are of the pla
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .aim import Aim
 from .draft import DraftTree, TextModel, grow
-from .dynamic import Asked, DynamicTree, Proposers, count_verdict
+from .dynamic import Asked, DynamicTree, Proposers, PutAside, count_verdict
 from .estimates import Estimates
 from .growing import GrowingTree
 from .nodes import Node
@@ -19,12 +20,20 @@ from .shape import TreeShape
 from .sources import TokenSource
 
 
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What a text's trees go on from in another place: what children are worth, and what was grown ahead."""
+
+    estimates: Estimates
+    ahead: PutAside | None
+
+
 class TreeContext:
     """Implements `tree.draft.DraftContext`: the trees of one text, whose last committed token is `root`.
 
     model: None if only `sources` propose; all of one text. aim: what trees are to be like; it may change between rounds.
     estimates: what children are worth, which verdicts teach; None for some of its own.
-    before: of the same text, in the place that it has left. Its estimates, and what it has grown ahead, are taken over.
+    before: what the same text has left in another place.
     """
 
     def __init__(
@@ -34,16 +43,14 @@ class TreeContext:
         aim: Callable[[], Aim],
         sources: Sequence[TokenSource] = (),
         estimates: Estimates | None = None,
-        before: "TreeContext | None" = None,
+        before: Left | None = None,
     ) -> None:
         self.model, self._root, self._aim = model, root, aim
-        if before is not None:
-            estimates = before._proposers.estimates
-        self._proposers: Proposers = Proposers(model, tuple(sources), estimates or Estimates(aim().acceptance))
+        estimates = before.estimates if before is not None else estimates or Estimates(aim().acceptance)
+        self._proposers = Proposers(model, tuple(sources), estimates)
         self._runs: dict[int, int] = {}  # of the nodes of the last planned tree that were run: their places in the model
-        # What the last verdict left of what was grown ahead, and whether that was in another place.
-        self._start: DynamicTree | None = before._start if before is not None else None
-        self._was_elsewhere = self._start is not None
+        self._start: DynamicTree | None = None  # what the last verdict left of what was grown ahead
+        self._aside = before.ahead if before is not None else None  # the same, where that was in another place
         # The tree of this round if it is dynamic, what it was asked for, and its nodes as they were submitted.
         self._tree: DynamicTree | None = None
         self._asked: Asked | None = None
@@ -77,7 +84,6 @@ class TreeContext:
         """Accepted leaves were not run: the model reads their tokens with the next tree. If the next root was grown ahead, what
         hangs below it is the start of that tree: the verifier has not looked at it (docs/losslessness.md, section 9)."""
         accepted, kept, self._start = [self._runs[node] for node in path[1:] if node in self._runs], list[int](), None
-        self._was_elsewhere = False
         if self._tree is not None and self._asked is not None:
             nodes = [self._nodes[place] for place in path]
             count_verdict(self._proposers.estimates, self._tree, self._asked, nodes, token_ids)
@@ -93,19 +99,18 @@ class TreeContext:
             source.follow(token_ids)
         self._root, self._runs, self._tree, self._nodes = token_ids[-1], {}, None, ()
 
-    def leave(self) -> None:
-        if self._start is not None:
-            self._start.to_host()
+    def leave(self) -> Left:
+        return Left(self._proposers.estimates, self._start.put_aside() if self._start is not None else self._aside)
 
     def _started(self, asked: Asked, sampled: bool) -> DynamicTree:
         """Where a round begins: with what was grown ahead, if the model still knows it, also where the last round was taken
         back; or with the root alone."""
+        if self._aside is not None and self.model is not None and self.model.room >= self._aside.tree.num_run:
+            self._start = self._aside.resume(self._proposers, asked.generator.device)
+        self._aside = None
         before, start, model = self._tree, self._start, self.model
         if start is not None and model is not None and start.tree.sampled == sampled:
-            if self._was_elsewhere and model.room >= start.num_run:
-                self._start = start = start.run_again(self._proposers, asked.generator.device)
-                self._was_elsewhere = False
-            elif start.num_run > 0 and before is not None and model.num_nodes == before.num_run:
+            if start.num_run > 0 and before is not None and model.num_nodes == before.num_run:
                 model.follow((), (), range(start.num_run))
             if start.num_run == 0:
                 model.begin()  # the root alone is known: nothing would tell that the model has let go of it

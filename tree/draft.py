@@ -132,9 +132,9 @@ class DraftContext(Protocol):
         """
         ...
 
-    def leave(self) -> None:
-        """The text gives its place up, between rounds, and may go on in another one: see `Drafter.start`. What is kept for that
-        lies in host memory."""
+    def leave(self) -> object:
+        """What the trees of a text go on from that gives its place up, between rounds, and may come back: see `Drafter.start`.
+        It lies in host memory, and holds nothing of the place or the drafter, which may be closed while it is kept."""
         ...
 
 
@@ -161,12 +161,12 @@ class Drafter(Protocol):
         prompt_tokens: int,
         *,
         repeatable: bool = False,
-        before: DraftContext | None = None,
+        before: object | None = None,
     ) -> DraftContext:
         """A text begins in `place`, or is taken up again. `token_ids` are committed, the first `prompt_tokens` of them a
         prompt; the last is the root of the first tree. repeatable: its trees depend on nothing but this text, its seed and
         what `aim` was told, so that a seed repeats it; others may build on what was counted of earlier texts.
-        before: this drafter's own, of the place that the text has left; its trees go on as if it had never left."""
+        before: what `DraftContext.leave` said in the place that the text had; its trees go on as if it had never left."""
         ...
 
 

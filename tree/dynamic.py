@@ -143,22 +143,9 @@ class DynamicTree:
         """The same, with nodes of its own."""
         return DynamicTree(self._proposers, self.tree.copy(), self._rows)
 
-    # -- from place to place ----------------------------------------------------------------------------------------------
-
-    def to_host(self) -> None:
-        """Its rows lie in host memory from here on. It does not grow there."""
-        self._rows = [rows.cpu() for rows in self._rows]
-
-    def run_again(self, proposers: Proposers, device: torch.device) -> "DynamicTree":
-        """The same tree, where another model knows the text alone: it runs what this one's knew. Nothing is drawn."""
-        tree, model = self.tree.copy(), proposers.model
-        assert model is not None
-        model.begin()
-        nodes = sorted((node for node in tree.nodes if node.parent is not None and node.run is not None), key=_run)
-        if nodes:
-            parents = [_run(node.parent) for node in nodes if node.parent is not None]
-            model.expand(parents, index_tensor([node.token_id for node in nodes], device))
-        return DynamicTree(proposers, tree, [rows.to(device) for rows in self._rows])
+    def put_aside(self) -> "PutAside":
+        """The same without its place, to be resumed in another."""
+        return PutAside(self.tree, tuple(rows.cpu() for rows in self._rows))
 
     # -- one step ---------------------------------------------------------------------------------------------------------
 
@@ -245,9 +232,27 @@ class DynamicTree:
         return shares
 
 
-def _run(node: Node) -> int:
-    assert node.run is not None
-    return node.run
+@dataclass(frozen=True, slots=True)
+class PutAside:
+    """A tree that is in no place, and its rows in host memory."""
+
+    tree: GrowingTree
+    rows: tuple[Tensor, ...]
+
+    def resume(self, proposers: Proposers, device: torch.device) -> DynamicTree:
+        """Where a model knows the text alone: it runs what the one before knew. Nothing is drawn."""
+        tree, model = self.tree.copy(), proposers.model
+        runs = {node.run: node for node in tree.nodes if node.run is not None}
+        parents, token_ids = list[int](), list[int]()
+        for place in range(tree.num_run):
+            parent = runs[place].parent
+            assert parent is not None and parent.run is not None
+            parents.append(parent.run)
+            token_ids.append(runs[place].token_id)
+        if parents and model is not None:
+            model.begin()
+            model.expand(parents, index_tensor(token_ids, device))
+        return DynamicTree(proposers, tree, [rows.to(device) for rows in self.rows])
 
 
 def count_verdict(

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from .aim import Aim
-from .context import TreeContext
-from .draft import DraftContext
+from .context import Left, TreeContext
 from .estimates import Estimates
 from .sources import TokenSources
 
@@ -28,9 +27,9 @@ class SourceDrafter:
         prompt_tokens: int,
         *,
         repeatable: bool = False,
-        before: DraftContext | None = None,
+        before: object | None = None,
     ) -> TreeContext:
         estimates = Estimates(self._aim.acceptance) if repeatable else self._estimates
         sources = [source.start(token_ids) for source in self._sources]
-        assert before is None or isinstance(before, TreeContext)
+        assert before is None or isinstance(before, Left)
         return TreeContext(None, token_ids[-1], lambda: self._aim, sources, estimates, before)

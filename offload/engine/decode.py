@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tree.draft import DraftContext, Drafter, DraftTree
+from tree.draft import Drafter, DraftTree
 from tree.logprobs import ScoredToken, Scoring
 from tree.sampling import SamplingParams
 from tree.shape import TreeShape
@@ -102,7 +102,7 @@ class DecodeLoop:
         *,
         tokens_left: int,
         repeatable: bool = False,
-        before: DraftContext | None = None,
+        before: object = None,
         beside: Iterable[Sequence] = (),
     ) -> Sequence:
         """Begin with `text`, or go on from it, to at most `tokens_left` tokens more; its first `prompt_tokens` are a prompt.

@@ -152,10 +152,10 @@ class Engine:
             generation.scoring,
             tokens_left=generation.tokens_left,
             repeatable=request.keeps_plan,
-            before=generation.draft_before,
+            before=generation.left,
             beside=self._live.values(),
         )
-        generation.draft_before = None
+        generation.left = None
         if not generation.has_joined:
             generation.has_joined, generation.stats.reused_tokens = True, joined.segment.length
         self._live[generation] = joined
@@ -163,7 +163,7 @@ class Engine:
     def _give_up_place(self) -> None:
         """Of the text whose step was not asked for longest."""
         generation = next(iter(self._live))
-        generation.draft_before = self._live.pop(generation).leave()
+        generation.left = self._live.pop(generation).leave()
 
     def _run_pass(self) -> None:
         """One pass for all who have a place and wait for an outcome."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tree.draft import DraftContext
 from tree.logprobs import ScoredToken, Scoring
 from tree.shape import TreeShape
 from tree.verify import Verdict
@@ -53,7 +52,7 @@ class Generation:
         self.stats = RunStats(load_s=engine.load_s)
         self.outcome: Outcome = None  # of a pass, until the next step is asked for
         self.has_joined = False
-        self.draft_before: DraftContext | None = None  # of the place that its text has given up
+        self.left: object = None  # by the drafter, for a text that has given its place up
         self._is_over = False
         self._previous_s: float | None = None
 

@@ -56,11 +56,9 @@ class Sequence:
         """Committed tokens before the root that no pass has read yet."""
         return len(self.token_ids) - 1 - self.segment.length
 
-    def leave(self) -> DraftContext | None:
-        """Its place is another's from here on. What its trees go on from in the next one."""
-        if self.draft is not None:
-            self.draft.leave()
-        return self.draft
+    def leave(self) -> object:
+        """What its trees go on from in another place."""
+        return self.draft.leave() if self.draft is not None else None
 
     @property
     def scores_prompt(self) -> bool:

@@ -7,7 +7,7 @@ not waited for.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,11 +45,11 @@ class ApartDrafter:
         prompt_tokens: int,
         *,
         repeatable: bool = False,
-        before: DraftContext | None = None,
+        before: object | None = None,
     ) -> DraftContext:
-        assert before is None or isinstance(before, ApartContext)
-        inner_before = before.inner if before is not None else None
-        inner = self._inner.start(place, token_ids, prompt_tokens, repeatable=repeatable, before=inner_before)
+        assert before is None or isinstance(before, ApartLeft)
+        inner_left = before.inner if before is not None else None
+        inner = self._inner.start(place, token_ids, prompt_tokens, repeatable=repeatable, before=inner_left)
         return ApartContext(inner, len(token_ids), self._device, before)
 
     def prepare(self, aim: Aim) -> None:
@@ -62,6 +62,15 @@ class ApartDrafter:
         self._inner.close()
 
 
+@dataclass(frozen=True, slots=True)
+class ApartLeft:
+    """What a text leaves: what `inner` does, its own randomness, and the state of that when the last verdict was known."""
+
+    inner: object
+    generator: torch.Generator | None
+    state: Tensor | None
+
+
 class ApartContext:
     """Implements tree.draft.DraftContext over `inner`, a text of `num_tokens` tokens on a CPU.
 
@@ -69,10 +78,10 @@ class ApartContext:
     taken up, so that a seed repeats a text, and it is none of the numbers that the verifier draws.
     """
 
-    def __init__(self, inner: DraftContext, num_tokens: int, device: Device, before: "ApartContext | None" = None) -> None:
-        self.inner, self._num_tokens, self._device = inner, num_tokens, device
-        self._generator: torch.Generator | None = before._generator if before is not None else None
-        self._state: Tensor | None = before._state if before is not None else None  # when the last verdict was known
+    def __init__(self, inner: DraftContext, num_tokens: int, device: Device, before: ApartLeft | None = None) -> None:
+        self._inner, self._num_tokens, self._device = inner, num_tokens, device
+        self._generator: torch.Generator | None = before.generator if before is not None else None
+        self._state: Tensor | None = before.state if before is not None else None  # when the last verdict was known
 
     def grow(
         self, max_nodes: int, max_levels: int, params: SamplingParams, generator: torch.Generator, *, sampled: bool
@@ -81,20 +90,20 @@ class ApartContext:
             self._generator = torch.Generator().manual_seed(_own_seed(generator.initial_seed(), self._num_tokens))
             self._state = self._generator.get_state()
         self._generator.set_state(self._state)  # a round may be taken back
-        tree = self.inner.grow(max_nodes, max_levels, params, self._generator, sampled=sampled)
+        tree = self._inner.grow(max_nodes, max_levels, params, self._generator, sampled=sampled)
         rows = self._brought(tree.probabilities) if tree.probabilities is not None else None
         return replace(tree, token_ids=self._brought(tree.token_ids), probabilities=rows)
 
     def grow_ahead(self) -> int:
-        return self.inner.grow_ahead()
+        return self._inner.grow_ahead()
 
     def follow(self, path: tuple[int, ...], token_ids: tuple[int, ...], features: Tensor | None) -> None:
-        self.inner.follow(path, token_ids, features)
+        self._inner.follow(path, token_ids, features)
         if self._generator is not None:
             self._state = self._generator.get_state()
 
-    def leave(self) -> None:
-        self.inner.leave()
+    def leave(self) -> ApartLeft:
+        return ApartLeft(self._inner.leave(), self._generator, self._state)
 
     def _brought(self, tensor: Tensor) -> Tensor:
         """To the target's device, piece by piece, without waiting for it."""

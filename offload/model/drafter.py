@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tree.aim import Aim
-from tree.context import TreeContext
-from tree.draft import DraftContext
+from tree.context import Left, TreeContext
 from tree.estimates import Estimates
 from tree.sources import TokenSources
 
@@ -88,7 +87,7 @@ class ModelDrafter:
         prompt_tokens: int,
         *,
         repeatable: bool = False,
-        before: DraftContext | None = None,
+        before: object | None = None,
     ) -> TreeContext:
         """A text in segment `place` of the cache. The segment is the caller's to cut: it holds rows of a beginning of the text,
         not of all."""
@@ -98,7 +97,7 @@ class ModelDrafter:
             self._fixed.restart(segment)
         estimates = Estimates(self._aim.acceptance) if repeatable else self._estimates
         model, sources = ModelContext(self, segment, token_ids), [each.start(token_ids) for each in self._sources]
-        assert before is None or isinstance(before, TreeContext)
+        assert before is None or isinstance(before, Left)
         return TreeContext(model, token_ids[-1], lambda: self._aim, sources, estimates, before)
 
     def forward(self, part: Part) -> torch.Tensor:
